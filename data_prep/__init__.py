@@ -1,0 +1,1 @@
+"""Offline data preparation: importable without torch."""

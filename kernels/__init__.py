@@ -1,0 +1,1 @@
+"""Fused LSSD loss: importable with torch and triton alone."""

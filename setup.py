@@ -1,0 +1,61 @@
+"""Packaging of megatron-mixcpt.
+
+The folders `kernels/` and `data_prep/` sit at the top of the repository but install inside the package's namespace:
+a top-level import name `kernels` would overwrite the Hugging Face package of that name, which transformers imports.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_mixcpt/__init__.py").read_text()).group(1)
+NESTED = {"megatron_mixcpt.kernels": "kernels", "megatron_mixcpt.data_prep": "data_prep"}
+
+packages = find_packages(include=["megatron_mixcpt", "megatron_mixcpt.*"])
+for name, folder in NESTED.items():
+    packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
+
+setup(
+    name="megatron-mixcpt",
+    version=VERSION,
+    description="Distributed continual pre-training that makes a general LLM a domain expert without forgetting",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED},
+    package_data={"megatron_mixcpt": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "megatron-core>=0.16.1,<0.17",
+        "deepspeed>=0.16",
+        "transformers>=4.51",
+        "datasets>=3.0",
+        "sentencepiece>=0.2",
+        "wandb>=0.18",
+        "safetensors>=0.4",
+        "tokenizers>=0.20",
+        "numpy>=1.26",
+        "psutil>=5.9",  # megatron-core's checkpoint writer dies without it
+        "pydantic>=2.7",
+        "omegaconf>=2.3",
+        "rich>=13.0",
+        "matplotlib>=3.8",
+        "orjson>=3.9",
+        "pyarrow>=15.0",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "demo": ["gguf>=0.10"],
+    },
+    entry_points={"console_scripts": ["mixcpt = megatron_mixcpt.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+    ],
+)
