@@ -1,0 +1,92 @@
+"""The one way tests start several processes: spawn, gloo, a timeout that dumps every rank's stacks."""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _entry(fn, rank, world_size, port, folder, timeout, args):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    with open(folder / f"{rank}.stacks", "w") as stacks:
+        # Fires a little before the parent gives up, so that each rank says where it stood.
+        faulthandler.dump_traceback_later(max(timeout - 5, 1), file=stacks, exit=False)
+        try:
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
+            result = (True, fn(rank, world_size, *args))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+    partial = folder / f"{rank}.partial"
+    try:
+        partial.write_bytes(pickle.dumps(result))
+    except Exception:
+        partial.write_bytes(pickle.dumps((False, f"the result cannot be pickled: {traceback.format_exc()}")))
+    partial.rename(folder / f"{rank}.result")
+    # Skips interpreter teardown: a gloo group whose peer failed can block there for minutes.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if result[0] else 1)
+
+
+def run_distributed(fn, world_size, *args, timeout=180):
+    """Run `fn(rank, world_size, *args)` in `world_size` spawned processes and return their results by rank.
+
+    `fn` must be importable (a module-level function) and its result picklable. Raises AssertionError with the first
+    failing rank's traceback, or with every rank's stacks if the processes have not ended after `timeout` seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            context.Process(target=_entry, args=(fn, rank, world_size, port, folder, timeout, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode not in (None, 0) for p in processes):
+                deadline = min(deadline, time.monotonic() + 10)  # peers of a dead rank only wait for it
+            time.sleep(0.05)
+        hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        results = {}
+        for rank in range(world_size):
+            path = folder / f"{rank}.result"
+            if path.exists():
+                results[rank] = pickle.loads(path.read_bytes())
+        failures = [f"rank {rank} failed:\n{out}" for rank, (ok, out) in results.items() if not ok]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        if hung or len(results) < world_size:
+            stacks = "\n".join(
+                f"--- rank {rank}\n{(folder / f'{rank}.stacks').read_text() or 'ended without a result'}"
+                for rank in range(world_size)
+                if rank not in results and (folder / f"{rank}.stacks").exists()
+            )
+            raise AssertionError(f"ranks {hung or 'that died'} did not finish within {timeout} s\n{stacks}")
+        return [results[rank][1] for rank in range(world_size)]
