@@ -51,7 +51,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
-        "demo": ["gguf>=0.10"],
+        "demo": ["gguf>=0.10", "accelerate>=1.0"],
     },
     entry_points={"console_scripts": ["mixcpt = megatron_mixcpt.cli:main"]},
     classifiers=[
