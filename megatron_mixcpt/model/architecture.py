@@ -1,0 +1,121 @@
+"""What a model looks like, apart from its weights and from how it is spread over processes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mixcpt.errors import ConfigError
+
+VOCAB_MULTIPLE = 128  # rows a rank; keeps matrix shapes friendly to tensor cores
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts.
+
+    `linear` divides all of them by `factor`; `llama3` divides the slow ones and blends in between
+    (Llama 3.1, https://arxiv.org/abs/2407.21783, as configured in its config.json).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only transformer of the Llama family (RMSNorm, SwiGLU, rotary positions, grouped queries)."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int = 2048
+    model_type: str = "llama"  # Hugging Face's name of the family; decides how weights are exported
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    initializer_range: float = 0.02
+
+    def padded_vocab_size(self, tensor: int) -> int:
+        """Rows of the embedding over `tensor` ranks: `vocab_size` rounded up to a multiple of 128 x tensor."""
+        multiple = VOCAB_MULTIPLE * tensor
+        return -(-self.vocab_size // multiple) * multiple
+
+    def check_layout(self, tensor: int, pipeline: int) -> None:
+        """Raise ConfigError, naming what does fit, unless the model can be cut `tensor` x `pipeline` ways."""
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"{self.num_attention_heads} attention heads do not divide into {self.num_query_groups} query groups"
+            )
+        fits = [t for t in range(1, self.num_attention_heads + 1) if self._tensor_fits(t)]
+        if tensor not in fits:
+            raise ConfigError(
+                f"parallel.tensor={tensor} cannot cut this model ({self.num_attention_heads} heads in "
+                f"{self.num_query_groups} groups, FFN {self.ffn_hidden_size}): use one of {fits}"
+            )
+        if self.num_layers % pipeline:
+            fits = [p for p in range(1, self.num_layers + 1) if self.num_layers % p == 0]
+            raise ConfigError(
+                f"parallel.pipeline={pipeline} does not divide {self.num_layers} layers: use one of {fits}"
+            )
+
+    def _tensor_fits(self, tensor: int) -> bool:
+        groups = self.num_query_groups
+        return (
+            self.num_attention_heads % tensor == 0
+            and self.ffn_hidden_size % tensor == 0
+            and (groups % tensor == 0 or tensor % groups == 0)
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters without vocabulary padding; tied embeddings count once."""
+        q, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        attention = self.hidden_size * (2 * q + 2 * kv)
+        attention += (q + 2 * kv if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + self.hidden_size + embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+# Random-initialised Llamas to train from scratch; vocab_size is replaced by the tokenizer's.
+PRESETS: dict[str, Architecture] = {
+    "tiny": Architecture(
+        num_layers=4,
+        hidden_size=128,
+        ffn_hidden_size=352,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=32,
+        vocab_size=1024,
+        tie_word_embeddings=True,
+    ),
+    "small": Architecture(
+        num_layers=12,
+        hidden_size=512,
+        ffn_hidden_size=1408,
+        num_attention_heads=8,
+        num_query_groups=4,
+        head_dim=64,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    ),
+}

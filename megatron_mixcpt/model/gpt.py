@@ -1,0 +1,106 @@
+"""The model that is trained: megatron-core's GPTModel with our positions and our loss.
+
+Shapes: s sequence, b batch, h hidden, v padded vocabulary, tp tensor-parallel ranks (s/tp under sequence parallelism).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.init import initialize
+from megatron_mixcpt.model.layout import Slot, slots
+from megatron_mixcpt.model.rope import Rotary
+from megatron_mixcpt.model.specs import block_spec, transformer_config
+
+# (logits [s, b, v/tp], labels [b, s]) -> loss of every token [b, s] fp32, 0 where ignored
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class MixGPTModel(GPTModel):
+    """This rank's pipeline stage.
+
+    `forward(tokens [b, s], position_ids [b, s], attention_mask, labels=None)`, the middle two from `document_mask`:
+    on the last stage the loss of every token `[b, s]` from `token_loss`, or without labels the logits `[b, s, v/tp]`;
+    on other stages the hidden states for the next one.
+
+    Attributes:
+        arch: the whole model's architecture.
+        token_loss: what is minimised; the trainer sets it before the first forward with labels.
+        vocab_start: global id of this rank's first vocabulary row.
+    """
+
+    def __init__(self, arch: Architecture, **config: Any) -> None:
+        """`config`: the keywords of `specs.transformer_config`."""
+        settings = transformer_config(arch, **config)
+        tensor = settings.tensor_model_parallel_size
+        super().__init__(
+            config=settings,
+            transformer_layer_spec=block_spec(arch, settings),
+            vocab_size=arch.padded_vocab_size(tensor),
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="none",  # ours are put in by _preprocess
+        )
+        self.arch = arch
+        self.token_loss: TokenLoss | None = None
+        self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
+        self.rotary = Rotary(arch)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return embedded, self.rotary(position_ids), *rest
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.token_loss is None:
+            raise RuntimeError("model.token_loss is not set")
+        return self.token_loss(logits, labels)
+
+    def hidden(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What `output_logits` takes on the last stage (after the final norm), `[s(/tp), b, h]`; no output head."""
+        embedded, angles, *_ = self._preprocess(tokens, position_ids)
+        return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Last stage only: hidden `[s(/tp), b, h]` -> logits `[s, b, v/tp]` through the output head, tied or not."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=weight)[0]
+
+    def slots(self) -> list[Slot]:
+        """This rank's parameters with their grid-independent names and whole shapes."""
+        return slots(self, self.arch, get_transformer_layer_offset(self.config))
+
+
+def build_gpt(
+    arch: Architecture,
+    sequence_parallel: bool = False,
+    params_dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+    seed: int | None = 1234,
+) -> MixGPTModel:
+    """Build this rank's pipeline stage on its device, inside `parallel_context`.
+
+    Args:
+        sequence_parallel: split norms and residuals over the sequence; without tensor parallelism it does nothing.
+        params_dtype: type of weights and activations.
+        recompute: keep only each layer's input for backward.
+        seed: of the random weights, which are the same on every grid; None leaves memory uninitialised, for weights
+            that are loaded next.
+
+    Raises:
+        ConfigError: the model cannot be cut this way; the message says which ways work.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    arch.check_layout(size, parallel_state.get_pipeline_model_parallel_world_size())
+    model = MixGPTModel(arch, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute)
+    if seed is not None:
+        initialize(model.slots(), arch, seed, rank, size)
+    return model

@@ -1,0 +1,94 @@
+"""How a whole tensor becomes this rank's shard: the one place that knows megatron-core's weight layouts.
+
+Whole tensors have megatron-core's shapes over a single rank, with the true (unpadded) vocabulary:
+`linear_qkv` interleaves queries, key and value group by group, `linear_fc1` is the gate above the up projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mixcpt.model.architecture import Architecture
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of this rank's stage. `name` numbers layers over the whole model, so it is the same on any grid."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]  # of the whole tensor
+
+
+def whole_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of every whole parameter tensor by name; with tied embeddings the output layer has none of its own."""
+    h, q, kv = arch.hidden_size, arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, h)}
+    for layer in range(arch.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (h,)
+        shapes[prefix + "self_attention.linear_qkv.weight"] = (q + 2 * kv, h)
+        if arch.qkv_bias:
+            shapes[prefix + "self_attention.linear_qkv.bias"] = (q + 2 * kv,)
+        if arch.qk_norm:
+            shapes[prefix + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
+            shapes[prefix + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
+        shapes[prefix + "self_attention.linear_proj.weight"] = (h, q)
+        shapes[prefix + "pre_mlp_layernorm.weight"] = (h,)
+        shapes[prefix + "mlp.linear_fc1.weight"] = (2 * arch.ffn_hidden_size, h)
+        shapes[prefix + "mlp.linear_fc2.weight"] = (h, arch.ffn_hidden_size)
+    shapes["decoder.final_layernorm.weight"] = (h,)
+    if not arch.tie_word_embeddings:
+        shapes[OUTPUT] = (arch.vocab_size, h)
+    return shapes
+
+
+def slots(model: nn.Module, arch: Architecture, first_layer: int) -> list[Slot]:
+    """This rank's parameters with their names over the whole model. `first_layer`: layers on earlier stages."""
+    shapes = whole_shapes(arch)
+    result = []
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first_layer)
+        name = ".".join(parts)
+        if name == OUTPUT and arch.tie_word_embeddings:
+            name = EMBEDDING  # the last stage's own copy
+        result.append(Slot(name, parameter, shapes[name]))
+    return result
+
+
+def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_vocab: int) -> Tensor:
+    """This tensor rank's part of a whole tensor (a view where possible); vocabulary padding rows are zero."""
+    if name in (EMBEDDING, OUTPUT):
+        rows = padded_vocab // tensor_size
+        part = whole[tensor_rank * rows : (tensor_rank + 1) * rows]
+        if len(part) == rows:
+            return part
+        return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+    if "linear_fc1" in name:
+        gate, up = whole.chunk(2)
+        return torch.cat([gate.chunk(tensor_size)[tensor_rank], up.chunk(tensor_size)[tensor_rank]])
+    if "linear_qkv" in name:
+        return whole.chunk(tensor_size)[tensor_rank]
+    if "linear_proj" in name or "linear_fc2" in name:
+        return whole.chunk(tensor_size, dim=1)[tensor_rank]
+    return whole  # norms are the same on every rank
+
+
+def unshard(name: str, parts: list[Tensor], vocab_size: int) -> Tensor:
+    """The whole tensor from all tensor ranks' parts: the inverse of `shard`."""
+    if name in (EMBEDDING, OUTPUT):
+        return torch.cat(parts)[:vocab_size]
+    if "linear_fc1" in name:
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    if "linear_qkv" in name:
+        return torch.cat(parts)
+    if "linear_proj" in name or "linear_fc2" in name:
+        return torch.cat(parts, dim=1)
+    return parts[0]
