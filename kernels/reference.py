@@ -1,0 +1,233 @@
+"""The loss in plain PyTorch, a few rows at a time: the reference for the fused kernels and the path of CPU users.
+
+Each block of rows is small enough to stay in the processor's cache while all its passes run, which is what makes it
+several times faster than the textbook expression, and its scratch memory does not depend on the number of tokens.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron_mixcpt.kernels.layout import as_grids, blocks
+from megatron_mixcpt.kernels.objective import ARG, CROSS, L_1, L_S, L_T, M_S, M_T, P_Y, S_A, S_Y, T_Y, Objective
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**19  # 2 MiB of fp32 a buffer: the few that a block needs stay in the cache
+INF = math.inf
+
+
+def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective) -> Tensor:
+    """This shard's words `[words, N]` fp32 of student, teacher `[..., v]` and labels `[N]`; zeros where ignored."""
+    words = torch.zeros(objective.num_words, labels.numel(), device=student.device, dtype=torch.float32)
+    active = labels != objective.ignore_index
+    logits = [student] if teacher is None else [student, teacher]
+    for tokens, rows, scratch in _blocks(logits, objective):
+        if not active[tokens].any():
+            continue
+        out = words[:, tokens]
+        if objective.valid == 0:
+            out[:] = 0
+            out[[M_S, S_Y]] = out.new_tensor([[-INF], [math.nan]])
+            if teacher is not None:
+                out[[M_T, T_Y, CROSS]] = out.new_tensor([[-INF], [math.nan], [0.0]])
+            continue
+        column, owned = _label_column(labels[tokens], objective)
+        s = rows[0]
+        out[M_S] = s.amax(-1).flatten()
+        out[S_Y] = _pick(s, column).masked_fill(~owned, math.nan)
+        shifted_s = torch.sub(s, _finite(out[M_S]).view(*s.shape[:-1], 1), out=scratch[0])
+        if teacher is not None:
+            t = rows[1]
+            top, arg = t.max(-1)
+            out[M_T] = top.flatten()
+            out[ARG] = (arg + objective.vocab_start).flatten().float()
+            out[S_A] = _pick(s, arg.flatten())
+            out[T_Y] = _pick(t, column).masked_fill(~owned, math.nan)
+            shifted_t = torch.sub(t, _finite(out[M_T]).view(*t.shape[:-1], 1), out=scratch[1])
+            weight = torch.mul(shifted_t, 1.0 / objective.temperature, out=scratch[2]).exp_()
+            out[L_T] = weight.sum(-1).flatten()
+            difference = shifted_t.sub_(shifted_s)
+            cross = torch.linalg.vecdot(weight, difference)
+            if not cross.isfinite().all():  # a logit of -inf: 0 * inf must count as 0
+                cross = weight.mul(difference).masked_fill_(weight == 0, 0).sum(-1)
+            out[CROSS] = cross.flatten()
+            if objective.separate_ce:
+                out[L_1] = torch.exp(shifted_s, out=scratch[1]).sum(-1).flatten()
+                shifted_s.mul_(1.0 / objective.temperature)
+        out[L_S] = shifted_s.exp_().sum(-1).flatten()
+    return words
+
+
+def combine(shards: Tensor, words: Tensor, labels: Tensor, objective: Objective) -> dict[str, Tensor]:
+    """Per-token results from the words of all shards `[tp, words, N]`; `words` (may be `shards[0]`) becomes the record.
+
+    Keys: `loss`, `ce`, and with a teacher `kl`, `p_argmax`, `p_label`, `swapped`; each `[N]`, zero where ignored.
+    """
+    tau = objective.temperature
+    m_s, scale_s, moved_s = _common_maximum(shards[:, M_S])
+    l_s = (shards[:, L_S] * (scale_s / tau).exp()).sum(0)
+    l_1 = (shards[:, L_1] * scale_s.exp()).sum(0) if objective.separate_ce else l_s
+    s_y = _owned(shards[:, S_Y])
+    ce = l_1.log() - (s_y - m_s)
+    loss = _weighted(ce, objective.ce_weight)
+    results = {"ce": ce}
+    if objective.has_teacher:
+        m_t, scale_t, moved_t = _common_maximum(shards[:, M_T])
+        alpha = (scale_t / tau).exp()
+        shard_l_t = shards[:, L_T] * alpha
+        l_t = shard_l_t.sum(0)
+        cross = alpha * (shards[:, CROSS] + shards[:, L_T] * (moved_t - moved_s))
+        cross = cross.masked_fill(shard_l_t == 0, 0).sum(0)
+        arg = torch.where(shards[:, M_T] == m_t, shards[:, ARG], INF).amin(0)
+        s_a = torch.where((shards[:, M_T] == m_t) & (shards[:, ARG] == arg), shards[:, S_A], 0.0).sum(0)
+        p_y = ((_owned(shards[:, T_Y]) - m_t) / tau).exp() / l_t
+        same = arg == labels
+        base = cross / (tau * l_t) - l_t.log() + l_s.log()
+        log_q_y = (s_y - m_s) / tau - l_s.log()
+        kl = _divergence(base, 1.0 / l_t, p_y, (s_a - s_y) / tau, log_q_y, same, objective)
+        loss = loss + _weighted(kl, objective.kd_weight)
+        results |= {"kl": kl, "p_argmax": 1.0 / l_t, "p_label": p_y, "swapped": ~same}
+        words[M_T], words[L_T], words[ARG], words[P_Y] = m_t, l_t, arg, p_y
+    words[M_S], words[L_S] = m_s, l_s
+    if objective.separate_ce:
+        words[L_1] = l_1
+    results["loss"] = loss
+    ignored = labels == objective.ignore_index
+    return {name: value.masked_fill(ignored, 0) for name, value in results.items()}
+
+
+def gradient(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    record: Tensor,
+    upstream: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> None:
+    """Write d(sum upstream * loss)/d(student) into `out`, which may be `teacher`'s memory; upstream fp32 `[N]`."""
+    tau = objective.temperature
+    upstream = upstream.masked_fill(labels == objective.ignore_index, 0)
+    g_ce, g_kd = upstream * objective.ce_weight, upstream * objective.kd_weight / tau
+    logits = [student, out] if teacher is None else [student, out, teacher]
+    for tokens, rows, scratch in _blocks(logits, objective):
+        s, ds = rows[0], rows[1]
+        as_column = (*s.shape[:-1], 1)
+        if not upstream[tokens].any():
+            ds.zero_()
+            continue
+        m_s, l_s = (record[word, tokens].view(as_column) for word in (M_S, L_S))
+        ce, kd = g_ce[tokens].view(as_column), g_kd[tokens].view(as_column)
+        column, owned = _label_column(labels[tokens], objective)
+        grad = torch.sub(s, m_s, out=scratch[0])
+        if teacher is None:
+            grad.exp_().mul_(ce / l_s)
+        else:
+            if objective.separate_ce:
+                q_1 = torch.exp(grad, out=scratch[1])
+                grad.mul_(1.0 / tau).exp_().mul_(kd / l_s)
+                grad.addcmul_(q_1, ce / record[L_1, tokens].view(as_column))
+            else:
+                grad.exp_().mul_((ce + kd) / l_s)
+            grad.addcmul_(_target(rows[2], column, owned, record[:, tokens], kd, scratch[1], objective), kd, value=-1)
+        own = owned.nonzero().squeeze(1)
+        grad.view(-1, grad.shape[-1])[own, column[own]] -= g_ce[tokens][own]
+        ds.copy_(grad.masked_fill_((upstream[tokens] == 0).view(as_column), 0))
+    out[..., objective.valid :].zero_()
+
+
+def _target(t: Tensor, column: Tensor, owned: Tensor, record: Tensor, kd: Tensor, out: Tensor, objective: Objective):
+    """Probabilities of the teacher's target p' in this shard, `[A, B, valid]`, written into `out`."""
+    as_column = (*t.shape[:-1], 1)
+    p_a, p_y, arg = 1.0 / record[L_T], record[P_Y], record[ARG]
+    arg_column = arg - objective.vocab_start
+    same = owned & (arg_column == column)
+    keep, new_a, new_y = edited_target(p_a, p_y, same, objective)
+    target = torch.sub(t, record[M_T].view(as_column), out=out)
+    if objective.temperature != 1.0:
+        target.mul_(1.0 / objective.temperature)
+    target.exp_().mul_((keep * p_a).view(as_column))
+    flat = target.view(-1, target.shape[-1])
+    own_arg = ((arg_column >= 0) & (arg_column < objective.valid)).nonzero().squeeze(1)
+    own = owned.nonzero().squeeze(1)
+    flat[own_arg, arg_column[own_arg].long()] = new_a[own_arg]
+    flat[own, column[own]] = new_y[own]  # after the argmax: where both are one column, this is the value
+    return target.masked_fill_(kd == 0, 0) if (kd == 0).any() else target
+
+
+def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(factor on every other probability, p'_argmax, p'_label) of the target; `same`: the argmax is the label."""
+    keep = torch.ones_like(p_a)
+    if objective.target == "plain":
+        return keep, p_a, p_y
+    if objective.target == "swap":
+        return keep, torch.where(same, p_a, p_y), p_a
+    margin = objective.margin
+    raise_label = torch.where(margin >= 1 - p_y, 1.0, margin / (1 - p_y))
+    overtake = (p_a - p_y + margin) / (1 + p_a - p_y)
+    mix = torch.where(same, raise_label, overtake)
+    keep = 1 - mix
+    return keep, keep * p_a, keep * p_y + mix
+
+
+def _divergence(base, p_a, p_y, gap, log_q_y, same, objective: Objective) -> Tensor:
+    """KL(p' || q) from base = KL(p || q); gap = (S_a - S_y) / tau."""
+    if objective.target == "plain":
+        return base
+    if objective.target == "swap":
+        # With either logit at -inf the target has mass where the student has none.
+        return base + torch.where(same, 0.0, torch.where(gap.isfinite(), (p_a - p_y) * gap, INF))
+    keep, _, new_y = edited_target(p_a, p_y, same, objective)
+    label_part = torch.xlogy(p_y, p_y) - (p_y * log_q_y).masked_fill(p_y == 0, 0)
+    others = keep * (base - label_part) + (1 - p_y) * torch.xlogy(keep, keep)
+    return others.masked_fill((keep == 0) | (log_q_y == -INF), 0) + new_y * (new_y.log() - log_q_y)
+
+
+def _blocks(logits: list[Tensor], objective: Objective) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
+    """(token numbers, the block of each of the logits `[a, b, valid]`, three fp32 scratch buffers of that shape)."""
+    grids = [grid[..., : objective.valid] for grid in as_grids(*logits)]
+    num_outer, num_inner, width = grids[0].shape
+    num_rows = max(1, BLOCK_ELEMENTS // max(1, width))
+    size = min(num_rows, num_outer * num_inner) * width
+    buffers = torch.empty(3, size, device=grids[0].device, dtype=torch.float32)
+    for outer, inner, tokens in blocks(num_outer, num_inner, num_rows):
+        rows = [grid[outer, inner] for grid in grids]
+        yield tokens, rows, [buffer[: rows[0].numel()].view(rows[0].shape) for buffer in buffers]
+
+
+def _label_column(labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(column of the label in this shard, 0 where it is not there; whether it is there)."""
+    column = labels - objective.vocab_start
+    owned = (column >= 0) & (column < objective.valid) & (labels != objective.ignore_index)
+    return column.masked_fill(~owned, 0), owned
+
+
+def _pick(logits: Tensor, column: Tensor) -> Tensor:
+    return logits.gather(-1, column.view(*logits.shape[:-1], 1)).flatten().float()
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """The maximum to subtract: a row of -inf has nothing to subtract, and -inf - -inf is NaN."""
+    return maximum.masked_fill(maximum == -INF, 0)
+
+
+def _common_maximum(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[tp, N]` -> (maximum `[N]`, log of each shard's scale, how far each shard's subtracted maximum moves)."""
+    top = maxima.amax(0)
+    moved = (maxima - top).masked_fill(maxima == -INF, 0)
+    return top, moved.masked_fill(maxima == -INF, -INF), moved
+
+
+def _owned(values: Tensor) -> Tensor:
+    """The value of the shard that has the label (the others hold NaN), `[tp, N]` -> `[N]`; NaN where none has it."""
+    found = values[0]
+    for value in values[1:]:
+        found = torch.where(found.isnan(), value, found)
+    return found
+
+
+def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+    """weight * value, and exactly 0 where the weight is 0, whatever the value."""
+    if isinstance(weight, Tensor):
+        return (weight * value).masked_fill(weight == 0, 0)
+    return weight * value if weight else torch.zeros_like(value)

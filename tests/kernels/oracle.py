@@ -1,0 +1,62 @@
+"""The textbook loss: dense, in fp64, swapping the logits themselves and differentiating with autograd."""
+
+import torch
+from torch import Tensor
+
+
+def oracle(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float | Tensor = 1.0,
+    kd_weight: float | Tensor = 1.0,
+    target: str = "swap",
+    margin: float = 0.2,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, details) of whole-vocabulary logits `[..., V]`, differentiable in the student."""
+    student = student.double()[..., :valid_vocab]
+    ignored = labels == ignore_index
+    label = labels.masked_fill(ignored, 0).unsqueeze(-1)
+    ce = -torch.log_softmax(student, -1).gather(-1, label).squeeze(-1)
+    loss = torch.where(ignored, 0.0, ce_weight * ce)
+    details = {"ce": ce}
+    if teacher is not None:
+        target_log_p, p, argmax = _target(teacher.double()[..., :valid_vocab], label, temperature, target, margin)
+        log_q = torch.log_softmax(student / temperature, -1)
+        mass = target_log_p.exp()
+        kl = torch.where(mass == 0, 0.0, mass * (target_log_p - log_q)).sum(-1)
+        loss = loss + torch.where(ignored, 0.0, kd_weight * kl)
+        details |= {
+            "kl": kl,
+            "p_argmax": p.gather(-1, argmax).squeeze(-1),
+            "p_label": p.gather(-1, label).squeeze(-1),
+            "swapped": (argmax != label).squeeze(-1),
+        }
+    return loss, {name: value.detach().masked_fill(ignored, 0) for name, value in details.items()}
+
+
+def _target(teacher, label, temperature, target, margin):
+    argmax = (teacher == teacher.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)  # the first of ties
+    p = torch.softmax(teacher / temperature, -1)
+    if target == "swap":
+        edited = teacher.scatter(-1, argmax, teacher.gather(-1, label))
+        edited = edited.scatter(-1, label, teacher.gather(-1, argmax))
+        return torch.log_softmax(edited / temperature, -1), p, argmax
+    if target == "plain":
+        return torch.log_softmax(teacher / temperature, -1), p, argmax
+    p_a, p_y = p.gather(-1, argmax), p.gather(-1, label)
+    mix = torch.where(argmax == label, (margin / (1 - p_y)).clamp(max=1), (p_a - p_y + margin) / (1 + p_a - p_y))
+    mixed = ((1 - mix) * p).scatter_add(-1, label, mix)
+    return mixed.log(), p, argmax
+
+
+def loss_and_gradient(function, student, teacher, labels, upstream, **options):
+    """(loss, gradient of sum(upstream * loss) in the student, details)."""
+    student = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss, details = function(student, teacher, labels, **options)
+    (gradient,) = torch.autograd.grad(loss, student, upstream.to(loss.dtype))
+    return loss.detach(), gradient, details
