@@ -131,7 +131,7 @@ def gradient(
                 grad.exp_().mul_((ce + kd) / l_s)
             grad.addcmul_(_target(rows[2], column, owned, record[:, tokens], kd, scratch[1], objective), kd, value=-1)
         own = owned.nonzero().squeeze(1)
-        grad.view(-1, grad.shape[-1])[own, column[own]] -= g_ce[tokens][own]
+        grad.flatten(0, 1)[own, column[own]] -= g_ce[tokens][own]
         ds.copy_(grad.masked_fill_((upstream[tokens] == 0).view(as_column), 0))
     out[..., objective.valid :].zero_()
 
@@ -147,7 +147,7 @@ def _target(t: Tensor, column: Tensor, owned: Tensor, record: Tensor, kd: Tensor
     if objective.temperature != 1.0:
         target.mul_(1.0 / objective.temperature)
     target.exp_().mul_((keep * p_a).view(as_column))
-    flat = target.view(-1, target.shape[-1])
+    flat = target.flatten(0, 1)
     own_arg = ((arg_column >= 0) & (arg_column < objective.valid)).nonzero().squeeze(1)
     own = owned.nonzero().squeeze(1)
     flat[own_arg, arg_column[own_arg].long()] = new_a[own_arg]
