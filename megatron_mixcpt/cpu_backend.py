@@ -79,9 +79,7 @@ def cpu_backend() -> Iterator[None]:
     """
     global _active
     if torch.cuda.is_initialized() or cuda_is_wanted():
-        raise RuntimeError(
-            "the CPU backend must not be installed where CUDA is used; set MIXCPT_DEVICE=cpu to force it"
-        )
+        raise RuntimeError("CUDA is in use: the CPU backend would break it; MIXCPT_DEVICE=cpu forces CPU")
     if _active:
         raise RuntimeError("the CPU backend is already installed")
     with contextlib.ExitStack() as stack:

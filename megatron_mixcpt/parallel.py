@@ -1,6 +1,8 @@
 """Process groups, device and seeds of this process: the tensor x pipeline x data grid."""
 
 import contextlib
+import functools
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -10,11 +12,13 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_mixcpt.cpu_backend import CPU, cpu_backend, cuda_is_wanted
 from megatron_mixcpt.errors import ConfigError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_contexts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,20 @@ def _launch() -> tuple[int, int, int] | None:
     return rank, world_size, int(os.environ.get("LOCAL_RANK", rank))
 
 
+@functools.cache
+def _launch_store(address: str, port: str, timeout: timedelta) -> dist.Store:
+    """The launcher's key-value store. Kept for the life of the process: its port cannot be bound twice."""
+    return next(rendezvous("env://", timeout=timeout))[0]
+
+
+def _store(launched: bool, timeout: timedelta) -> dist.Store:
+    """A store for one context, with keys of its own: gloo would meet the previous one's stale addresses."""
+    if not launched:
+        return dist.HashStore()
+    shared = _launch_store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout)
+    return dist.PrefixStore(f"mixcpt-{next(_contexts)}", shared)
+
+
 def check_grid(world_size: int, tensor: int, pipeline: int) -> None:
     """Raise ConfigError unless the processes divide into whole model replicas."""
     if tensor < 1 or pipeline < 1 or world_size % (tensor * pipeline):
@@ -73,9 +91,9 @@ def parallel_context(
 ) -> Iterator[ParallelState]:
     """Join the processes into a tensor x pipeline x data grid for the duration of the context.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none of them set this is a grid of one process.
-    With CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU
-    backend. `MIXCPT_DEVICE=cpu` forces the latter. Everything is taken down at exit.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none set this is a grid of one process. With
+    CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU backend.
+    `MIXCPT_DEVICE=cpu` forces the latter. Everything is taken down at exit.
 
     Raises:
         ConfigError: the processes do not divide into whole model replicas, or the launch variables are incomplete.
@@ -92,10 +110,9 @@ def parallel_context(
         else:
             stack.enter_context(cpu_backend())
             device, backend = CPU, "gloo"
-        store = None if launch else dist.HashStore()
         dist.init_process_group(
             backend,
-            store=store,
+            store=_store(launch is not None, timeout),
             rank=rank,
             world_size=world_size,
             timeout=timeout,

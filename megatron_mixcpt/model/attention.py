@@ -22,7 +22,7 @@ def document_mask(doc_start: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         position_ids int64 `[b, s]`, counting from 0 in each document, and a bool mask `[b, 1, s, s]`, true where
         query (third dimension) may attend to key (fourth), or None when every row is a single document, for which
-        plain causal attention is the same and faster. Compute it on CPU tensors: looking for documents waits for the device.
+        plain causal attention is the same and faster. Compute it on CPU tensors: it would wait for a GPU.
     """
     steps = torch.arange(doc_start.shape[1], device=doc_start.device)
     inner = doc_start.clone()
@@ -61,7 +61,7 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        """query `[s, b, n, d]`, key and value `[s, b, g, d]`, attention_mask from `document_mask` -> `[s, b, n * d]`."""
+        """query `[s, b, n, d]`, key and value `[s, b, g, d]`, mask from `document_mask` -> `[s, b, n * d]`."""
         s, b, n, d = query.shape
         grouped = key.shape[2] != n
         if grouped and attention_mask is not None:

@@ -1,0 +1,71 @@
+"""Every process grid computes the losses and gradients of one process."""
+
+import pytest
+import torch
+
+from tests.helpers.spawn import run_distributed
+from tests.model.grid import TIED, TINY, step, steps, whole_gradients
+
+TWO = {
+    "tensor": {"tensor": 2},
+    "sequence": {"tensor": 2, "sequence": True},
+    "sequence-recompute": {"tensor": 2, "sequence": True, "recompute": True},
+    "pipeline": {"pipeline": 2},
+    "data": {},
+    "data-overlap": {"overlap": True},
+}
+FOUR = {
+    "tensor-pipeline": {"tensor": 2, "pipeline": 2},
+    "sequence-pipeline-recompute": {"tensor": 2, "pipeline": 2, "sequence": True, "recompute": True},
+    "pipeline-data": {"pipeline": 2},
+    "tensor-data": {"tensor": 2, "sequence": True},
+}
+ARCHITECTURES = {"grouped": TINY, "tied-multi-query": TIED}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {key: step(arch) for key, arch in ARCHITECTURES.items()}
+
+
+def run(world_size, layouts):
+    cases = {(key, name): (arch, case) for key, arch in ARCHITECTURES.items() for name, case in layouts.items()}
+    results = run_distributed(steps, world_size, list(cases.values()))
+    return {case: [rank[i] for rank in results] for i, case in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run(2, TWO)
+
+
+@pytest.fixture(scope="module")
+def four():
+    return run(4, FOUR)
+
+
+def check(arch, reference, ranks, copies):
+    loss = sum(loss for loss, _ in ranks) / copies
+    assert loss == pytest.approx(reference[0], rel=1e-6)
+    expected = whole_gradients(arch, [reference])
+    actual = whole_gradients(arch, ranks)
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.abs().max() > 0, f"{name} gets no gradient: the comparison would be empty"
+        torch.testing.assert_close(actual[name], grad, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize("layout", TWO)
+def test_two_processes_equal_one(reference, two, key, layout):
+    copies = TWO[layout].get("tensor", 1)  # every tensor rank reports the same loss
+    check(ARCHITECTURES[key], reference[key], two[key, layout], copies)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize("layout", FOUR)
+def test_four_processes_equal_one(reference, four, key, layout):
+    copies = FOUR[layout].get("tensor", 1)
+    check(ARCHITECTURES[key], reference[key], four[key, layout], copies)
