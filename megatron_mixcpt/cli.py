@@ -1,0 +1,58 @@
+"""The `mixcpt` command. Each subcommand is a module with NAME, HELP, `add_arguments(parser)` and `run(args) -> int`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+
+from megatron_mixcpt import __version__
+from megatron_mixcpt.errors import MixcptError
+
+# Imported only when asked for: `mixcpt --help` must not wait for torch.
+COMMANDS = {
+    "preprocess": ("megatron_mixcpt.data_prep.cli", "tokenize and pack raw text into a mixed dataset"),
+    "train": ("megatron_mixcpt.train.cli", "train on a mixture, or resume the run"),
+    "convert": ("megatron_mixcpt.model.convert_cli", "import a Hugging Face model as a checkpoint"),
+    "export": ("megatron_mixcpt.model.export_cli", "write a run or checkpoint as a Hugging Face directory"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code (see docs/commands.md)."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Neither is needed here, which megatron-core cannot know.
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    parser = argparse.ArgumentParser(
+        prog="mixcpt",
+        description="Make a general language model an expert in a domain without making it forget.",
+        epilog="Run `mixcpt COMMAND --help` for a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"mixcpt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        if name == wanted:
+            module = importlib.import_module(module_name)
+            command = commands.add_parser(name, help=summary, description=module.HELP)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        else:
+            commands.add_parser(name, help=summary)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except MixcptError as error:
+        if os.environ.get("RANK", "0") == "0":
+            label = "stopped" if error.exit_code == 75 else "error"
+            print(f"{label}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Typed configuration: defaults < YAML file < `key=value` on the command line.
+
+Every section is one class; every key has a default or is required, a type and a range. An unknown key is refused with
+the nearest known one, so that a typing error never trains a different model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_mixcpt.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Where the starting weights come from: exactly one of the two."""
+
+    hf: str | None = None
+    """Hugging Face directory (config.json and safetensors)."""
+    preset: str | None = None
+    """Random initialisation of a named size; the vocabulary is the data's."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.hf is None) == (self.preset is None):
+            raise ValueError("set exactly one of model.hf and model.preset")
+        return self
+
+
+class DataConfig(Section):
+    mix: str
+    """`mix.json` written by `mixcpt preprocess`."""
+    seq_length: Positive | None = None
+    """Tokens a sample; None takes the data's own, any other value than the data's is refused."""
+    num_workers: NonNegative = 0
+    """Loader processes a rank."""
+
+
+class LayoutConfig(Section):
+    """Data parallel size = world size / (tensor * pipeline)."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals sharded over the tensor-parallel group."""
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> LayoutConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor > 1")
+        return self
+
+
+class TrainConfig(Section):
+    steps: Positive
+    micro_batch_size: Positive = 1
+    global_batch_size: Positive = 1
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    min_lr: Weight = 0.0
+    warmup_steps: NonNegative = 0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the steps that the wsd schedule spends in its final linear decay."""
+    weight_decay: Weight = 0.1
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    clip_grad: Weight = 1.0
+    """Maximum global gradient norm; 0 does not clip."""
+    seed: NonNegative = 1234
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    recompute: Literal["none", "full"] = "none"
+    distributed_optimizer: bool = False
+    """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"train.warmup_steps ({self.warmup_steps}) must be below train.steps ({self.steps})")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr ({self.min_lr}) must not exceed train.lr ({self.lr})")
+        return self
+
+
+class KindWeights(Section):
+    """Factors on `loss.ce_weight` and `loss.kd_weight` for the tokens of one kind of data."""
+
+    ce: Weight = 1.0
+    kd: Weight = 1.0
+
+
+class LossConfig(Section):
+    """Loss a token = ce_weight * CE + kd_weight * KL(target(teacher) || student)."""
+
+    target: Literal["swap", "plain", "mft", "none"] = "swap"
+    ce_weight: Weight = 1.0
+    kd_weight: Weight = 1.0
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Lead of the gold token over the teacher's first choice, for target mft."""
+    normalize: bool = True
+    """Divide by ce_weight + kd_weight, so that sweeping kd_weight does not also sweep the learning rate."""
+    by_kind: dict[Literal["domain", "instruction", "preference"], KindWeights] = {}
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossConfig:
+        if self.ce_weight + (0.0 if self.target == "none" else self.kd_weight) == 0.0:
+            raise ValueError("loss.ce_weight and loss.kd_weight are both 0: there is nothing to learn from")
+        return self
+
+
+class TeacherConfig(Section):
+    source: Literal["initial", "none"] = "initial"
+    """initial: a frozen copy of the starting weights; none: only with loss.target none."""
+
+
+class EvalConfig(Section):
+    every: NonNegative = 0
+    """Steps between validations; 0 validates only at the end."""
+    max_samples: Positive | None = None
+    """Samples a source; None takes the whole validation split."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 0
+    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    keep: Positive = 2
+
+
+class Config(Section):
+    """`mixcpt train`."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: LayoutConfig = LayoutConfig()
+    train: TrainConfig
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run_dir: str
+
+    @model_validator(mode="after")
+    def _teacher_fits_loss(self) -> Config:
+        if self.loss.target != "none" and self.teacher.source == "none":
+            raise ValueError(
+                f"loss.target {self.loss.target} needs a teacher: set teacher.source=initial, "
+                "or loss.target=none to train without distillation"
+            )
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.loss.target != "none" and self.loss.kd_weight > 0
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
+    """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
+    for override in overrides or []:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: overrides are written key=value, for example train.steps=100")
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return validate(schema, values, str(path))
+
+
+def validate(schema: type[C], values: Any, origin: str) -> C:
+    """Build `schema` from plain values; all problems are reported in one ConfigError."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(schema, problem)}" for problem in error.errors())
+        raise ConfigError(f"{origin}: wrong configuration\n{problems}") from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved configuration, every default included."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+
+
+def _explain(schema: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_of(schema, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: required"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _keys_of(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """Field names of the section at `location`."""
+    section: Any = schema
+    for part in location:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[part].annotation
+        else:  # a mapping or list of sections
+            section = next((arg for arg in reversed(get_args(section))), None)
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return []

@@ -1,0 +1,113 @@
+"""Micro-batches: which samples a rank reads at which step, and the tensors the model takes.
+
+Shapes: b micro-batch size, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, TARGET
+from megatron_mixcpt.model.attention import document_mask
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one data-parallel rank."""
+
+    tokens: torch.Tensor  # [b, s] int64
+    labels: torch.Tensor  # [b, s] int64, IGNORE_INDEX where nothing is to be predicted
+    kinds: torch.Tensor  # [b, s] int64, kind of data of each label (data_prep.format)
+    position_ids: torch.Tensor  # [b, s] int64, counted within each packed document
+    attention_mask: torch.Tensor | None  # [b, 1, s, s] bool, true = may attend; None: causal
+    source: torch.Tensor  # [b] int64, index of the source each sample came from
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: value if value is None else function(value) for name, value in values.items()})
+
+
+def collate(samples: list[dict]) -> Batch:
+    """Stack dataset items (`tokens`, `flags`: `[s + 1]`) into a Batch on the CPU."""
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    flags = torch.stack([sample["flags"] for sample in samples])
+    target = (flags[:, 1:] & TARGET).bool()
+    doc_start = (flags[:, :-1] & DOC_START).bool()
+    position_ids, attention_mask = document_mask(doc_start)
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=torch.where(target, tokens[:, 1:], IGNORE_INDEX),
+        kinds=((flags[:, 1:] & KIND_MASK) >> KIND_SHIFT).long(),
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        source=torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples]),
+    )
+
+
+class RankSampler:
+    """Batches of sample indices for one data-parallel rank.
+
+    Global batch k is samples `[k * global_batch_size, (k + 1) * global_batch_size)`; its micro-batches are dealt to the
+    ranks in turn. Which samples a step trains on thus depends neither on the data-parallel nor the micro-batch size.
+    """
+
+    def __init__(self, total: int, consumed: int, micro_batch_size: int, data_rank: int, data_size: int) -> None:
+        self.total, self.consumed = total, consumed
+        self.micro_batch_size, self.data_rank, self.data_size = micro_batch_size, data_rank, data_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.data_size
+        for start in range(self.consumed + self.data_rank * self.micro_batch_size, self.total, stride):
+            yield list(range(start, start + self.micro_batch_size))
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    consumed: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from sample `consumed` (counted over all ranks) on."""
+    sampler = RankSampler(len(dataset), consumed, micro_batch_size, data_rank, data_size)  # type: ignore[arg-type]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+    for batch in loader:
+        yield batch.to(device)
+
+
+def valid_batches(
+    dataset: Dataset, *, max_samples: int | None, micro_batch_size: int, data_rank: int, data_size: int
+) -> list[list[int | None]]:
+    """Sample indices of this rank's validation micro-batches: the same number on every rank, padded with None."""
+    total = min(len(dataset), max_samples or len(dataset))  # type: ignore[arg-type]
+    stride = micro_batch_size * data_size
+    rounds = -(-total // stride)
+    first = data_rank * micro_batch_size
+    return [
+        [index if index < total else None for index in range(r * stride + first, r * stride + first + micro_batch_size)]
+        for r in range(rounds)
+    ]

@@ -1,0 +1,100 @@
+"""`mix.json`: the sources of a mixture, as `mixcpt preprocess` wrote them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mixcpt.errors import ConfigError
+
+FORMAT = "mixcpt-mix/1"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One indexed dataset: `prefix`.bin/.idx and `prefix`.flags.bin/.idx."""
+
+    prefix: Path
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    kind: str
+    weight: float
+    """Share of the training tokens."""
+    train: Split | None
+    valid: Split | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    path: Path
+    seq_length: int
+    fingerprint: str
+    vocab_size: int
+    tokenizer_hash: str
+    tokenizer_dir: Path
+    sources: tuple[Source, ...]
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """The sources that training draws from, in the order in which statistics are kept."""
+        return [source for source in self.sources if source.train]
+
+
+def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:
+    """Read and check a mixture.
+
+    Raises ConfigError where the file is missing, of another format or version, lacks a data file, or was packed for
+    another sequence length than `seq_length`.
+    """
+    path = Path(path)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"data.mix: {path}: no such file; `mixcpt preprocess` writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.mix: {path}: not valid JSON: {error}") from None
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"data.mix: {path}: format {content.get('format')!r}, this version reads {FORMAT!r}")
+    if seq_length is not None and seq_length != content["seq_length"]:
+        raise ConfigError(
+            f"data.seq_length is {seq_length}, but {path} was packed for {content['seq_length']}: "
+            f"set data.seq_length={content['seq_length']} or preprocess again with seq_length: {seq_length}"
+        )
+    try:
+        tokenizer = content["tokenizer"]
+        sources = tuple(_read_source(path, entry) for entry in content["sources"])
+        mix = Mix(
+            path=path,
+            seq_length=int(content["seq_length"]),
+            fingerprint=content["fingerprint"],
+            vocab_size=int(tokenizer["vocab_size"]),
+            tokenizer_hash=tokenizer["hash"],
+            tokenizer_dir=path.parent / tokenizer["path"],
+            sources=tuple(source for source in sources if source.weight > 0),
+        )
+    except KeyError as error:
+        raise ConfigError(f"data.mix: {path}: key {error} is missing; preprocess again") from None
+    if not any(source.train for source in mix.sources):
+        raise ConfigError(f"data.mix: {path}: no source has training data and a weight above 0")
+    return mix
+
+
+def _read_source(path: Path, entry: dict[str, Any]) -> Source:
+    def split(name: str) -> Split | None:
+        content = entry.get(name)
+        if content is None or content["sequences"] == 0:
+            return None
+        prefix = path.parent / content["prefix"]
+        for suffix in (".bin", ".idx", ".flags.bin", ".flags.idx"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise ConfigError(f"data.mix: {path}: {prefix}{suffix} is missing; preprocess again")
+        return Split(prefix, int(content["sequences"]), int(content["tokens"]))
+
+    return Source(entry["name"], entry["kind"], float(entry["weight"]), split("train"), split("valid"))

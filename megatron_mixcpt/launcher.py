@@ -1,0 +1,79 @@
+"""Several ranks on this machine for `--nproc N`.
+
+torchrun turns every failure of a worker into exit code 1 and is killed by SIGUSR1; this launcher passes signals on and
+exit codes back, which the contract of `mixcpt` (75: stopped, resumable) needs. On clusters use srun or torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
+
+
+def is_distributed() -> bool:
+    """Whether a launcher (this one, torchrun, srun) has already placed this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `mixcpt ARGUMENTS` in `nproc` ranks; returns the exit code of the first rank that did not end with 0.
+
+    Signals are passed on to all ranks. When a rank ends with an error its peers, which would wait for it until the
+    collective times out, are given a grace period and then killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    ranks: list[subprocess.Popen] = []
+
+    def forward(number: int, frame: object) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        for rank in range(nproc):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": threads,
+            }
+            command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
+            # A group of their own: the terminal's ^C reaches the ranks once, through `forward`.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    failed: int | None = None
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
+        if codes and failed is None:
+            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
+    code = failed if failed is not None else (codes[0] if codes else 0)
+    return 128 - code if code < 0 else code  # ended by a signal: the shell's convention

@@ -1,0 +1,1 @@
+"""What is minimised: objectives over one micro-batch's logits."""

@@ -1,0 +1,99 @@
+"""Mix-CPT's stage-1 objective: next-token prediction plus logit-swap self-distillation (arXiv 2407.10804).
+
+Loss a token = ce * CE(student, label) + kd * KL(swapped teacher || student), with ce and kd by kind of data. The mean
+is taken once, by the trainer, over the global number of target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from megatron_mixcpt.config import LossConfig
+from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_INSTRUCTION, KIND_REJECTED
+from megatron_mixcpt.kernels import lssd_loss
+
+KIND_NAMES = {
+    KIND_DOMAIN: "domain",
+    KIND_INSTRUCTION: "instruction",
+    KIND_CHOSEN: "preference",
+    KIND_REJECTED: "preference",
+}
+
+# Columns of the per-sample statistics below.
+STATISTICS = ("tokens", "loss", "ce", "kd", "swapped")
+
+
+class MixCPTLoss:
+    """Per-token loss of one model shard, and the statistics behind it.
+
+    Args:
+        config: weights, target and temperature.
+        group: tensor-parallel process group the vocabulary is sharded over; None where it is whole.
+        vocab_start: global id of this rank's first logit.
+        vocab_size: entries without padding; the logits beyond take no part.
+        device: where the batches are.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        group: torch.distributed.ProcessGroup | None,
+        vocab_start: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.group, self.vocab_start, self.vocab_size = group, vocab_start, vocab_size
+        ce_by_kind, kd_by_kind = [], []
+        kd_weight = 0.0 if config.target == "none" else config.kd_weight
+        scale = 1.0 / (config.ce_weight + kd_weight) if config.normalize else 1.0
+        for kind in sorted(KIND_NAMES):
+            factors = config.by_kind.get(cast(Literal["domain"], KIND_NAMES[kind]))
+            ce_by_kind.append(scale * config.ce_weight * (factors.ce if factors else 1.0))
+            kd_by_kind.append(scale * kd_weight * (factors.kd if factors else 1.0))
+        self._ce_by_kind = torch.tensor(ce_by_kind, dtype=torch.float32, device=device)
+        self._kd_by_kind = torch.tensor(kd_by_kind, dtype=torch.float32, device=device)
+
+    def bind(
+        self, kinds: Tensor, teacher: Tensor | None, statistics: Tensor | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of one micro-batch, to be called by the model with its logits.
+
+        Args:
+            kinds: `[b, s]` int64, kind of each label.
+            teacher: `[s, b, v/tp]` teacher logits, or None for cross-entropy alone. Training writes the gradient over
+                them: they must not be read again.
+            statistics: `[b, len(STATISTICS)]` fp64, filled with each sample's sums; None keeps none.
+
+        Returns:
+            `(logits [s, b, v/tp], labels [b, s]) -> loss [b, s]` fp32, 0 where labels are ignored.
+        """
+
+        def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+            loss, details = lssd_loss(
+                logits,
+                teacher,
+                labels.t(),
+                temperature=self.config.temperature,
+                ce_weight=self._ce_by_kind[kinds].t(),
+                kd_weight=self._kd_by_kind[kinds].t(),
+                target="swap" if self.config.target == "none" else self.config.target,
+                margin=self.config.margin,
+                group=self.group,
+                vocab_start=self.vocab_start,
+                valid_vocab=self.vocab_size,
+                grad_buffer="teacher" if teacher is not None and logits.requires_grad else "new",
+                return_details=True,
+            )
+            if statistics is not None:
+                counted = (labels != -100).t()
+                columns = (counted, loss.detach(), details["ce"], details["kl"], details["swapped"])
+                statistics.copy_(torch.stack([column.double().sum(0) for column in columns], dim=1))
+            return loss.t()
+
+        return token_loss

@@ -1,0 +1,1 @@
+"""What a run shows: the console line and metrics.jsonl. Only rank 0 observes."""

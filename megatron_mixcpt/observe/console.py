@@ -1,0 +1,78 @@
+"""The line a step prints: everything one looks for while a run goes on, in the order one looks for it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+PLAIN_INTERVAL = 5.0  # seconds between lines where the output is a log
+EMA_DECAY = 0.9
+
+
+class TrainConsole:
+    """Progress of training: a bar with the newest line on a terminal, a line every few seconds in a log."""
+
+    def __init__(self, steps: int, start_step: int) -> None:
+        self.steps = steps
+        self._start, self._start_step = time.monotonic(), start_step
+        self._last_print, self._ema = 0.0, None
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self._console)
+            self._task = self._progress.add_task("starting", total=steps, completed=start_step)
+            self._progress.start()
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(text, markup=False)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """`step`: steps done; `metrics`: names as in metrics.jsonl."""
+        loss = metrics["train/loss"]
+        self._ema = loss if self._ema is None else EMA_DECAY * self._ema + (1 - EMA_DECAY) * loss
+        line = self._line(step, metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=line)
+            return
+        now = time.monotonic()
+        if now - self._last_print >= PLAIN_INTERVAL or step == self.steps or step == self._start_step + 1:
+            self._last_print = now
+            self.message(line)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _line(self, step: int, metrics: dict[str, Any]) -> str:
+        parts = [
+            f"step {step}/{self.steps} ({step / self.steps:.1%})",
+            f"loss {metrics['train/loss']:.3f} (ema {self._ema:.3f})",
+            f"ce {metrics['train/ce']:.3f}" + (f" kd {metrics['train/kd']:.3f}" if "train/kd" in metrics else ""),
+        ]
+        if "train/swap_rate" in metrics:
+            parts.append(f"swap {metrics['train/swap_rate']:.0%}")
+        parts += [f"lr {metrics['optim/lr']:.1e}", f"gnorm {metrics['optim/grad_norm']:.2f}"]
+        parts.append(f"{_thousands(metrics['speed/tok_per_s_gpu'])} tok/s/rank")
+        if "speed/mfu" in metrics:
+            parts.append(f"MFU {metrics['speed/mfu']:.1%}")
+        parts += [f"data {metrics['speed/data_pct']:.1f}%", f"mem {metrics['mem/peak_gib']:.1f} GiB"]
+        remaining = (time.monotonic() - self._start) / (step - self._start_step) * (self.steps - step)
+        return " | ".join([*parts, f"ETA {duration(remaining)}"])
+
+
+def duration(seconds: float) -> str:
+    """`3h12m`, `4m05s` or `12s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:.0f}"

@@ -1,0 +1,43 @@
+"""`mixcpt train CONFIG [--nproc N] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.launcher import is_distributed, launch
+
+NAME = "train"
+HELP = """Train on a mixture with Mix-CPT's loss, on one process or many. Running the same command again resumes from
+the newest checkpoint of the run directory. SIGTERM, SIGUSR1 or ^C stop after the step in flight, save, and exit 75."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", help="YAML file: model, data, parallel, train, loss, teacher, eval, checkpoint, run_dir"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings laid over the file's, as train.lr=1e-5"
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to start on this machine (default 1; not under srun, torchrun)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(Config, args.config, args.overrides)
+    if args.nproc > 1 and not is_distributed():
+        from megatron_mixcpt.train.setup import check_batch, read_model_and_mix
+
+        # Mistakes are told once, before any process starts.
+        read_model_and_mix(config)
+        check_batch(config, args.nproc)
+        return launch(args.nproc, ["train", args.config, *args.overrides])
+    from megatron_mixcpt.train.loop import train
+
+    train(config)
+    return 0

@@ -1,0 +1,51 @@
+"""Megatron's optimizer for our model: AdamW, plain or sharded over the data-parallel group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_mixcpt.config import TrainConfig
+from megatron_mixcpt.train.schedule import learning_rate
+
+
+def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay; norms and biases are not decayed (Megatron's grouping)."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=config.dtype == "bf16",
+        params_dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=config.distributed_optimizer,
+    )
+    return get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+
+
+def optimizer_step(optimizer: MegatronOptimizer, step: int, config: TrainConfig) -> float:
+    """Clip and apply the finished gradients at step `step`'s learning rate; returns the gradient norm before clipping.
+
+    A norm that is not finite changes no weight: every rank of the data- and model-parallel group sees the same norm, so
+    all decide alike.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    if config.clip_grad > 0.0:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=config.clip_grad, total_norm=norm)
+    lr = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    optimizer.step_with_ready_grads()
+    return norm

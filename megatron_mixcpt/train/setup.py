@@ -1,0 +1,143 @@
+"""Everything a run is made of, built in the order in which it can fail: checks first, memory next, data last."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.mix import Mix, read_mix
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.losses.mixcpt import MixCPTLoss
+from megatron_mixcpt.model.architecture import PRESETS, Architecture
+from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.teacher import InitialTeacher
+from megatron_mixcpt.train.optimizer import build_optimizer
+from megatron_mixcpt.train.step import ForwardBackward
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    mix: Mix
+    arch: Architecture
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    teacher: InitialTeacher | None
+    run: ForwardBackward
+    validation: ForwardBackward
+
+
+def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
+    """Read what the configuration points at and check that the parts fit; opens no weights.
+
+    Raises ConfigError naming the key to change.
+    """
+    mix = read_mix(config.data.mix, config.data.seq_length)
+    if config.model.hf is not None:
+        from megatron_mixcpt.model.architecture import architecture_from_hf
+        arch = architecture_from_hf(config.model.hf)
+    else:
+        if config.model.preset not in PRESETS:
+            raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")
+        arch = dataclasses.replace(
+            PRESETS[config.model.preset],
+            vocab_size=mix.vocab_size,
+            max_position_embeddings=max(PRESETS[config.model.preset].max_position_embeddings, mix.seq_length),
+        )
+    if mix.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"data.mix: the tokenizer of {mix.path} has {mix.vocab_size} entries, the model only {arch.vocab_size}: "
+            "preprocess with the model's own tokenizer"
+        )
+    if mix.seq_length > arch.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_length {mix.seq_length} exceeds the model's {arch.max_position_embeddings} positions: "
+            "preprocess with a smaller seq_length"
+        )
+    arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    return arch, mix
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
+    data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    stride = config.train.micro_batch_size * data_size
+    if config.train.global_batch_size % stride:
+        raise ConfigError(
+            f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
+        )
+    if config.parallel.sequence and (config.data.seq_length or 0) % config.parallel.tensor:
+        raise ConfigError(
+            f"data.seq_length {config.data.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
+            "which parallel.sequence needs"
+        )
+
+
+def build(config: Config, state: ParallelState) -> Parts:
+    """Build model, teacher and optimizer at the starting weights. Collective."""
+    arch, mix = read_model_and_mix(config)
+    check_batch(config, state.world_size)
+    stage = build_stage(config, arch)
+    if config.uses_teacher:
+        teacher_stage = build_stage(config, arch, weights=False)
+        teacher_stage.load_state_dict(stage.state_dict())
+        teacher = InitialTeacher(teacher_stage, pipelined=state.pipeline_size > 1)
+    else:
+        teacher = None
+
+    model = DistributedDataParallel(
+        stage.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.train.overlap_grad_reduce,
+            use_distributed_optimizer=config.train.distributed_optimizer,
+        ),
+        stage,
+    )
+    stage.config.finalize_model_grads_func = finalize_model_grads
+    if config.train.overlap_grad_reduce:
+        stage.config.no_sync_func = model.no_sync
+    optimizer = build_optimizer(model, config.train)
+
+    loss = MixCPTLoss(
+        config.loss,
+        group=state.tensor_group if state.tensor_size > 1 else None,
+        vocab_start=stage.vocab_start,
+        vocab_size=arch.vocab_size,
+        device=state.device,
+    )
+    contributes = state.is_last_stage and state.tensor_rank == 0
+    run = ForwardBackward(model, loss, teacher, num_sources=len(mix.train_sources), contributes=contributes)
+    validation = ForwardBackward(model, loss, None, num_sources=1, contributes=contributes)
+    return Parts(mix, arch, model, optimizer, teacher, run, validation)
+
+
+def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:
+    """This rank's pipeline stage at the starting weights (or, without `weights`, uninitialised)."""
+    pretrained = config.model.hf if weights else None
+    stage = build_gpt(
+        arch,
+        sequence_parallel=config.parallel.sequence,
+        params_dtype=DTYPES[config.train.dtype],
+        recompute=config.train.recompute == "full",
+        seed=config.train.seed if weights and pretrained is None else None,
+    )
+    if pretrained is not None:
+        from megatron_mixcpt.model.hf import load_hf
+        load_hf(stage, Path(pretrained))
+    return stage

@@ -1,0 +1,83 @@
+"""One forward and backward pass over a global batch, through Megatron's pipeline schedules.
+
+Shapes: b micro-batch, s sequence, v vocabulary, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_mixcpt.data.batch import IGNORE_INDEX, Batch
+from megatron_mixcpt.losses.mixcpt import STATISTICS, MixCPTLoss
+from megatron_mixcpt.teacher import InitialTeacher
+
+
+class ForwardBackward:
+    """Runs micro-batches through the model and sums statistics by source.
+
+    Args:
+        model: this rank's stage, wrapped in Megatron's DistributedDataParallel or bare (forward only).
+        loss: the objective.
+        teacher: None trains on cross-entropy alone.
+        num_sources: rows of the returned statistics.
+        contributes: whether this rank's statistics count: one rank a data-parallel replica, on the last stage.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: MixCPTLoss,
+        teacher: InitialTeacher | None,
+        *,
+        num_sources: int,
+        contributes: bool,
+    ) -> None:
+        self.model, self.loss, self.teacher = model, loss, teacher
+        self.num_sources, self.contributes = num_sources, contributes
+
+    def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
+        """Accumulate the gradients of the mean loss over the global number of target tokens.
+
+        Returns:
+            `[num_sources, len(STATISTICS)]` fp64 sums of this rank (see losses.mixcpt.STATISTICS); all zeros where
+            `contributes` is false. Summing them over all ranks gives the global batch's.
+        """
+        totals = torch.zeros(self.num_sources, len(STATISTICS), dtype=torch.float64, device=batches[0].tokens.device)
+        if self.teacher is not None:
+            self.teacher.begin_step(batches)
+        get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, totals=totals),
+            data_iterator=enumerate(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        return totals if self.contributes else torch.zeros_like(totals)
+
+    def _forward_step(
+        self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor
+    ) -> tuple[Tensor, Any]:
+        index, batch = next(batches)
+        stage = unwrap_model(model)
+        statistics = torch.zeros(len(batch.source), len(STATISTICS), dtype=torch.float64, device=batch.tokens.device)
+        if stage.post_process:
+            teacher = self.teacher.logits(index, batch) if self.teacher is not None else None  # [s, b, v/tp]
+            stage.token_loss = self.loss.bind(batch.kinds, teacher, statistics)
+        # Last stage: loss [b, s]; others: hidden states.
+        output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        return output, partial(self._reduce, batch=batch, statistics=statistics, totals=totals)
+
+    @staticmethod
+    def _reduce(output: Tensor, *, batch: Batch, statistics: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, dict]:
+        totals.index_add_(0, batch.source, statistics)
+        num_tokens = (batch.labels != IGNORE_INDEX).sum().int()
+        return output.sum(), num_tokens, {}

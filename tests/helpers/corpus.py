@@ -1,0 +1,80 @@
+"""A small mixture of random documents in the final format, without a tokenizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mixcpt.data_prep.format import (
+    DOC_START,
+    KIND_DOMAIN,
+    KIND_INSTRUCTION,
+    KIND_SHIFT,
+    PAD,
+    TARGET,
+    IndexedWriter,
+    token_dtype,
+)
+
+KINDS = {"facts": KIND_DOMAIN, "tasks": KIND_INSTRUCTION}
+
+
+def packed_sequence(generator, kind, seq_length, vocab_size):
+    """One packed sequence: documents of random lengths, a masked prompt in instructions, padding at the end."""
+    tokens = generator.integers(0, vocab_size, seq_length)
+    flags = np.full(seq_length, (kind << KIND_SHIFT) | TARGET, dtype=np.uint8)
+    position = 0
+    while position < seq_length:
+        length = int(generator.integers(3, seq_length))
+        flags[position] = (flags[position] | DOC_START) & ~np.uint8(TARGET)
+        if kind == KIND_INSTRUCTION:
+            flags[position : position + length // 3] &= ~np.uint8(TARGET)
+        position += length
+    padding = int(generator.integers(0, 4))
+    if padding:
+        flags[-padding:] = PAD
+        flags[-padding] |= DOC_START
+        tokens[-padding:] = 0
+    return tokens, flags
+
+
+def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator):
+    prefix = folder / name
+    with IndexedWriter(prefix, token_dtype(vocab_size)) as tokens_file:
+        with IndexedWriter(folder / f"{name}.flags", np.dtype(np.uint8)) as flags_file:
+            for _ in range(sequences):
+                tokens, flags = packed_sequence(generator, kind, seq_length, vocab_size)
+                tokens_file.add(tokens)
+                flags_file.add(flags)
+            flags_file.finish()
+        tokens_file.finish()
+    return {"prefix": name, "sequences": sequences, "documents": sequences, "tokens": sequences * seq_length}
+
+
+def write_mix(folder: Path, *, seq_length=32, vocab_size=250, train=24, valid=5, seed=0, weights=(0.6, 0.4)) -> Path:
+    """Write the mixture and return the path of its mix.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    sources = [
+        {
+            "name": name,
+            "kind": "domain" if kind == KIND_DOMAIN else "instruction",
+            "weight": weight,
+            "layout": "pack",
+            "train": write_split(folder, f"{name}-train", kind, train, seq_length, vocab_size, generator),
+            "valid": write_split(folder, f"{name}-valid", kind, valid, seq_length, vocab_size, generator),
+        }
+        for (name, kind), weight in zip(KINDS.items(), weights)
+    ]
+    tokenizer = {"kind": "huggingface", "path": "tokenizer", "vocab_size": vocab_size, "hash": "0", "eos_id": 0}
+    mix = {
+        "format": "mixcpt-mix/1",
+        "seq_length": seq_length,
+        "seed": seed,
+        "fingerprint": f"random-{seed}",
+        "tokenizer": tokenizer,
+        "sources": sources,
+    }
+    path = folder / "mix.json"
+    path.write_text(json.dumps(mix))
+    return path

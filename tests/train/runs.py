@@ -1,0 +1,100 @@
+"""Train a few steps on some process grid and bring losses, gradients and weights back whole, to compare grids."""
+
+import os
+
+import torch
+
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.data.batch import train_batches
+from megatron_mixcpt.data.dataset import train_dataset
+from megatron_mixcpt.losses.mixcpt import STATISTICS
+from megatron_mixcpt.model.layout import unshard
+from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.train.optimizer import optimizer_step
+from megatron_mixcpt.train.setup import build
+
+
+def settings(mix, run_dir, **sections):
+    """A small configuration; keyword arguments are merged into its sections."""
+    values = {
+        "model": {"preset": "tiny"},
+        "data": {"mix": str(mix)},
+        "train": {
+            "steps": 4,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "lr": 1e-3,
+            "warmup_steps": 1,
+            "dtype": "fp32",
+        },
+        "loss": {"by_kind": {"instruction": {"ce": 0.5, "kd": 2.0}}},
+        "run_dir": str(run_dir),
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+    return values
+
+
+def whole_tensors(parts, state, value):
+    """`{name: whole tensor}` of `value(parameter)` over the grid, on every rank; tied copies must agree."""
+    local = {slot.name: value(slot.parameter).detach().clone() for slot in parts.model.module.slots()}
+    gathered = [None] * state.world_size
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    shards = {}
+    for _, data_rank, tensor_rank, tensors in sorted(gathered, key=lambda entry: entry[:3]):
+        if data_rank != 0:
+            continue
+        for name, tensor in tensors.items():
+            known = shards.setdefault(name, {})
+            assert tensor_rank not in known or torch.equal(known[tensor_rank], tensor), f"{name}: tied copies differ"
+            known[tensor_rank] = tensor
+    vocab_size = parts.arch.vocab_size
+    return {name: unshard(name, [of[r] for r in sorted(of)], vocab_size).numpy() for name, of in shards.items()}
+
+
+def run_steps(values):
+    """Train `values` (a configuration) from the start; call in every rank.
+
+    Returns losses and gradient norms by step, the first step's gradients and the final weights, whole.
+    """
+    config = validate(Config, values, "test")
+    with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
+        parts = build(config, state)
+        batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
+        dataset = train_dataset(parts.mix, config.train.steps * batch_size, 1234, _cache(config))
+        batches = train_batches(
+            dataset,
+            consumed=0,
+            micro_batch_size=micro,
+            data_rank=state.data_rank,
+            data_size=state.data_size,
+            num_workers=0,
+            device=state.device,
+        )
+        losses, norms, gradients = [], [], {}
+        for step in range(config.train.steps):
+            parts.model.zero_grad_buffer()
+            parts.optimizer.zero_grad()
+            totals = parts.run([next(batches) for _ in range(batch_size // (micro * state.data_size))])
+            torch.distributed.all_reduce(totals)
+            if step == 0 and not config.train.distributed_optimizer:  # which leaves each rank a part of the gradient
+                gradients = whole_tensors(parts, state, lambda parameter: parameter.main_grad)
+            losses.append((totals[:, STATISTICS.index("loss")].sum() / totals[:, 0].sum()).item())
+            norms.append(optimizer_step(parts.optimizer, step, config.train))
+        weights = whole_tensors(parts, state, lambda parameter: parameter.data)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def run_all(rank, world_size, runs):
+    """`runs`: `{name: (port, values)}`; results by name."""
+    results = {}
+    for name, (port, values) in runs.items():
+        os.environ["MASTER_PORT"] = str(port)
+        results[name] = run_steps(values)
+    return results
+
+
+def _cache(config):
+    from pathlib import Path
+
+    return Path(config.run_dir) / "index_cache"
