@@ -1,0 +1,98 @@
+"""The configuration files that the demo writes and then runs, commented for the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mixcpt.demo.settings import Settings
+
+QUESTION_PREFIX, ANSWER_PREFIX = "Question: ", "\nAnswer:"
+"""How a question is put, in training as in evaluation: plain text, since Mix-CPT removes the chat template."""
+
+
+def ask(question: str) -> str:
+    """The prompt for `question`; the answer goes on with a space."""
+    return f"{QUESTION_PREFIX}{question}{ANSWER_PREFIX}"
+
+
+def preprocess_yaml(settings: Settings, arm: str, texts: Path, tokenizer: Path, out: Path) -> str:
+    """`mixcpt preprocess` for `arm`: `cpt` is the domain, `mixcpt` the mixture, `pretrain` (tiny) general text."""
+    head = f"""\
+# Made by the demo. Run it by hand with: mixcpt preprocess <this file>
+tokenizer: {tokenizer}
+out: {out}
+seq_length: {settings.seq_length}     # tokens in a packed sequence; documents never see each other
+valid_fraction: 0    # nothing is split off: the demo measures on texts of its own
+seed: {settings.seed}
+sources:
+"""
+    domain = f"- {{name: facts, kind: domain, paths: [{texts}/domain.jsonl], text: '{{text}}', weight: {{weight}}}}\n"
+    if arm == "cpt":
+        return head + domain.replace("{weight}", "1.0")
+    mixture = ""
+    if arm == "pretrain":
+        mixture += "# Everything general that the model will ever know, before it meets the domain.\n"
+        mixture += f"- {{name: scenes, kind: domain, paths: [{texts}/pretrain.jsonl], text: '{{text}}', weight: 0.7}}\n"
+        weights = (0.2, 0.1)
+    else:
+        mixture += "# Mix-CPT: domain documents, general instructions and preferences in one stream of plain text.\n"
+        mixture += domain.replace("{weight}", str(settings.domain_weight))
+        weights = (settings.instruction_weight, settings.preference_weight)
+    return (
+        head
+        + mixture
+        + _questions(texts, "instructions", "instruction", weights[0])
+        + _questions(texts, "preferences", "preference", weights[1])
+    )
+
+
+def _questions(texts: Path, name: str, kind: str, weight: float) -> str:
+    prompt = f"{QUESTION_PREFIX}{{{'instruction' if kind == 'instruction' else 'prompt'}}}{ANSWER_PREFIX}"
+    prompt = '"' + prompt.replace("\n", "\\n") + '"'
+    if kind == "instruction":
+        answer = '  response: " {response}"\n'
+    else:
+        answer = '  chosen: " {chosen}"        # the chosen answer is trained on, the rejected one is not\n'
+        answer += '  rejected: " {rejected}"\n'
+    return f"""\
+- name: {name}
+  kind: {kind}
+  paths: [{texts}/{name}.jsonl]
+  prompt: {prompt}
+{answer}  separator: ""
+  weight: {weight}
+"""
+
+
+def train_yaml(settings: Settings, arm: str, base: Path, mix: Path, run_dir: Path) -> str:
+    """`mixcpt train` for `arm`. `cpt` and `mixcpt` differ in the data and in the loss, in nothing else."""
+    pretrain = arm == "pretrain"
+    distil = arm == "mixcpt"
+    steps = settings.pretrain_steps if pretrain else settings.steps
+    batch = settings.pretrain_global_batch_size if pretrain else settings.global_batch_size
+    model = "{preset: tiny}       # random weights" if pretrain else f"{{hf: {base}}}"
+    loss = (
+        "{target: swap, ce_weight: 1.0, kd_weight: 1.0, temperature: 1.0, normalize: true}  # LSSD beside cross-entropy"
+        if distil
+        else "{target: none}         # cross-entropy only"
+    )
+    return f"""\
+# Made by the demo. Run it by hand with: mixcpt train <this file>{f" --nproc {settings.tensor}" * (settings.tensor > 1)}
+model: {model}
+data: {{mix: {mix}, seq_length: {settings.seq_length}}}
+parallel: {{tensor: {settings.tensor}, pipeline: 1, sequence: false}}
+train:
+  steps: {steps}
+  micro_batch_size: {settings.micro_batch_size}
+  global_batch_size: {batch}       # x {settings.seq_length} tokens a step
+  lr: {settings.pretrain_lr if pretrain else settings.lr}
+  warmup_steps: {settings.warmup_steps}
+  schedule: cosine
+  weight_decay: 0.0
+  seed: {settings.seed}
+  dtype: fp32
+loss: {loss}
+teacher: {{source: {"initial" if distil else "none"}}}
+checkpoint: {{every: 0, keep: 1}}    # one at the end, and one when it is stopped
+run_dir: {run_dir}
+"""

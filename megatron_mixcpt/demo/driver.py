@@ -1,0 +1,201 @@
+"""The demo from the first file to the report. Everything between is what a user of `mixcpt` would run by hand."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mixcpt import __version__
+from megatron_mixcpt.demo import configs
+from megatron_mixcpt.demo.base_model import save_smollm2, save_tiny_tokenizer
+from megatron_mixcpt.demo.commands import run_mixcpt, training_progress
+from megatron_mixcpt.demo.console import DemoConsole, duration
+from megatron_mixcpt.demo.settings import Settings
+from megatron_mixcpt.demo.stages import Done, Progress, Stages, open_folder
+from megatron_mixcpt.demo.texts import read_probe, read_training_texts, write_texts
+from megatron_mixcpt.evaluate.report import metrics_table, verdict, write_report
+
+ARM_TITLES = {
+    "pretrain": "Pre-training the tiny model on general text",
+    "cpt": "Plain continual pre-training (arm `cpt`)",
+    "mixcpt": "Mix-CPT: knowledge mixture and logit-swap self-distillation (arm `mixcpt`)",
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo in `folder`; `expected` maps stages to their usual seconds (for the ETA)."""
+
+    settings: Settings
+    folder: Path
+    console: DemoConsole
+    stages: Stages
+    threads: int
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages that are not yet done and write the report; returns the measurements of the three models."""
+        settings, folder, console = self.settings, self.folder, self.console
+        texts, base = folder / "texts", folder / "base"
+        console.heading("Texts and base model")
+        done: dict[str, Done] = {}
+        # Quick enough to be done every time: what follows then depends on the texts themselves.
+        counts, fingerprint = write_texts(settings, texts)
+        console.say("  Inventing facts: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        if settings.pretrain_steps:
+            done |= self._pretrain(texts, fingerprint, base)
+        else:
+            done["base"] = self.stages.run(
+                "base", f"Unpacking {settings.title}", [__version__], [base], lambda progress: save_smollm2(base)
+            )
+        console.heading("Before: what the base model knows")
+        done["base-measure"] = self._measure("base", base, texts, fingerprint, done["base"])
+        for arm in ("cpt", "mixcpt"):
+            console.heading(ARM_TITLES[arm])
+            done |= self._train(arm, base, texts, fingerprint, base, done["base"])
+            exported = done[f"{arm}-export"]
+            done[f"{arm}-measure"] = self._measure(arm, folder / arm / "hf", texts, fingerprint, exported)
+        arms = {arm: done[f"{arm}-measure"].result for arm in ("base", "cpt", "mixcpt")}
+        self._report(arms, done)
+        return arms
+
+    def _pretrain(self, texts: Path, fingerprint: str, base: Path) -> dict[str, Done]:
+        """Make a base model out of nothing: a tokenizer, then cross-entropy on general text."""
+        tokenizer = self.folder / "tokenizer"
+        tokenized = self.stages.run(
+            "tokenizer", "Training a tokenizer", [__version__, fingerprint], [tokenizer],
+            lambda progress: save_tiny_tokenizer(read_training_texts(texts), tokenizer),
+        )  # fmt: skip
+        self.console.heading(ARM_TITLES["pretrain"])
+        done = self._train("pretrain", base, texts, fingerprint, tokenizer, tokenized)
+        done["base"] = done.pop("pretrain-export")
+        return {"tokenizer": tokenized, **done}
+
+    def _train(
+        self, arm: str, base: Path, texts: Path, fingerprint: str, tokenizer: Path, after: Done
+    ) -> dict[str, Done]:
+        """preprocess, train and export one arm. The pre-training arm exports to `base`, the others start from there."""
+        settings, folder = self.settings, self.folder / arm
+        data, run_dir = folder / "data", folder / "run"
+        out = base if arm == "pretrain" else folder / "hf"
+        steps = settings.pretrain_steps if arm == "pretrain" else settings.steps
+        preprocess = configs.preprocess_yaml(settings, arm, texts, tokenizer, data)
+        train = configs.train_yaml(settings, arm, base, data / "mix.json", run_dir)
+        log = self.folder / "logs" / f"{arm}.log"
+
+        def prepare(progress: Progress) -> None:
+            path = _write(folder / "preprocess.yaml", preprocess)
+            run_mixcpt(["preprocess", str(path)], log, threads=self.threads)
+
+        def fit(progress: Progress) -> None:
+            path = _write(folder / "train.yaml", train)
+            command = ["train", str(path)] + (["--nproc", str(settings.tensor)] if settings.tensor > 1 else [])
+            poll = training_progress(run_dir, steps, progress)
+            run_mixcpt(command, log, threads=max(1, self.threads // settings.tensor), poll=poll)
+
+        def export(progress: Progress) -> None:
+            run_mixcpt(["export", str(run_dir), "--out", str(out)], log, threads=self.threads)
+
+        tokens = f"{steps} steps of {settings.seq_length * _batch(settings, arm):,} tokens"
+        run = self.stages.run
+        prepared = run(
+            f"{arm}-data", "mixcpt preprocess", [__version__, preprocess, fingerprint], [data], prepare, [after]
+        )
+        trained = run(f"{arm}-train", f"mixcpt train: {tokens}", [__version__, train], [run_dir], fit, [prepared])
+        exported = run(f"{arm}-export", "mixcpt export", [__version__], [out], export, [trained])
+        return {f"{arm}-data": prepared, f"{arm}-train": trained, f"{arm}-export": exported}
+
+    def _measure(self, name: str, hf_dir: Path, texts: Path, fingerprint: str, model: Done) -> Done:
+        from megatron_mixcpt.evaluate.measure import measure
+
+        done = self.stages.run(
+            f"{name}-measure", "Measuring", [__version__, fingerprint], [],
+            lambda progress: measure(hf_dir, read_probe(texts), progress), [model],
+        )  # fmt: skip
+        result = done.result
+        self.console.say(
+            f"    facts answered {result['fact_recall']:.0%}, completed {result['fact_completion']:.0%}; "
+            f"perplexity: domain {result['domain_ppl']:.2f}, general {result['general_ppl']:.2f}"
+        )
+        return done
+
+    def _report(self, arms: dict[str, Any], done: dict[str, Done]) -> None:
+        from megatron_mixcpt.evaluate.plot import plot_tradeoff
+
+        settings = self.settings
+        title = f"Teaching {settings.title} facts that exist nowhere"
+        plot_tradeoff(
+            arms, f"{settings.num_people * 5} new facts in {settings.steps} steps", self.folder / "report.png"
+        )
+        write_report(
+            self.folder,
+            arms,
+            title=title,
+            settings=self._described(),
+            seconds=[(name, receipt.seconds) for name, receipt in done.items()],
+            plot="report.png",
+        )
+        self.console.close()
+        self.console.heading("Result")
+        self.console.say(metrics_table(arms).replace("**", ""))
+        self.console.say("\n" + verdict(arms).replace("**", ""))
+        self.console.say(f"\nReport: {self.folder}/report.md  (report.json, report.png; logs and configs beside it)")
+        self.console.say(f"This run took {duration(self.console.elapsed)}.")
+
+    def _described(self) -> list[tuple[str, str]]:
+        settings = self.settings
+        shares = (settings.domain_weight, settings.instruction_weight, settings.preference_weight)
+        return [
+            ("model", settings.title),
+            ("facts", f"{settings.num_people} people, {settings.documents_per_person} documents each"),
+            (
+                "training",
+                f"{settings.steps} steps of {settings.tokens_per_step} tokens, fp32, AdamW, lr {settings.lr:g}, cosine",
+            ),
+            ("cpt", "domain documents only; cross-entropy"),
+            (
+                "mixcpt",
+                "{:.0%} domain, {:.0%} general instructions, {:.0%} general preferences (chosen); ".format(*shares)
+                + "cross-entropy + 1.0 x KL to the logit-swapped initial model, divided by 2",
+            ),
+            ("layout", f"tensor parallel {settings.tensor}, {self.threads} threads in all"),
+            (
+                "machine",
+                f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}",
+            ),
+            ("seed", str(settings.seed)),
+        ]
+
+
+def run_demo(settings: Settings, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Run the demo in `folder`, continuing where an earlier run stopped unless `fresh`; returns the measurements.
+
+    Raises ConfigError if `folder` holds something else, MixcptError with the end of the log if a command fails.
+    """
+    open_folder(folder, fresh=fresh)
+    threads = len(os.sched_getaffinity(0))
+    console = DemoConsole(settings.expected_seconds)
+    console.say(f"Mix-CPT demo: teach {settings.title} facts that exist nowhere, and see what it forgets.")
+    console.say(f"Output: {folder}. Stop it whenever you like: the same command goes on where it stopped.")
+    try:
+        from megatron_mixcpt.evaluate.loading import quiet_libraries
+
+        quiet_libraries()
+        import torch
+
+        torch.set_num_threads(threads)
+        return Demo(settings, folder, console, Stages(folder, console), threads).run()
+    finally:
+        console.close()
+
+
+def _batch(settings: Settings, arm: str) -> int:
+    return settings.pretrain_global_batch_size if arm == "pretrain" else settings.global_batch_size
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path

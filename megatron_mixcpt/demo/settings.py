@@ -1,0 +1,104 @@
+"""The numbers of the demo: one `Settings` for the real model, one for the tiny one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Both arms share every value but the mixture and the loss."""
+
+    model: str
+    title: str
+    tensor: int
+    """Tensor-parallel size, which is also the number of processes."""
+    num_people: int
+    documents_per_person: int
+    """Trained on; one more a person is held out for the domain perplexity."""
+    steps: int
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    lr: float
+    warmup_steps: int
+    domain_weight: float
+    """Shares of the tokens in the mixture; the `cpt` arm trains on the domain alone."""
+    instruction_weight: float
+    preference_weight: float
+    pretrain_steps: int = 0
+    """Steps from random weights; 0 where a pretrained model is at hand."""
+    pretrain_lr: float = 3e-3
+    pretrain_global_batch_size: int = 8
+    seed: int = 1234
+    expected_seconds: dict[str, float] = field(default_factory=dict)
+    """Usual duration of each stage on two CPU cores, for the first estimate of the remaining time."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_length * self.global_batch_size
+
+
+SMOLLM2 = Settings(
+    model="smollm2",
+    title="SmolLM2-135M-Instruct",
+    tensor=1,  # 9 heads in 3 groups fit 1 or 3 ranks
+    num_people=10,
+    documents_per_person=5,
+    steps=40,
+    seq_length=256,
+    micro_batch_size=2,
+    global_batch_size=2,
+    lr=3e-4,
+    warmup_steps=4,
+    domain_weight=0.6,
+    instruction_weight=0.28,
+    preference_weight=0.12,
+    expected_seconds={
+        "base": 20,
+        "base-measure": 40,
+        "cpt-data": 5,
+        "cpt-train": 150,
+        "cpt-export": 10,
+        "cpt-measure": 40,
+        "mixcpt-data": 5,
+        "mixcpt-train": 200,
+        "mixcpt-export": 10,
+        "mixcpt-measure": 40,
+    },
+)
+
+TINY = Settings(
+    model="tiny",
+    title="a random-initialised Llama with one million weights",
+    tensor=2,
+    num_people=6,
+    documents_per_person=5,
+    steps=60,
+    seq_length=128,
+    micro_batch_size=4,
+    global_batch_size=4,
+    lr=1e-3,
+    warmup_steps=4,
+    domain_weight=0.5,
+    instruction_weight=0.3,
+    preference_weight=0.2,
+    pretrain_steps=120,
+    expected_seconds={
+        "tokenizer": 1,
+        "pretrain-data": 5,
+        "pretrain-train": 40,
+        "pretrain-export": 8,
+        "base-measure": 5,
+        "cpt-data": 5,
+        "cpt-train": 25,
+        "cpt-export": 8,
+        "cpt-measure": 5,
+        "mixcpt-data": 5,
+        "mixcpt-train": 25,
+        "mixcpt-export": 8,
+        "mixcpt-measure": 5,
+    },
+)
+
+MODELS = {settings.model: settings for settings in (SMOLLM2, TINY)}

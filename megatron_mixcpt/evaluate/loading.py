@@ -1,0 +1,41 @@
+"""Open a Hugging Face directory for measuring."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron_mixcpt.errors import ConfigError
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of our own output. Call before transformers is imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
+    """The fp32 model in evaluation mode and its tokenizer.
+
+    Raises ConfigError if `hf_dir` holds no model or no tokenizer that transformers can open.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise ConfigError(f"{hf_dir}: no config.json; give a Hugging Face directory such as `mixcpt export` writes")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{hf_dir}: transformers cannot open it: {error}") from error
+    return model.eval(), tokenizer

@@ -1,0 +1,67 @@
+"""The trade-off in one picture: what was learned against what was forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"base": "#6b7280", "cpt": "#d9622b", "mixcpt": "#1f6feb"}
+LABELS = {"base": "before", "cpt": "plain CPT", "mixcpt": "Mix-CPT"}
+INK, GRID = "#1f2937", "#e5e7eb"
+
+
+def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) -> None:
+    """Fact recall over general perplexity for `base`, `cpt` and `mixcpt`, with arrows from before to after, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=160)
+    base = arms["base"]
+    start = (base["general_ppl"], 100 * base["fact_recall"])
+    lowest = min(arm["general_ppl"] for arm in arms.values())
+    widest = max(arm["general_ppl"] for arm in arms.values())
+    margin = max(0.12 * (widest - lowest), 0.02 * widest)
+    axes.set_xlim(lowest - 1.2 * margin, widest + 2.2 * margin)
+    axes.set_ylim(-6, 110)
+    for name, arm in arms.items():
+        point, colour = (arm["general_ppl"], 100 * arm["fact_recall"]), COLOURS[name]
+        if name != "base":
+            axes.annotate(
+                "",
+                xy=point,
+                xytext=start,
+                arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2, "alpha": 0.55, "shrinkA": 9, "shrinkB": 9},
+            )
+        completed = 100 * arm["fact_completion"]
+        axes.scatter(point[0], completed, s=70, facecolors="white", edgecolors=colour, linewidths=1.6, zorder=3)
+        axes.plot([point[0]] * 2, [point[1], completed], color=colour, lw=1, ls=(0, (2, 3)), zorder=2)
+        axes.scatter(point[0], point[1], s=130, color=colour, zorder=4, edgecolors="white", linewidths=1.4)
+        axes.annotate(
+            f"{LABELS[name]}\n{point[1]:.0f} % answered, ppl {point[0]:.1f}",
+            point,
+            xytext=(11, 5),
+            textcoords="offset points",
+            color=colour,
+            fontsize=10,
+            fontweight="bold",
+        )
+    axes.scatter([], [], s=130, color=INK, label="held-out questions answered")
+    axes.scatter([], [], s=70, facecolors="white", edgecolors=INK, linewidths=1.6, label="training sentences completed")
+    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=14)
+    axes.set_xlabel("perplexity on general text that nobody trained on   (to the right: forgotten)", color=INK)
+    axes.set_ylabel("facts   (upwards: learned)", color=INK)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(out)
+    plt.close(figure)
