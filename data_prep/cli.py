@@ -1,0 +1,72 @@
+"""`mixcpt preprocess CONFIG`: from raw text to mixed token files."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+
+from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
+
+NAME = "preprocess"
+HELP = "turn raw text, instructions and preference pairs into packed, mixed token files"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
+    parser.add_argument("config", help="YAML file; docs/data.md explains every key")
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: one a core)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--shard", metavar="I/N", help="only tokenize the I-th of N shares of the work (1 <= I <= N)")
+    group.add_argument("--assemble", action="store_true", help="after all shards: put their parts together")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code. Raises MixcptError for what the user can act on."""
+    from megatron_mixcpt.data_prep.config import load_config
+    from megatron_mixcpt.data_prep.pipeline import preprocess
+
+    # The engines must not start threads of their own: there is one process a core already.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise ConfigError(f"--workers must be at least 1 (got {workers})")
+    shard = parse_shard(args.shard) if args.shard else None
+    config = load_config(args.config)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        mix = preprocess(config, workers=workers, shard=shard, assemble_only=args.assemble)
+    except OSError as error:
+        raise explain_os_error(error) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(mix if mix else f"shard {args.shard} done", file=sys.stdout)
+    return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """'2/8' -> (1, 8). Raises ConfigError."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ConfigError(f"--shard: write I/N, for example 1/8 (got {text!r})") from None
+    if not 1 <= index <= count:
+        raise ConfigError(f"--shard: I must be between 1 and N (got {text!r})")
+    return index - 1, count
+
+
+def explain_os_error(error: OSError) -> MixcptError:
+    """An operating-system error as a message that says what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MixcptError(
+            f"no room left to write{where}: {error.strerror}. Free some space and run the same command again; "
+            "finished parts are kept"
+        )
+    return MixcptError(f"{error.strerror or error}{where}")
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise StoppedError("stopped on request; finished parts are kept, run the same command again to continue")

@@ -1,0 +1,205 @@
+"""The configuration of `mixcpt preprocess`: typed, strict, with errors that name the line and the nearest key."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from megatron_mixcpt.data_prep.template import template_keys
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_mixcpt.errors import ConfigError
+
+Template = Annotated[str, Field(min_length=1)]
+SHARE_KEYS = ("weight", "tokens", "epochs")
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys are errors, values are not changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """One named body of text and its share of the mixture."""
+
+    name: str
+    kind: Literal["domain", "instruction", "preference"]
+    paths: list[str] = Field(min_length=1)  # files, directories or globs, relative to the working directory
+
+    # What becomes text; which keys go with which kind is checked below.
+    text: Template | None = None
+    prompt: Template | None = None
+    response: Template | None = None
+    chosen: Template | None = None
+    rejected: Template | None = None
+    messages: str | None = None  # key of a list of {role, content}
+    tools: str | None = None  # key of a list of tool descriptions for the chat template
+
+    format: Literal["plain", "chat"] = "plain"
+    separator: str = "\n"  # between turns in the plain format
+    loss: Literal["all", "answer"] = "all"
+    responses: Literal["chosen", "both"] = "chosen"  # which side of a preference pair is trained on as text
+    layout: Literal["pack", "concat"] = "pack"
+
+    weight: float | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    max_epochs: float | None = Field(default=None, gt=0)
+
+    min_tokens: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+            raise ValueError("is used in file names: use letters, digits, '_', '.', '-'")
+        return value
+
+    @field_validator("text", "prompt", "response", "chosen", "rejected")
+    @classmethod
+    def _valid_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_keys(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Source":
+        given = {key for key in ("text", "prompt", "response", "chosen", "rejected", "messages") if getattr(self, key)}
+        wanted = {
+            "domain": [{"text"}],
+            "instruction": [{"prompt", "response"}, {"messages"}],
+            "preference": [
+                {"prompt", "chosen", "rejected"},
+                {"messages", "chosen", "rejected"},
+                {"chosen", "rejected"},
+            ],
+        }[self.kind]
+        if given not in wanted:
+            choices = " or ".join(" + ".join(sorted(keys)) for keys in wanted)
+            raise ValueError(f"a {self.kind} source takes {choices}; given: {', '.join(sorted(given)) or 'none'}")
+        shares = [key for key in SHARE_KEYS if getattr(self, key) is not None]
+        if len(shares) != 1:
+            raise ValueError(f"give exactly one of weight, tokens, epochs; given: {', '.join(shares) or 'none'}")
+        if self.kind == "domain":
+            for key, default in (("format", "plain"), ("loss", "all")):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key}: {getattr(self, key)} makes no sense for a domain source")
+        if self.kind != "domain" and self.layout == "concat":
+            raise ValueError("layout: concat would cut conversations; it is for domain sources")
+        if self.tools and self.format != "chat":
+            raise ValueError("tools are written by the chat template; set format: chat")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+        return self
+
+
+class Config(Strict):
+    """A whole `preprocess.yaml`."""
+
+    tokenizer: str  # Hugging Face directory, tokenizer.json, or SentencePiece .model
+    out: str
+    seq_length: int = Field(ge=8, le=2**24)  # tokens in every stored sequence
+    sources: list[Source] = Field(min_length=1)
+    valid_fraction: float = Field(default=0.02, ge=0, lt=1)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
+
+    add_bos: bool | None = None  # null: as the tokenizer itself does
+    eos_token: str | None = None  # null: as the tokenizer's own configuration says
+    total_tokens: int | None = Field(default=None, gt=0)  # training budget; null: what the shares need
+    share_of: Literal["tokens", "targets"] = "tokens"
+    max_record_bytes: int = Field(default=16 * 2**20, gt=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Config":
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]!r}")
+        return self
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a YAML file. Raises ConfigError that names file, line, key and the fix."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines; see docs/data.md for an example")
+    lines: dict[tuple, int] = {}
+    _collect_lines(node, (), lines, path)
+    return parse_config(values, lambda location: f"{path}:{_line_of(location, lines)}")
+
+
+def parse_config(values: dict[str, Any], where: Any = lambda location: "config") -> Config:
+    """Check a mapping against the schema. `where(location)` turns a key path into a place to name in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _collect_lines(node: Any, location: tuple, lines: dict[tuple, int], path: Path) -> None:
+    """Record the line of every key below `node`; YAML would silently let a second `weight:` win, we do not."""
+    lines.setdefault(location, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
+            seen.add(key.value)
+            below = (*location, key.value)
+            lines[below] = key.start_mark.line + 1
+            _collect_lines(value, below, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _collect_lines(value, (*location, index), lines, path)
+
+
+def _line_of(location: tuple, lines: dict[tuple, int]) -> int:
+    while location and location not in lines:
+        location = location[:-1]
+    return lines.get(location, 1)
+
+
+def _explain(error: Any, where: Any) -> str:
+    location = tuple(error["loc"])
+    key = ".".join(str(part) for part in location) or "config"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = list(_model_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where(location)}: unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{where(location)}: key {key!r} is missing"
+    given = error.get("input")
+    shown = f" (got {given!r})" if not isinstance(given, (dict, list)) else ""
+    return f"{where(location)}: {key}: {message}{shown}"
+
+
+def _model_at(location: tuple) -> type[BaseModel]:
+    """The section a key path lies in, so that the nearest key is looked for among its fields."""
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return model

@@ -1,0 +1,69 @@
+"""Documents on their way to tokens: pieces of text and control tokens, encoded many at a time.
+
+A piece is text (encoded as text, whatever it spells) or one control token; every piece carries the flags of its tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from megatron_mixcpt.data_prep.format import DOC_START, TARGET
+from megatron_mixcpt.data_prep.tokenizer import Engine
+
+Piece = tuple[str | int, int]  # (text, flags) or (control token id, flags)
+
+
+@dataclass
+class Document:
+    """One document: `kind` is the number of its kind in the flags, `pieces` in reading order."""
+
+    kind: int
+    pieces: list[Piece]
+
+
+class Batch:
+    """Collects pieces of documents and encodes them in one call."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._ids: list[int] = []  # -1: the next text
+        self._flags: list[int] = []
+        self._ends: list[int] = []  # pieces up to the end of each document
+        self.num_characters = 0
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Append one document."""
+        for content, flags in pieces:
+            if isinstance(content, str):
+                self._texts.append(content)
+                self._ids.append(-1)
+                self.num_characters += len(content)
+            else:
+                self._ids.append(content)
+            self._flags.append(flags)
+        self._ends.append(len(self._ids))
+
+    def encode(self, engine: Engine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns tokens (uint32 [T]), flags (uint8 [T]) and the number of tokens of each document (int64 [D]).
+
+        The first token of a document is marked as its start and is no target.
+        """
+        ids = np.array(self._ids, dtype=np.int64)
+        is_text = ids < 0
+        piece_lengths = np.ones(len(ids), dtype=np.int64)
+        encoded, offsets = engine.encode(self._texts)
+        piece_lengths[is_text] = np.diff(offsets)
+        flags = np.repeat(np.array(self._flags, dtype=np.uint8), piece_lengths)
+        from_text = np.repeat(is_text, piece_lengths)
+        tokens = np.empty(len(flags), dtype=np.uint32)
+        tokens[from_text] = encoded
+        tokens[~from_text] = ids[~is_text]
+        piece_ends = np.concatenate([[0], np.cumsum(piece_lengths)])
+        document_ends = piece_ends[np.array([0, *self._ends], dtype=np.int64)]
+        lengths = np.diff(document_ends)
+        starts = document_ends[:-1][lengths > 0]
+        flags[starts] = (flags[starts] | DOC_START) & ~np.uint8(TARGET)
+        return tokens, flags, lengths

@@ -1,0 +1,150 @@
+"""Part files: what a worker leaves behind for one chunk, and the receipt that vouches for it.
+
+A chunk yields one or more blocks `00012-000.part`, each tokens, flags and a document table in one file, and a receipt
+`00012.json`, written last and atomically. Without a receipt, or if a block does not match it, the chunk is done again.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+# One row per document. `hash` is the 128-bit content hash of its record (two halves); `kind` as in the flags.
+DOCUMENT_DTYPE = np.dtype(
+    [
+        ("hash_high", "<u8"),
+        ("hash_low", "<u8"),
+        ("line", "<u8"),
+        ("file", "<u4"),
+        ("tokens", "<u4"),
+        ("targets", "<u4"),
+        ("kind", "u1"),
+        ("contaminated", "u1"),
+    ]
+)
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """The arrays of one block, mapped from its file."""
+
+    tokens: np.ndarray  # token dtype [T]
+    flags: np.ndarray  # uint8 [T]
+    documents: np.ndarray  # DOCUMENT_DTYPE [D]
+    signatures: np.ndarray | None  # uint32 [D, permutations], only where near-duplicates are looked for
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def write_block(
+    folder: Path,
+    name: str,
+    tokens: np.ndarray,
+    flags: np.ndarray,
+    documents: np.ndarray,
+    signatures: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Write a block atomically; returns its entry in the receipt."""
+    state = xxhash.xxh3_128()
+    temporary = folder / (name + ".tmp")
+    sections = [tokens, flags, documents] + ([] if signatures is None else [signatures])
+    with open(temporary, "wb") as file:
+        for section in sections:
+            data = np.ascontiguousarray(section).view(np.uint8).reshape(-1).data
+            padding = bytes(_align(len(data)) - len(data))
+            for piece in (data, padding):
+                file.write(piece)
+                state.update(piece)
+    os.replace(temporary, folder / name)
+    return {
+        "name": name,
+        "tokens": len(tokens),
+        "documents": len(documents),
+        "permutations": 0 if signatures is None else signatures.shape[1],
+        "hash": state.hexdigest(),
+    }
+
+
+def _sections(entry: dict[str, Any], dtype: np.dtype) -> Iterator[tuple[int, int, np.dtype]]:
+    """(byte offset, items, dtype) of each section."""
+    offset = 0
+    for count, kind in (
+        (entry["tokens"], dtype),
+        (entry["tokens"], np.dtype(np.uint8)),
+        (entry["documents"], DOCUMENT_DTYPE),
+        (entry["documents"] * entry["permutations"], np.dtype("<u4")),
+    ):
+        yield offset, count, kind
+        offset += _align(count * kind.itemsize)
+
+
+def _size(entry: dict[str, Any], dtype: np.dtype) -> int:
+    offset, count, kind = list(_sections(entry, dtype))[-1]
+    return offset + _align(count * kind.itemsize)
+
+
+def open_block(folder: Path, entry: dict[str, Any], dtype: np.dtype) -> Block:
+    """Map a block that its receipt describes."""
+    path = folder / entry["name"]
+    if _size(entry, dtype) == 0:
+        raw = np.zeros(0, np.uint8)
+    else:
+        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    arrays = [raw[at : at + count * kind.itemsize].view(kind) for at, count, kind in _sections(entry, dtype)]
+    signatures = arrays[3].reshape(entry["documents"], entry["permutations"]) if entry["permutations"] else None
+    return Block(arrays[0], arrays[1], arrays[2], signatures)
+
+
+def receipt_path(folder: Path, chunk: int) -> Path:
+    """Where the receipt of a chunk is."""
+    return folder / f"{chunk:06d}.json"
+
+
+def write_receipt(folder: Path, chunk: int, receipt: dict[str, Any]) -> None:
+    """Write the receipt, sealed with a hash of itself."""
+    body = orjson.dumps(receipt, option=orjson.OPT_SORT_KEYS)
+    path = receipt_path(folder, chunk)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
+    os.replace(temporary, path)
+
+
+def read_receipt(folder: Path, chunk: int) -> dict[str, Any] | None:
+    """The receipt of a chunk, or None if there is none or it is damaged."""
+    try:
+        seal, _, body = receipt_path(folder, chunk).read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return orjson.loads(body) if seal == xxhash.xxh3_128_hexdigest(body).encode() else None
+
+
+def part_is_good(folder: Path, chunk: int, dtype: np.dtype) -> bool:
+    """Whether the chunk is done: a whole receipt, and every block has the size and the hash the receipt names."""
+    receipt = read_receipt(folder, chunk)
+    if receipt is None:
+        return False
+    for entry in receipt["blocks"]:
+        path = folder / entry["name"]
+        if not path.is_file() or path.stat().st_size != _size(entry, dtype):
+            return False
+        if hash_file(path) != entry["hash"]:
+            return False
+    return True
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 (hex) of a file, in bounded memory."""
+    state = xxhash.xxh3_128()
+    buffer = bytearray(1 << 22)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            state.update(memoryview(buffer)[:size])
+    return state.hexdigest()

@@ -1,0 +1,169 @@
+"""The frozen chunk plan: which bytes of which files make up each unit of work.
+
+A plan depends on the inputs and on nothing else (not on the number of workers), so that every run, shard and resumed
+run cuts the same chunks. Its key is a hash over the content of the inputs, the keys that shape the tokens, and the
+tokenizer: anything that could change a token changes the key, and old parts are never taken for new ones.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
+from megatron_mixcpt.data_prep.streams import compression
+
+from megatron_mixcpt.errors import ConfigError
+
+PLAN_VERSION = 1  # raise it when the meaning of parts changes
+CHUNK_BYTES = 4 << 20
+MAX_CHUNKS = 8192  # of a source; larger corpora get larger chunks, so that all parts can be mapped at once
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An input file as it was when planned. `hash`: xxh3-128 of its bytes."""
+
+    path: str
+    format: str
+    compression: str | None
+    size: int
+    mtime_ns: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a file: bytes [begin, end), or row groups for parquet; `line` is the number of its first record."""
+
+    file: int
+    begin: int
+    end: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one source: `chunks[i]` are the spans of chunk i."""
+
+    source: str
+    key: str
+    files: list[InputFile]
+    chunks: list[list[Span]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def chunk_bytes(self, chunk: int) -> int:
+        """Input bytes of a chunk (for progress)."""
+        total = 0
+        for span in self.chunks[chunk]:
+            file = self.files[span.file]
+            total += span.end - span.begin if _is_byte_range(file) else file.size
+        return total
+
+
+def _is_byte_range(file: InputFile) -> bool:
+    return file.format in (JSON_LINES, TEXT) and not file.compression
+
+
+def make_plan(source: Source, config: Config, tokenizer_hash: str, *, add_bos: bool, eos_id: int) -> Plan:
+    """Scan the inputs of `source` once (hash, newlines) and cut them. Raises ConfigError for unusable inputs."""
+    paths = resolve_paths(source.paths, source.name)
+    total = sum(path.stat().st_size for path in paths)
+    target = max(CHUNK_BYTES, -(-total // MAX_CHUNKS))
+    files: list[InputFile] = []
+    spans: list[Span] = []
+    for index, path in enumerate(paths):
+        file, cuts = _scan(path, index, target, source)
+        files.append(file)
+        spans.extend(cuts)
+    # What shapes the tokens of a document, and nothing that only shapes the mixture.
+    shaping: dict[str, Any] = source.model_dump(
+        include={"kind", "text", "prompt", "response", "chosen", "rejected", "messages", "tools"}
+        | {"format", "separator", "loss"}
+    )
+    shaping["max_tokens"] = None if source.kind == "domain" else config.seq_length
+    key = xxhash.xxh3_128_hexdigest(
+        orjson.dumps(
+            [PLAN_VERSION, shaping, tokenizer_hash, add_bos, eos_id, config.max_record_bytes]
+            + [[file.path, file.format, file.size, file.hash] for file in files]
+        )
+    )
+    return Plan(source.name, key, files, _group(spans, files, target))
+
+
+def _scan(path: Path, index: int, target: int, source: Source) -> tuple[InputFile, list[Span]]:
+    form = file_format(path)
+    assert form is not None
+    if form == TEXT and source.kind != "domain":
+        raise ConfigError(f"source {source.name}: {path} is plain text; a {source.kind} source needs records with keys")
+    packed = compression(path) if form in (JSON_LINES, TEXT) else None
+    stat = path.stat()
+    cut = form in (JSON_LINES, TEXT) and packed is None
+    state = xxhash.xxh3_128()
+    spans: list[Span] = []
+    begin, line, position = 0, 1, 0
+    with open(path, "rb") as stream:
+        while block := stream.read(target):
+            if position == 0:
+                _refuse_utf16(block, path)
+            state.update(block)
+            end = position + block.rfind(b"\n") + 1
+            if cut and end > position:
+                spans.append(Span(index, begin, end, line))
+                line, begin = line + block.count(b"\n"), end
+            position += len(block)
+    if cut and position > begin:
+        spans.append(Span(index, begin, position, line))
+    if form == PARQUET:
+        spans = _row_groups(path, index)
+    elif not cut:
+        spans = [Span(index, 0, stat.st_size, 1)] if stat.st_size else []
+    return InputFile(str(path), form, packed, stat.st_size, stat.st_mtime_ns, state.hexdigest()), spans
+
+
+def _refuse_utf16(block: bytes, path: Path) -> None:
+    if block[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ConfigError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path.name}")
+
+
+def _row_groups(path: Path, index: int) -> list[Span]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            spans, row = [], 1
+            for group in range(table.num_row_groups):
+                spans.append(Span(index, group, group + 1, row))
+                row += table.metadata.row_group(group).num_rows
+            return spans
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not a parquet file: {error}") from None
+
+
+def _group(spans: list[Span], files: list[InputFile], target: int) -> list[list[Span]]:
+    """Small spans share a chunk: a folder of a million short files must not become a million parts."""
+    chunks: list[list[Span]] = []
+    room = 0
+    for span in spans:
+        file = files[span.file]
+        size = span.end - span.begin if _is_byte_range(file) else file.size
+        if file.format in (PARQUET, ARROW):
+            size = max(size, target)  # a row group is a chunk
+        if size > room or not chunks:
+            chunks.append([])
+            room = target
+        chunks[-1].append(span)
+        room -= size
+    return chunks
+
+
+def plan_to_json(plan: Plan) -> bytes:
+    """The plan as it is kept beside its parts."""
+    return orjson.dumps(dataclasses.asdict(plan), option=orjson.OPT_INDENT_2)

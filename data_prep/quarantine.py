@@ -1,0 +1,40 @@
+"""Records that could not be used: written down with file, line and reason, and never more than the budget allows."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.plan import Plan
+
+from megatron_mixcpt.errors import BadRecordsError
+
+FILE_NAME = "quarantine.jsonl"
+
+
+def write_quarantine(out: Path, bad: list[tuple[Plan, list[dict[str, Any]]]]) -> Path:
+    """Write all bad records, in the order of the sources and of their files."""
+    path = out / FILE_NAME
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for plan, items in bad:
+            for item in items:
+                row = {"source": plan.source, **item, "file": plan.files[item["file"]].path}
+                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+    os.replace(temporary, path)
+    return path
+
+
+def check_budget(source: Source, num_records: int, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
+    """Raises BadRecordsError (exit code 4) if more than `max_bad_fraction` of the records are bad."""
+    if len(items) <= source.max_bad_fraction * num_records:
+        return
+    reason, count = Counter(item["reason"] for item in items).most_common(1)[0]
+    example = next(item for item in items if item["reason"] == reason)
+    raise BadRecordsError(
+        f"source {source.name}: {len(items)} of {num_records} records are bad, the budget is "
+        f"{source.max_bad_fraction:.2%} (max_bad_fraction). Most frequent: {reason} ({count}), for example "
+        f"{plan.files[example['file']].path}:{example['line']}: {example['detail']}. All of them are in {path}"
+    )

@@ -1,0 +1,127 @@
+"""Records of one span of an input file, each with its place, so that every error can name file and line."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT
+from megatron_mixcpt.data_prep.plan import InputFile, Span
+from megatron_mixcpt.data_prep.streams import UTF8_BOM, decompressed_blocks, raw_blocks, split_lines
+from megatron_mixcpt.data_prep.template import BadRecord
+
+from megatron_mixcpt.errors import MixcptError
+
+Numbered = Iterator[tuple[int, dict[str, Any] | BadRecord]]  # 1-based line (or row) and what stands there
+
+
+def read_span(file: InputFile, span: Span, max_record_bytes: int) -> Numbered:
+    """Yield (line, record) or (line, BadRecord). Raises MixcptError if the file changed since it was planned."""
+    path = Path(file.path)
+    check_unchanged(file)
+    if file.format == PARQUET:
+        yield from _parquet_rows(path, span)
+    elif file.format == ARROW:
+        yield from _arrow_rows(path)
+    elif file.compression:
+        yield from _from_blocks(file, span, decompressed_blocks(path, file.compression), max_record_bytes)
+    else:
+        with open(path, "rb") as stream:
+            yield from _from_blocks(file, span, raw_blocks(stream, span.begin, span.end), max_record_bytes)
+    check_unchanged(file)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raises MixcptError if the input file is not the one that was planned."""
+    try:
+        stat = Path(file.path).stat()
+    except OSError as error:
+        raise MixcptError(f"input file {file.path}: {error.strerror}; put it back and run again") from None
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise MixcptError(f"input file {file.path} changed during the run; run the same command again")
+
+
+def _from_blocks(file: InputFile, span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
+    if file.format == TEXT:
+        return _whole_text(span, blocks, max_record_bytes)
+    assert file.format == JSON_LINES
+    return _json_lines(span, blocks, max_record_bytes)
+
+
+def _json_lines(span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
+    first = span.begin == 0
+    for number, line in enumerate(split_lines(blocks, max_record_bytes), start=span.line):
+        if isinstance(line, int):
+            yield number, _too_large(line, max_record_bytes)
+            continue
+        if first:
+            line, first = line.removeprefix(UTF8_BOM), False
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            if line.strip():
+                yield number, _json_error(line, error)
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            yield number, BadRecord("not an object", f"the line holds a {type(record).__name__}, not a {{...}} object")
+
+
+def _json_error(line: bytes, error: orjson.JSONDecodeError) -> BadRecord:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        return BadRecord("invalid UTF-8", f"byte {problem.start + 1} of the line is not UTF-8")
+    return BadRecord("invalid JSON", str(error))
+
+
+def _too_large(size: int, limit: int) -> BadRecord:
+    return BadRecord("too large", f"{size} bytes; max_record_bytes is {limit}")
+
+
+def _whole_text(span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
+    parts, size = [], 0
+    for block in blocks:
+        size += len(block)
+        if size <= max_record_bytes:
+            parts.append(block)
+    if size > max_record_bytes:
+        yield span.line, _too_large(size, max_record_bytes)
+        return
+    data = b"".join(parts)
+    if span.begin == 0:
+        data = data.removeprefix(UTF8_BOM)
+    try:
+        yield span.line, {"text": data.decode("utf-8")}
+    except UnicodeDecodeError as problem:
+        yield span.line, BadRecord("invalid UTF-8", f"byte {span.begin + problem.start + 1} of the file is not UTF-8")
+
+
+def _parquet_rows(path: Path, span: Span) -> Numbered:
+    import pyarrow.parquet
+
+    number = span.line
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for group in range(span.begin, span.end):
+            for batch in table.iter_batches(batch_size=1024, row_groups=[group], use_threads=False):
+                for record in batch.to_pylist():
+                    yield number, record
+                    number += 1
+
+
+def _arrow_rows(path: Path) -> Numbered:
+    import pyarrow
+
+    number = 1
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            batches: Any = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            opened = pyarrow.ipc.open_file(source)
+            batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+        for batch in batches:
+            for start in range(0, len(batch), 1024):
+                for record in batch.slice(start, 1024).to_pylist():
+                    yield number, record
+                    number += 1

@@ -1,0 +1,167 @@
+"""What a worker does with one chunk: read, render, encode, write a part and its receipt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.documents import Batch, Document
+from megatron_mixcpt.data_prep.format import KIND_DOMAIN, ROLE_MASK, TARGET
+from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
+from megatron_mixcpt.data_prep.plan import Plan
+from megatron_mixcpt.data_prep.readers import read_span
+from megatron_mixcpt.data_prep.records import Renderer
+from megatron_mixcpt.data_prep.template import BadRecord
+from megatron_mixcpt.data_prep.tokenizer import Engine
+
+BATCH_CHARACTERS = 1 << 19  # encoded in one call
+BLOCK_TOKENS = 1 << 22  # held in memory before a block is written
+
+
+@dataclass
+class Job:
+    """All a worker needs to turn any chunk of one source into a part."""
+
+    source: Source
+    plan: Plan
+    folder: Path
+    render: Renderer
+    engine: Engine
+    dtype: np.dtype
+    max_tokens: int | None  # longest document that may not be split; None: any length
+    max_record_bytes: int
+    count_literals: Callable[[str], int]
+
+
+def process_chunk(job: Job, chunk: int) -> dict[str, Any]:
+    """Write the part of `chunk`; returns its receipt."""
+    part = _Part(job, chunk)
+    for span in job.plan.chunks[chunk]:
+        for line, record in read_span(job.plan.files[span.file], span, job.max_record_bytes):
+            part.take(span.file, line, record)
+    return part.finish()
+
+
+class _Part:
+    """The part under construction: a batch not yet encoded, and a block not yet written."""
+
+    def __init__(self, job: Job, chunk: int) -> None:
+        self._job, self._chunk = job, chunk
+        self._batch = Batch()
+        self._rows: list[tuple[int, int, int, int, int]] = []  # hash high, hash low, line, file, kind
+        self._records: list[int] = []  # number of documents of each record in the batch
+        self._tokens: list[np.ndarray] = []
+        self._flags: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = []
+        self._num_tokens = 0
+        self._blocks: list[dict[str, Any]] = []
+        self._bad: list[dict[str, Any]] = []
+        self._num_records = 0
+        self._num_literals = 0
+
+    def take(self, file: int, line: int, record: dict[str, Any] | BadRecord) -> None:
+        self._num_records += 1
+        if isinstance(record, BadRecord):
+            self._quarantine(file, line, record)
+            return
+        try:
+            documents = self._job.render(record)
+        except BadRecord as bad:
+            self._quarantine(file, line, bad)
+            return
+        digest = _content_hash(documents)
+        high, low = digest >> 64, digest & 0xFFFFFFFFFFFFFFFF
+        for document in documents:
+            self._batch.add(document.pieces)
+            self._rows.append((high, low, line, file, document.kind))
+            for content, _ in document.pieces:
+                if isinstance(content, str):
+                    self._num_literals += self._job.count_literals(content)
+        self._records.append(len(documents))
+        if self._batch.num_characters >= BATCH_CHARACTERS:
+            self._encode()
+
+    def finish(self) -> dict[str, Any]:
+        self._encode()
+        self._write_block()
+        receipt = {
+            "chunk": self._chunk,
+            "plan": self._job.plan.key,
+            "engine": self._job.engine.name,
+            "records": self._num_records,
+            "literals": self._num_literals,
+            "blocks": self._blocks,
+            "bad": self._bad,
+        }
+        write_receipt(self._job.folder, self._chunk, receipt)
+        return receipt
+
+    def _quarantine(self, file: int, line: int, bad: BadRecord) -> None:
+        self._bad.append({"file": file, "line": line, "reason": bad.reason, "detail": bad.detail})
+
+    def _encode(self) -> None:
+        if not self._rows:
+            return
+        tokens, flags, lengths = self._batch.encode(self._job.engine)
+        documents = np.zeros(len(lengths), dtype=DOCUMENT_DTYPE)
+        for name, column in zip(("hash_high", "hash_low", "line", "file", "kind"), zip(*self._rows)):
+            documents[name] = np.array(column, dtype=DOCUMENT_DTYPE[name])
+        documents["tokens"] = lengths
+        ends = np.cumsum(lengths)
+        targets = np.concatenate([[0], np.cumsum(flags & TARGET, dtype=np.int64)])
+        documents["targets"] = targets[ends] - targets[ends - lengths]
+        limit = self._job.max_tokens
+        if limit is not None and lengths.max() > limit:
+            keep = self._without_long_records(documents, limit)
+            chosen = np.repeat(keep, lengths)
+            tokens, flags, documents = tokens[chosen], flags[chosen], documents[keep]
+        self._tokens.append(tokens.astype(self._job.dtype))
+        self._flags.append(flags)
+        self._documents.append(documents)
+        self._num_tokens += len(tokens)
+        self._batch, self._rows, self._records = Batch(), [], []
+        if self._num_tokens >= BLOCK_TOKENS:
+            self._write_block()
+
+    def _without_long_records(self, documents: np.ndarray, limit: int) -> np.ndarray:
+        """Which documents stay: a conversation is never cut, so a record with one that does not fit goes."""
+        keep = np.ones(len(documents), dtype=bool)
+        start = 0
+        for count in self._records:
+            rows = documents[start : start + count]
+            longest = int(rows["tokens"].max())
+            if longest > limit:
+                keep[start : start + count] = False
+                self._quarantine(
+                    int(rows["file"][0]),
+                    int(rows["line"][0]),
+                    BadRecord("too long", f"{longest} tokens; seq_length is {limit}"),
+                )
+            start += count
+        return keep
+
+    def _write_block(self) -> None:
+        if not self._documents:
+            return
+        name = f"{self._chunk:06d}-{len(self._blocks):03d}.part"
+        arrays = (np.concatenate(each) for each in (self._tokens, self._flags, self._documents))
+        self._blocks.append(write_block(self._job.folder, name, *arrays))
+        self._tokens, self._flags, self._documents, self._num_tokens = [], [], [], 0
+
+
+def _content_hash(documents: list[Document]) -> int:
+    """128 bits over the kind, roles and text of a record; neither the tokenizer nor the loss mask changes it."""
+    if len(documents) == 1 and documents[0].kind == KIND_DOMAIN:
+        text = next(content for content, _ in documents[0].pieces if isinstance(content, str))
+        return xxhash.xxh3_128_intdigest(text.encode())
+    state = xxhash.xxh3_128()
+    for document in documents:
+        for content, flags in document.pieces:
+            if isinstance(content, str):
+                data = content.encode()
+                state.update(b"%d %d %d\n" % (document.kind, flags & ROLE_MASK, len(data)))
+                state.update(data)
+    return state.intdigest()
