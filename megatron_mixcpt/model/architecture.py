@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
@@ -44,6 +45,7 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False
     initializer_range: float = 0.02
+    sliding_window: int | None = None  # a token attends to itself and the window - 1 tokens before it
 
     def padded_vocab_size(self, tensor: int) -> int:
         """Rows of the embedding over `tensor` ranks: `vocab_size` rounded up to a multiple of 128 x tensor."""
@@ -94,6 +96,17 @@ class Architecture:
     def from_dict(cls, values: dict[str, Any]) -> "Architecture":
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of a local Hugging Face model directory (config.json, or a single GGUF file).
+
+    Raises:
+        ConfigError: there is none, or it is of a family or uses a feature that is not implemented.
+    """
+    from megatron_mixcpt.model.hf_config import architecture_from_config, load_config
+
+    return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
 
 
 # Random-initialised Llamas to train from scratch; vocab_size is replaced by the tokenizer's.

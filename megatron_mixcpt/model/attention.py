@@ -34,6 +34,19 @@ def document_mask(doc_start: Tensor) -> tuple[Tensor, Tensor | None]:
     return steps - starts, mask.unsqueeze(1)
 
 
+def window_mask(mask: Tensor | None, length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """`mask` of `document_mask`, narrowed to a sliding window: a token sees itself and the `window` - 1 before it.
+
+    Rows no longer than the window need nothing (Mistral, https://arxiv.org/abs/2310.06825).
+    """
+    if window is None or length <= window:
+        return mask
+    steps = torch.arange(length, device=device)
+    distance = steps.unsqueeze(1) - steps
+    near = (distance < window) & (distance >= 0)
+    return near[None, None] if mask is None else mask & near
+
+
 class SDPAttention(MegatronModule):
     """The core attention of a megatron-core layer (softmax(q k^T / sqrt(d)) v)."""
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.attention import window_mask
 from megatron_mixcpt.model.init import initialize
 from megatron_mixcpt.model.layout import Slot, slots
 from megatron_mixcpt.model.rope import Rotary
@@ -58,6 +59,15 @@ class MixGPTModel(GPTModel):
         embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         return embedded, self.rotary(position_ids), *rest
 
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        mask = self._windowed(attention_mask, input_ids)
+        return super().forward(input_ids, position_ids, mask, *args, **kwargs)
+
+    def _windowed(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+        return window_mask(attention_mask, tokens.shape[1], self.arch.sliding_window, tokens.device)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         if self.token_loss is None:
             raise RuntimeError("model.token_loss is not set")
@@ -66,7 +76,8 @@ class MixGPTModel(GPTModel):
     def hidden(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What `output_logits` takes on the last stage (after the final norm), `[s(/tp), b, h]`; no output head."""
         embedded, angles, *_ = self._preprocess(tokens, position_ids)
-        return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
+        mask = self._windowed(attention_mask, tokens)
+        return self.decoder(hidden_states=embedded, attention_mask=mask, rotary_pos_emb=angles)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Last stage only: hidden `[s(/tp), b, h]` -> logits `[s, b, v/tp]` through the output head, tied or not."""

@@ -1,0 +1,54 @@
+"""Small random Hugging Face models of every supported family, made by transformers itself."""
+
+import torch
+import transformers
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+BASE = {
+    "vocab_size": 301,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+# name -> (transformers' class stem, what differs from BASE)
+FAMILIES = {
+    "llama-untied": ("Llama", {}),
+    "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-linear-rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "num_key_value_heads": 6},
+    ),
+    "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 12, "num_key_value_heads": 2}),
+    "mistral-no-window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3-multi-query": ("Qwen3", {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}),
+}
+
+
+def make(name, out, dtype=torch.float32, shard_size="5GB", **changes):
+    """Save the model to `out` and return it, evaluating, with eager attention."""
+    stem, differing = FAMILIES[name]
+    config = getattr(transformers, f"{stem}Config")(**{**BASE, **differing, **changes})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{stem}ForCausalLM")._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:  # else all zeros and ones
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model = model.to(dtype).eval()
+    model.save_pretrained(out, max_shard_size=shard_size)
+    return model

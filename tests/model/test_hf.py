@@ -1,0 +1,193 @@
+"""Hugging Face -> megatron on any grid -> Hugging Face: every bit, every logit."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_mixcpt.parallel import parallel_context
+from tests.helpers.spawn import run_distributed
+from tests.model.families import FAMILIES, make
+
+GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
+
+
+def round_trip(source, out, tensor, pipeline, dtype):
+    with parallel_context(tensor=tensor, pipeline=pipeline):
+        from megatron_mixcpt.model.architecture import architecture_from_hf
+        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.hf import load_hf, save_hf
+
+        arch = architecture_from_hf(source)
+        model = build_gpt(arch, params_dtype=dtype, seed=None)
+        load_hf(model, source)
+        save_hf(model, arch, out, source_dir=source)
+
+
+def round_trips(rank, world_size, jobs):
+    for job in jobs:
+        round_trip(*job)
+
+
+def read_all(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_same_bits(source, out):
+    expected, actual = read_all(source), read_all(out)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    return {name: (folder / name, make(name, folder / name)) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory):
+    """{(family, grid): directory} after a round trip on several processes."""
+    out = tmp_path_factory.mktemp("out")
+    result = {}
+    for world_size in (2, 4):
+        jobs = []
+        for grid, (tensor, pipeline) in GRIDS.items():
+            if tensor * pipeline == world_size:
+                for name, (source, _) in models.items():
+                    result[name, grid] = out / grid / name
+                    jobs.append((source, result[name, grid], tensor, pipeline, torch.float32))
+        run_distributed(round_trips, world_size, jobs)
+    return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_process_round_trip_keeps_every_bit(models, name, tmp_path):
+    source, _ = models[name]
+    round_trip(source, tmp_path / "out", 1, 1, torch.float32)
+    assert_same_bits(source, tmp_path / "out")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_grid_keeps_every_bit(models, exported, name, grid):
+    assert_same_bits(models[name][0], exported[name, grid])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "via-fp32"])
+def test_sixteen_bit_weights_survive(tmp_path, dtype):
+    make("qwen2", tmp_path / "in", dtype=torch.bfloat16, shard_size="50KB")
+    assert (tmp_path / "in/model.safetensors.index.json").exists()
+    with parallel_context():
+        from megatron_mixcpt.model.architecture import architecture_from_hf
+        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.hf import load_hf, save_hf
+
+        arch = architecture_from_hf(tmp_path / "in")
+        model = build_gpt(arch, params_dtype=dtype, seed=None)
+        load_hf(model, tmp_path / "in")
+        save_hf(model, arch, tmp_path / "out", dtype=torch.bfloat16, source_dir=tmp_path / "in")
+    assert_same_bits(tmp_path / "in", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def tokens_of(model, rows=2, length=20):
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def our_logits(source, tokens, doc_start):
+    with parallel_context():
+        from megatron_mixcpt.model.architecture import architecture_from_hf
+        from megatron_mixcpt.model.attention import document_mask
+        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.hf import load_hf
+
+        arch = architecture_from_hf(source)
+        model = build_gpt(arch, seed=None)
+        load_hf(model, source)
+        position_ids, mask = document_mask(doc_start)
+        with torch.no_grad():
+            logits = model(tokens, position_ids, mask)
+            hidden = model.hidden(tokens, position_ids, mask)
+            torch.testing.assert_close(model.output_logits(hidden).transpose(0, 1), logits)
+        assert logits[..., arch.vocab_size :].eq(0).all()  # padding rows
+        return logits[..., : arch.vocab_size]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(models, name):
+    source, reference = models[name]
+    tokens = tokens_of(reference)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    whole = torch.zeros(tokens.shape, dtype=torch.bool)
+    actual = our_logits(source, tokens, whole)
+    assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_equal_separate_ones(models, name):
+    source, reference = models[name]
+    tokens = tokens_of(reference)
+    doc_start = torch.zeros(tokens.shape, dtype=torch.bool)
+    cuts = {0: [0, 9, 10, 20], 1: [0, 3, 20]}
+    for row, edges in cuts.items():
+        doc_start[row, edges[:-1]] = True
+    actual = our_logits(source, tokens, doc_start)
+    for row, edges in cuts.items():
+        for start, end in itertools.pairwise(edges):
+            with torch.no_grad():
+                expected = reference(tokens[row : row + 1, start:end]).logits[0]
+            error = (actual[row, start:end] - expected).abs().max()
+            assert error <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
+    source, reference = models[name]
+    round_trip(source, tmp_path / "out", 1, 1, torch.float32)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    tokens = tokens_of(reference)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, reference(tokens).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_model_from_no_directory_exports(model_type, tmp_path):
+    """A preset has no config.json to carry over; the one written must describe the same architecture."""
+    with parallel_context():
+        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling, architecture_from_hf
+        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.hf import save_hf
+
+        arch = dataclasses.replace(
+            PRESETS["tiny"],
+            model_type=model_type,
+            vocab_size=200,
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+            rope_scaling=RopeScaling("llama3", 4.0, original_max_position_embeddings=512),
+            sliding_window=16 if model_type == "mistral" else None,
+        )
+        model = build_gpt(arch)
+        save_hf(model, arch, tmp_path / "out")
+        assert architecture_from_hf(tmp_path / "out") == arch
+        tokens = torch.randint(200, (1, 24), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(24).unsqueeze(0)
+        with torch.no_grad():
+            ours = model(tokens, positions, None)[..., :200]
+            reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
