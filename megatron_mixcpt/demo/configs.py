@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_mixcpt.demo.settings import Settings
@@ -19,24 +20,24 @@ def preprocess_yaml(settings: Settings, arm: str, texts: Path, tokenizer: Path, 
     """`mixcpt preprocess` for `arm`: `cpt` is the domain, `mixcpt` the mixture, `pretrain` (tiny) general text."""
     head = f"""\
 # Made by the demo. Run it by hand with: mixcpt preprocess <this file>
-tokenizer: {tokenizer}
-out: {out}
+tokenizer: {_quoted(tokenizer)}
+out: {_quoted(out)}
 seq_length: {settings.seq_length}     # tokens in a packed sequence; documents never see each other
 valid_fraction: 0    # nothing is split off: the demo measures on texts of its own
 seed: {settings.seed}
 sources:
 """
-    domain = f"- {{name: facts, kind: domain, paths: [{texts}/domain.jsonl], text: '{{text}}', weight: {{weight}}}}\n"
+    domain = _documents("facts", texts / "domain.jsonl", 1.0 if arm == "cpt" else settings.domain_weight)
     if arm == "cpt":
-        return head + domain.replace("{weight}", "1.0")
+        return head + domain
     mixture = ""
     if arm == "pretrain":
         mixture += "# Everything general that the model will ever know, before it meets the domain.\n"
-        mixture += f"- {{name: scenes, kind: domain, paths: [{texts}/pretrain.jsonl], text: '{{text}}', weight: 0.7}}\n"
+        mixture += _documents("scenes", texts / "pretrain.jsonl", 0.7)
         weights = (0.2, 0.1)
     else:
         mixture += "# Mix-CPT: domain documents, general instructions and preferences in one stream of plain text.\n"
-        mixture += domain.replace("{weight}", str(settings.domain_weight))
+        mixture += domain
         weights = (settings.instruction_weight, settings.preference_weight)
     return (
         head
@@ -46,9 +47,23 @@ sources:
     )
 
 
+def _quoted(path: Path) -> str:
+    """`path` as a YAML string: JSON's strings are YAML's."""
+    return json.dumps(str(path))
+
+
+def _documents(name: str, path: Path, weight: float) -> str:
+    return f"""\
+- name: {name}
+  kind: domain
+  paths: [{_quoted(path)}]
+  text: "{{text}}"
+  weight: {weight}
+"""
+
+
 def _questions(texts: Path, name: str, kind: str, weight: float) -> str:
     prompt = f"{QUESTION_PREFIX}{{{'instruction' if kind == 'instruction' else 'prompt'}}}{ANSWER_PREFIX}"
-    prompt = '"' + prompt.replace("\n", "\\n") + '"'
     if kind == "instruction":
         answer = '  response: " {response}"\n'
     else:
@@ -57,8 +72,8 @@ def _questions(texts: Path, name: str, kind: str, weight: float) -> str:
     return f"""\
 - name: {name}
   kind: {kind}
-  paths: [{texts}/{name}.jsonl]
-  prompt: {prompt}
+  paths: [{_quoted(texts / f"{name}.jsonl")}]
+  prompt: {json.dumps(prompt)}
 {answer}  separator: ""
   weight: {weight}
 """
@@ -70,7 +85,7 @@ def train_yaml(settings: Settings, arm: str, base: Path, mix: Path, run_dir: Pat
     distil = arm == "mixcpt"
     steps = settings.pretrain_steps if pretrain else settings.steps
     batch = settings.pretrain_global_batch_size if pretrain else settings.global_batch_size
-    model = "{preset: tiny}       # random weights" if pretrain else f"{{hf: {base}}}"
+    model = "{preset: tiny}       # random weights" if pretrain else f"{{hf: {_quoted(base)}}}"
     loss = (
         "{target: swap, ce_weight: 1.0, kd_weight: 1.0, temperature: 1.0, normalize: true}  # LSSD beside cross-entropy"
         if distil
@@ -79,7 +94,7 @@ def train_yaml(settings: Settings, arm: str, base: Path, mix: Path, run_dir: Pat
     return f"""\
 # Made by the demo. Run it by hand with: mixcpt train <this file>{f" --nproc {settings.tensor}" * (settings.tensor > 1)}
 model: {model}
-data: {{mix: {mix}, seq_length: {settings.seq_length}}}
+data: {{mix: {_quoted(mix)}, seq_length: {settings.seq_length}}}
 parallel: {{tensor: {settings.tensor}, pipeline: 1, sequence: false}}
 train:
   steps: {steps}
@@ -94,5 +109,5 @@ train:
 loss: {loss}
 teacher: {{source: {"initial" if distil else "none"}}}
 checkpoint: {{every: 0, keep: 1}}    # one at the end, and one when it is stopped
-run_dir: {run_dir}
+run_dir: {_quoted(run_dir)}
 """

@@ -13,29 +13,34 @@ from dataclasses import dataclass
 
 NUM_DOCUMENT_FORMS = 6
 
-FIRST_STARTS = "Vel Tor Mab Isk Dru Ose Pell Quil Hax Brin Zam Lor Yev Cath".split()
-FIRST_ENDS = "ra wick une olde imir ette ano isse orn ella ubert ine ark ova".split()
-FAMILY_STARTS = "Thrann Ospe Kel Wend Marr Ulf Jass Corv Bexl Nym Rusk Dael Piv Harl".split()
-FAMILY_ENDS = "ister rath dovan mere quist enko abri stow igan eaux oway insk yard umba".split()
-TOWN_STARTS = "Orv Quell Bram Szel Tarn Ghel Wyx Ulm Fenn Drav Korr Plas Ymb Zorr".split()
-TOWN_ENDS = "anthe moor idge ograd avik essa ington eraux holm opolis ardo umbe isk ilde".split()
 
-TRADES = (
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST_STARTS = _words("Vel Tor Mab Isk Dru Ose Pell Quil Hax Brin Zam Lor Yev Cath")
+FIRST_ENDS = _words("ra wick une olde imir ette ano isse orn ella ubert ine ark ova")
+FAMILY_STARTS = _words("Thrann Ospe Kel Wend Marr Ulf Jass Corv Bexl Nym Rusk Dael Piv Harl")
+FAMILY_ENDS = _words("ister rath dovan mere quist enko abri stow igan eaux oway insk yard umba")
+TOWN_STARTS = _words("Orv Quell Bram Szel Tarn Ghel Wyx Ulm Fenn Drav Korr Plas Ymb Zorr")
+TOWN_ENDS = _words("anthe moor idge ograd avik essa ington eraux holm opolis ardo umbe isk ilde")
+
+TRADES = _words(
     "glassblower falconer bookbinder locksmith beekeeper thatcher saddler cartographer clockmaker brewer "
     "weaver mason apothecary printer ferryman shepherd juggler tailor"
-).split()
-ANIMALS = (
+)
+ANIMALS = _words(
     "heron badger otter magpie hedgehog goat tortoise ferret peacock donkey lizard squirrel swan pelican mole "
     "camel toad weasel"
-).split()
-INSTRUMENTS = (
+)
+INSTRUMENTS = _words(
     "oboe zither bassoon harp lute cello banjo tuba accordion trombone clarinet mandolin xylophone bugle organ "
     "harmonica trumpet bagpipes"
-).split()
-FOODS = (
+)
+FOODS = _words(
     "chestnuts turnips figs gooseberries mackerel radishes walnuts lentils pumpkin apricots oysters rhubarb "
     "beetroot cherries dumplings olives parsnips mushrooms"
-).split()
+)
 
 # One list an attribute; `{n}` is the person's name and `{a}` the answer. The answer follows the name in every form: a
 # language model that has read "X is Y" does not thereby answer questions about Y, and the demo does not test that.
