@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED},
-    package_data={"megatron_mixcpt": ["py.typed"]},
+    package_data={"megatron_mixcpt": ["py.typed"], "megatron_mixcpt.demo": ["data/*"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
@@ -48,6 +48,11 @@ setup(
         "orjson>=3.9",
         "pyarrow>=15.0",
         "xxhash>=3.4",
+        "jinja2>=3.1",
+        "pyyaml>=6.0",
+        "zstandard>=0.22",
+        "rensa>=0.5",
+        "fastokens>=0.3.5; platform_system == 'Linux'",
     ],
     extras_require={
         "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
