@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
-MASTER = "master"  # fp32 weights, where the model's own are of lower precision or the optimizer holds a shard of them
+MASTER = "master"  # fp32 weights, where the model's own are of lower precision
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,10 +35,8 @@ class _Slot:
     def __init__(self, inner: torch.optim.Optimizer, param: Tensor, main: Tensor, begin: int, end: int) -> None:
         self.inner, self.param, self.main, self.begin, self.end = inner, param, main, begin, end
 
-    def tensors(self) -> dict[str, Tensor]:
-        state = self.inner.state[self.main]
-        named = {} if self.main is self.param else {MASTER: self.main}
-        return named | {name: state[name] for name in MOMENTS}
+    def tensor(self, name: str) -> Tensor:
+        return self.main.detach() if name == MASTER else self.inner.state[self.main][name]
 
 
 def optimizer_step_count(optimizer: MegatronOptimizer) -> int:
@@ -74,8 +72,7 @@ def optimizer_sharded_state(
     for number, (single, param, slot) in enumerate(_slots(optimizer)):
         group = single.data_parallel_group if isinstance(single, DistributedOptimizer) else None
         sharded = sharded_params[id(param)]
-        names = [MASTER, *MOMENTS] if slot is None or slot.main is not param else list(MOMENTS)
-        for name in names:
+        for name in _names(param):
             whole = _whole(param, slot, name, group, loading)
             if whole is not None:
                 tensor = make_sharded_optimizer_tensor(sharded, whole, prefix=f"optimizer.{name}")
@@ -83,13 +80,15 @@ def optimizer_sharded_state(
     return state
 
 
+@torch.no_grad()
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, dict[str, Tensor]], step: int) -> None:
     """Copy what dist_checkpointing filled into `optimizer_sharded_state(..., loading=True)`, and set the step count."""
-    for number, (_, _, slot) in enumerate(_slots(optimizer)):
+    for number, (_, param, slot) in enumerate(_slots(optimizer)):
         if slot is None:
             continue
-        for name, tensor in slot.tensors().items():
-            tensor.data.copy_(loaded[str(number)][name].flatten()[slot.begin : slot.end].view_as(tensor))
+        for name in _names(param):
+            tensor = slot.tensor(name)
+            tensor.copy_(loaded[str(number)][name].flatten()[slot.begin : slot.end].view_as(tensor))
     for single in _singles(optimizer):
         for group in single.optimizer.param_groups:
             if "step" in group:
@@ -98,6 +97,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, dict[st
                 if "step" in single.optimizer.state[main]:
                     # A tensor of its own for each parameter: Adam adds to it in place.
                     single.optimizer.state[main]["step"] = torch.tensor(float(step))
+
+
+def _names(param: Tensor) -> tuple[str, ...]:
+    return MOMENTS if param.dtype == torch.float32 else (MASTER, *MOMENTS)
 
 
 def _singles(optimizer: MegatronOptimizer) -> list[Any]:
@@ -154,10 +157,10 @@ def _whole(
         return torch.empty(param.shape, dtype=torch.float32)
     if group is None:
         assert slot is not None
-        return slot.tensors()[name].detach()
+        return slot.tensor(name)
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if slot is not None:
-        whole[slot.begin : slot.end] = slot.tensors()[name].detach().flatten()
+        whole[slot.begin : slot.end] = slot.tensor(name).flatten()
     # Each element is non-zero on one rank at most, so the sum is exact.
     first = torch.distributed.get_global_rank(group, 0)
     torch.distributed.reduce(whole, dst=first, group=group)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_mixcpt.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from megatron_mixcpt.checkpoint import list_checkpoints, load_checkpoint, read_info, save_checkpoint
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
-from megatron_mixcpt.errors import MixcptError, StoppedError
+from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
@@ -127,9 +127,13 @@ def _resume(config: Config, parts: Parts) -> tuple[int, dict[str, int]]:
     torch.distributed.barrier()
     if not found:
         return 0, {}
-    info = load_checkpoint(found[0], parts.model, parts.optimizer)
+    info = read_info(found[0])
     if info["data_fingerprint"] != parts.mix.fingerprint:
-        raise MixcptError(
+        raise ConfigError(
             f"{found[0]} was trained on another mixture than {parts.mix.path}: restore that, or set another run_dir"
         )
+    for key, now in (("dtype", config.train.dtype), ("global_batch_size", config.train.global_batch_size)):
+        if info[key] != now:
+            raise ConfigError(f"{found[0]} was trained with train.{key}={info[key]}, not {now}: set it back")
+    load_checkpoint(found[0], parts.model, parts.optimizer)
     return info["step"], info["tokens_by_source"]

@@ -90,6 +90,8 @@ class Progress:
             "data_fingerprint": self.parts.mix.fingerprint,
             "tokenizer_hash": self.parts.mix.tokenizer_hash,
             "tokens_by_source": self.tokens,
+            "dtype": self.config.train.dtype,
+            "global_batch_size": self.config.train.global_batch_size,
             "layout": {"world_size": self.state.world_size, **self.config.parallel.model_dump()},
         }
 

@@ -18,8 +18,9 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix, read_mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
-from megatron_mixcpt.model.architecture import PRESETS, Architecture
+from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.model.hf import load_hf
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.train.optimizer import build_optimizer
@@ -48,7 +49,6 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     """
     mix = read_mix(config.data.mix, config.data.seq_length)
     if config.model.hf is not None:
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         arch = architecture_from_hf(config.model.hf)
     else:
         if config.model.preset not in PRESETS:
@@ -138,6 +138,5 @@ def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> 
         seed=config.train.seed if weights and pretrained is None else None,
     )
     if pretrained is not None:
-        from megatron_mixcpt.model.hf import load_hf
         load_hf(stage, Path(pretrained))
     return stage

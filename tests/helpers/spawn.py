@@ -18,7 +18,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _entry(fn, rank, world_size, port, folder, timeout, args):
+def _entry(fn, rank, world_size, port, folder, deadline, args):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -29,7 +29,7 @@ def _entry(fn, rank, world_size, port, folder, timeout, args):
     )
     with open(folder / f"{rank}.stacks", "w") as stacks:
         # Fires a little before the parent gives up, so that each rank says where it stood.
-        faulthandler.dump_traceback_later(max(timeout - 5, 1), file=stacks, exit=False)
+        faulthandler.dump_traceback_later(max(deadline - time.time() - 5, 1), file=stacks, exit=False)
         try:
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)
@@ -60,7 +60,7 @@ def run_distributed(fn, world_size, *args, timeout=180):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
-            context.Process(target=_entry, args=(fn, rank, world_size, port, folder, timeout, args))
+            context.Process(target=_entry, args=(fn, rank, world_size, port, folder, time.time() + timeout, args))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -1,0 +1,142 @@
+"""The command line: help for every command, and for every mistake a message that names it, with the right exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_mixcpt.cli import COMMANDS, main
+from tests.helpers.corpus import write_mix
+from tests.train.runs import settings
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return write_mix(tmp_path_factory.mktemp("cli") / "data")
+
+
+@pytest.fixture
+def values(mix, tmp_path):
+    return settings(mix, tmp_path / "run")
+
+
+def fails(capsys, tmp_path, values, *arguments, code=2):
+    """Run `mixcpt train` on `values`; returns what it says on standard error."""
+    config = tmp_path / "train.yaml"
+    config.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    assert main(["train", str(config), *arguments]) == code
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and "Traceback" not in errors
+    return errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"mixcpt {command}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command_without_importing_torch():
+    code = "import sys, megatron_mixcpt.cli as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_a_wrong_command_is_a_usage_error():
+    with pytest.raises(SystemExit) as exit_:
+        main(["trian"])
+    assert exit_.value.code == 2
+
+
+def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
+    values["train"]["warmup_step"] = 3
+    assert "train.warmup_step: unknown key; did you mean train.warmup_steps?" in fails(capsys, tmp_path, values)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=-1", "train.lr: Input should be greater than 0"),
+        ("train.schedule=cosin", "train.schedule: Input should be 'cosine', 'wsd' or 'constant'"),
+        ("train.steps=many", "train.steps"),
+        ("train.warmup_steps=9", "train.warmup_steps (9) must be below train.steps (4)"),
+        ("train.global_batch_size=7", "train.global_batch_size (7) must be a multiple of train.micro_batch_size (2)"),
+        ("loss.target=swapped", "loss.target"),
+        ("loss.temperature=0", "loss.temperature"),
+        ("teacher.source=none", "needs a teacher"),
+        ("teacher.source=magic", "teacher.source"),
+        ("model.preset=huge", "is none of"),
+        ("model.hf=somewhere", "exactly one of model.hf and model.preset"),
+        ("data.mix=nowhere/mix.json", "no such file; `mixcpt preprocess` writes it"),
+        ("data.seq_length=64", "was packed for 32: set data.seq_length=32"),
+        ("parallel.tensor=3", "parallel.tensor=3"),
+        ("parallel.pipeline=3", "parallel.pipeline=3 does not divide 4 layers"),
+        ("parallel.sequence=true", "parallel.sequence needs parallel.tensor > 1"),
+        ("steps", "overrides are written key=value"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_fix(capsys, tmp_path, values, override, message):
+    assert message in fails(capsys, tmp_path, values, override)
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_they_start(capsys, tmp_path, values):
+    assert "2 x 3 data-parallel ranks = 6" in fails(capsys, tmp_path, values, "--nproc", "3")
+
+
+def test_a_missing_or_malformed_file_is_named(capsys, tmp_path):
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml: no such configuration file" in capsys.readouterr().err
+    assert "cannot be read as YAML" in fails(capsys, tmp_path, "train: [1, 2\n")
+    assert "expected a mapping of sections" in fails(capsys, tmp_path, "- 1\n- 2\n")
+
+
+def test_a_missing_data_file_is_named(capsys, tmp_path, values):
+    mix = write_mix(tmp_path / "data")
+    (tmp_path / "data" / "facts-train.flags.bin").unlink()
+    values["data"]["mix"] = str(mix)
+    assert "facts-train.flags.bin is missing; preprocess again" in fails(capsys, tmp_path, values)
+
+
+def test_another_format_version_is_refused(capsys, tmp_path, values):
+    mix = write_mix(tmp_path / "data")
+    content = json.loads(mix.read_text())
+    values["data"]["mix"] = str(mix)
+    content["format"] = "mixcpt-mix/0"
+    mix.write_text(json.dumps(content))
+    assert "format 'mixcpt-mix/0'" in fails(capsys, tmp_path, values)
+
+
+def test_an_error_of_a_rank_is_told_once_with_its_exit_code(tmp_path, values):
+    """A mistake that only the ranks can see: the Hugging Face directory has no weights."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    values["model"] = {"hf": str(folder)}
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_mixcpt.cli", "train", str(path), "--nproc", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode in (1, 2, 3), result.stderr
+    assert result.stderr.count("error: ") == 1 and "safetensors" in result.stderr, result.stderr
