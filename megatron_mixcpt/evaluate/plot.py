@@ -17,7 +17,7 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=160)
     base = arms["base"]
@@ -25,8 +25,8 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
     lowest = min(arm["general_ppl"] for arm in arms.values())
     widest = max(arm["general_ppl"] for arm in arms.values())
     margin = max(0.12 * (widest - lowest), 0.02 * widest)
-    axes.set_xlim(lowest - 1.2 * margin, widest + 2.2 * margin)
-    axes.set_ylim(-6, 110)
+    axes.set_xlim(lowest - 1.2 * margin, widest + 3.6 * margin)  # room for the rightmost label
+    axes.set_ylim(-14, 112)
     for name, arm in arms.items():
         point, colour = (arm["general_ppl"], 100 * arm["fact_recall"]), COLOURS[name]
         if name != "base":
@@ -43,7 +43,7 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
         axes.annotate(
             f"{LABELS[name]}\n{point[1]:.0f} % answered, ppl {point[0]:.1f}",
             point,
-            xytext=(11, 5),
+            xytext=(11, -26) if name == "base" else (11, 6),
             textcoords="offset points",
             color=colour,
             fontsize=10,
@@ -51,12 +51,12 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
         )
     axes.scatter([], [], s=130, color=INK, label="held-out questions answered")
     axes.scatter([], [], s=70, facecolors="white", edgecolors=INK, linewidths=1.6, label="training sentences completed")
-    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=14)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=32)
     axes.set_xlabel("perplexity on general text that nobody trained on   (to the right: forgotten)", color=INK)
     axes.set_ylabel("facts   (upwards: learned)", color=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.set_yticks(range(0, 101, 20))
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)
