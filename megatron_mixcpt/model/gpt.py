@@ -84,6 +84,11 @@ class MixGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, weight=weight)[0]
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Parameters only: the extra state that megatron-core adds for Transformer Engine is empty here."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
     def slots(self) -> list[Slot]:
         """This rank's parameters with their grid-independent names and whole shapes."""
         return slots(self, self.arch, get_transformer_layer_offset(self.config))

@@ -46,6 +46,11 @@ def open_source(hf_dir: str | Path) -> TensorSource:
     return SafetensorsSource(folder)
 
 
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type that holds every value of `dtypes` exactly."""
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
 def check_names(source: TensorSource, arch: Architecture, where: str) -> None:
     """Raise VerificationError unless the source holds exactly the tensors that `arch` has."""
     expected = set(hf_shapes(arch))

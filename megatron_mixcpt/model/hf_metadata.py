@@ -57,9 +57,10 @@ def write_metadata(
 ) -> None:
     """config.json, generation_config.json, tokenizer files and README.md. Arguments as in `hf.save_hf`."""
     source = Path(source_dir) if source_dir else None
-    tokenizer = Path(tokenizer_dir) if tokenizer_dir else source
-    if tokenizer:
-        copy_tokenizer(tokenizer, out)
+    tokenizer = Path(tokenizer_dir) if tokenizer_dir else None
+    for folder in (source, tokenizer):  # the second over the first: it may add tokens to the model's own
+        if folder:
+            copy_tokenizer(folder, out)
     config: dict[str, Any]
     if source and (source / "config.json").exists():
         config = json.loads((source / "config.json").read_text())

@@ -15,12 +15,15 @@ from megatron_mixcpt.errors import ConfigError, VerificationError
 
 SHARD_BYTES = 4 * 2**30
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class TensorSource(Protocol):
     """Named tensors on the CPU."""
 
     def names(self) -> set[str]: ...
+
+    def dtypes(self) -> set[torch.dtype]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -53,6 +56,17 @@ class SafetensorsSource:
     def names(self) -> set[str]:
         return set(self._files)
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of the tensors, from the headers alone. Raises VerificationError where one is not a weight's."""
+        found: dict[str, str] = {}
+        for path in sorted(set(self._files.values())):
+            with safe_open(path, "pt") as file:
+                found |= {file.get_slice(name).get_dtype(): f"{path}: {name}" for name in file.keys()}  # noqa: SIM118
+        for name, where in found.items():
+            if name not in _DTYPES:
+                raise VerificationError(f"{where} is {name}; weights must be fp32, fp16 or bf16")
+        return {_DTYPES[name] for name in found}
+
     def read(self, name: str) -> Tensor:
         path = self._files[name]
         try:
@@ -71,35 +85,6 @@ def _names(path: Path) -> set[str]:
         raise VerificationError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
 
 
-class PickleSource:
-    """`pytorch_model.bin` and its shards, read without running code from them (`weights_only`)."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "pytorch_model.bin.index.json"
-        if index.exists():
-            shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        else:
-            shards = {folder / "pytorch_model.bin"}
-        self._tensors: dict[str, Tensor] = {}
-        for path in sorted(shards):
-            try:
-                # Mapped: a tensor's bytes are read when it is.
-                self._tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except FileNotFoundError as error:
-                raise VerificationError(f"{path} is missing: copy or download it again") from error
-            except Exception as error:  # torch and pickle raise many kinds
-                raise VerificationError(
-                    f"{path} cannot be read as plain weights ({error}); convert it to safetensors with a program "
-                    "you trust it to"
-                ) from error
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
 class MemorySource:
     """Tensors that are already in memory."""
 
@@ -109,8 +94,35 @@ class MemorySource:
     def names(self) -> set[str]:
         return set(self._tensors)
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self._tensors.values()}
+
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+class PickleSource(MemorySource):
+    """`pytorch_model.bin` and its shards, read without running code from them (`weights_only`)."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "pytorch_model.bin.index.json"
+        if index.exists():
+            shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        else:
+            shards = {folder / "pytorch_model.bin"}
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(shards):
+            try:
+                # Mapped: a tensor's bytes are read when it is.
+                tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except FileNotFoundError as error:
+                raise VerificationError(f"{path} is missing: copy or download it again") from error
+            except Exception as error:  # torch and pickle raise many kinds
+                raise VerificationError(
+                    f"{path} cannot be read as plain weights ({error}); convert it to safetensors with a program "
+                    "you trust it to"
+                ) from error
+        super().__init__(tensors)
 
 
 class SafetensorsWriter:

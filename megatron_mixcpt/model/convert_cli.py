@@ -1,0 +1,88 @@
+"""`mixcpt convert --hf DIR --out CKPT`."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+NAME = "convert"
+HELP = """Import a Hugging Face model as a checkpoint, tensor by tensor, without a GPU. It loads into any TP x PP
+layout, and `mixcpt export` gives every bit back."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf", required=True, metavar="DIR", help="local Hugging Face model directory, or one with a GGUF"
+    )
+    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint directory to write")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of the weights (default: as they are)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="tokenizer that adds tokens to the model's own; each new embedding row is the mean of the others",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let transformers run configuration code that lies in DIR"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    convert(Path(args.hf), Path(args.out), args.dtype, args.tokenizer and Path(args.tokenizer), args.trust_remote_code)
+    print(f"{args.out}: converted; `mixcpt export {args.out} --out DIR` turns it back")
+    return 0
+
+
+def convert(
+    hf_dir: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None, trust_remote_code: bool = False
+) -> None:
+    """Write the checkpoint; it appears under its name when it is complete.
+
+    Raises:
+        ConfigError: the model is not supported, `out` is not empty, or `tokenizer` is not the model's own plus tokens.
+        VerificationError: the weights do not fit their configuration.
+    """
+    from megatron_mixcpt import __version__
+    from megatron_mixcpt.checkpoint.state import FORMAT
+    from megatron_mixcpt.checkpoint.store import INFO
+    from megatron_mixcpt.model.architecture import architecture_from_hf
+    from megatron_mixcpt.model.hf import DTYPES, check_names, open_source, whole_tensor, widest
+    from megatron_mixcpt.model.hf_metadata import claim, write_metadata
+    from megatron_mixcpt.model.layout import whole_shapes
+    from megatron_mixcpt.model.progress import tensor_progress
+    from megatron_mixcpt.model.stream import write_weights
+    from megatron_mixcpt.model.tokenizers import extended_vocab_size
+
+    source_arch = architecture_from_hf(hf_dir, trust_remote_code)
+    arch = source_arch
+    if tokenizer is not None:
+        arch = dataclasses.replace(arch, vocab_size=extended_vocab_size(hf_dir, tokenizer, arch.vocab_size))
+    claim(out)
+    source = open_source(hf_dir)
+    check_names(source, source_arch, str(hf_dir))
+    stored = DTYPES[dtype] if dtype else widest(source.dtypes())
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
+    partial.mkdir()
+    with tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
+
+        def produce(name: str) -> Any:
+            whole = whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir))
+            done(name)
+            return whole
+
+        write_weights(partial, arch, stored, produce)
+    (partial / "hf").mkdir()
+    write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
+    info = {
+        "format": FORMAT,
+        "version": __version__,
+        "step": 0,
+        "architecture": arch.to_dict(),
+        "optimizer_step": None,
+        "source": {"hf": hf_dir.resolve().name},
+    }
+    (partial / INFO).write_text(json.dumps(info, indent=2))
+    out.rmdir()
+    partial.rename(out)

@@ -1,0 +1,55 @@
+"""What an exported model came from: a training run, or a converted checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mixcpt.checkpoint.store import find_checkpoint, read_info
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint and where the rest of its Hugging Face directory is carried over from."""
+
+    checkpoint: Path
+    info: dict[str, Any]
+    arch: Architecture
+    run_dir: Path | None
+    config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
+    mix: dict[str, Any]  # the run's mix.json; empty if it is gone
+    source_dir: Path | None  # config.json and generation_config.json
+    tokenizer_dir: Path | None
+
+
+def find_origin(path: Path) -> Origin:
+    """`path`: a run directory, one of its checkpoints, or a checkpoint that `mixcpt convert` wrote.
+
+    Raises:
+        VerificationError: it holds no complete checkpoint.
+        ConfigError: the run started from a Hugging Face directory that is gone.
+    """
+    checkpoint = find_checkpoint(path)
+    info = read_info(checkpoint)
+    arch = Architecture.from_dict(info["architecture"])
+    if (checkpoint / "hf").is_dir():
+        return Origin(checkpoint, info, arch, None, {}, {}, checkpoint / "hf", checkpoint / "hf")
+    run_dir = checkpoint.parent.parent
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error
+    base = config["model"].get("hf")
+    if base and not Path(base).is_dir():
+        raise ConfigError(
+            f"{run_dir}/config.yaml: model.hf is {base}, which is not there; its config.json and tokenizer are "
+            "carried over, so put it back, or run this where the run was started"
+        )
+    mix_path = Path(config["data"]["mix"])
+    mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
+    tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
+    return Origin(checkpoint, info, arch, run_dir, config, mix, Path(base) if base else None, tokenizer)
