@@ -6,12 +6,12 @@
 Method: Mix-CPT, arXiv 2407.10804 (swap); MFT, arXiv 2506.15702 (mft). Algebra: README.md.
 """
 
-import os
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from megatron_mixcpt.kernels import reference
+from megatron_mixcpt.kernels.backend import choose_backend
 from megatron_mixcpt.kernels.layout import is_grid
 from megatron_mixcpt.kernels.objective import MAX_VOCAB, TARGETS, Objective
 from torch import Tensor
@@ -98,16 +98,6 @@ def lssd_loss_reference(
     return _loss(reference, student, teacher, labels, group, grad_buffer, return_details, **options)
 
 
-def choose_backend(device: torch.device) -> ModuleType:
-    """The module that computes: `reference`, unless the tensors are on a GPU or MIXCPT_LSSD asks for something."""
-    forced = os.environ.get("MIXCPT_LSSD", "")
-    if forced not in ("", "reference", "triton"):
-        raise ValueError(f"MIXCPT_LSSD={forced!r}: must be 'reference', 'triton' or unset")
-    if forced == "triton":
-        raise ValueError("MIXCPT_LSSD=triton: the fused kernels are not part of this build")
-    return reference
-
-
 def _loss(backend: ModuleType, student, teacher, labels, group, grad_buffer, return_details, **options) -> Loss:
     tokens = labels.shape
     objective = _objective(student, teacher, labels, group=group, grad_buffer=grad_buffer, **options)
@@ -127,9 +117,12 @@ class _LSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, labels, objective, group, overwrite_teacher, with_details, backend):
-        words = backend.stats(student, teacher, labels, objective)
-        results = backend.combine(_gather(words, group), words, labels, objective)
-        ctx.save_for_backward(student, teacher, labels, words)
+        splits, num_tokens = backend.num_splits(labels.numel()), labels.numel()
+        words = torch.empty(splits, objective.num_words, num_tokens, device=student.device, dtype=torch.float32)
+        backend.stats(student, teacher, labels, objective, words)
+        record = words[0]
+        results = backend.combine(gather_words(words, group), record, labels, objective, with_details)
+        ctx.save_for_backward(student, teacher, labels, record)
         ctx.objective, ctx.overwrite_teacher, ctx.backend, ctx.spent = objective, overwrite_teacher, backend, False
         if not with_details:
             return (results["loss"],)
@@ -159,12 +152,13 @@ class _LSSD(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None
 
 
-def _gather(words: Tensor, group: Group | None) -> Tensor:
-    """Every shard's words, `[words, N]` -> `[tp, words, N]`: the only communication of the loss."""
-    if group is None or dist.get_world_size(group) == 1:
-        return words.unsqueeze(0)
-    shards = words.new_empty(dist.get_world_size(group), *words.shape)
-    _all_gather(shards.view(-1, words.shape[-1]), words, group=group)
+def gather_words(words: Tensor, group: Group | None) -> Tensor:
+    """Every shard's words, `[splits, words, N]` -> `[tp * splits, words, N]`: the only communication of the loss."""
+    size = 1 if group is None else dist.get_world_size(group)
+    if size == 1:
+        return words
+    shards = words.new_empty(size * words.shape[0], *words.shape[1:])
+    _all_gather(shards, words, group=group)
     return shards
 
 
@@ -219,7 +213,7 @@ def _objective(
         temperature=float(temperature) if teacher is not None else 1.0,
         margin=float(margin),
         ce_weight=_weight("ce_weight", ce_weight, labels),
-        kd_weight=_weight("kd_weight", kd_weight, labels),
+        kd_weight=0.0 if teacher is None else _weight("kd_weight", kd_weight, labels),
         vocab_start=vocab_start,
         valid=valid,
         ignore_index=ignore_index,

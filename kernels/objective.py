@@ -9,7 +9,8 @@ With x = (T - M_T) / tau over the columns of the shard, words in a column of the
     ARG  global id of the (first) maximum of T             S_A  S at that column
     CROSS  sum e^x ((T - M_T) - (S - M_S))                 L_1  sum e^(S - M_S), kept apart from L_S only if tau != 1
 
-The record is written over the words: M_*, L_* and ARG then hold the values over all shards, CROSS holds p_y.
+The record is written over the words. M_*, L_* and ARG then hold the values over all shards, and three words describe
+the target: p' = KEEP * p everywhere but at the argmax (NEW_A) and at the label (NEW_Y, which wins where both are one).
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 M_S, L_S, S_Y, M_T, L_T, T_Y, ARG, S_A, CROSS, L_1 = range(10)
-P_Y = CROSS  # in the record
+KEEP, NEW_A, NEW_Y = T_Y, S_A, CROSS  # in the record
 TARGETS = ("swap", "plain", "mft")
 MAX_VOCAB = 2**24  # ids travel as fp32, which holds every integer up to here
 
@@ -39,14 +40,10 @@ class Objective:
     @property
     def separate_ce(self) -> bool:
         """Whether cross-entropy needs its own normaliser: it is always taken at temperature 1."""
-        return self.has_teacher and self.temperature != 1.0
+        return self.temperature != 1.0
 
     @property
     def num_words(self) -> int:
-        if not self.has_teacher:
-            return S_Y + 1
-        return L_1 + 1 if self.separate_ce else L_1
-
-    @property
-    def ce_word(self) -> int:
-        return L_1 if self.separate_ce else L_S
+        if self.separate_ce:
+            return L_1 + 1
+        return CROSS + 1 if self.has_teacher else S_Y + 1

@@ -9,16 +9,39 @@ from collections.abc import Iterator
 
 import torch
 from megatron_mixcpt.kernels.layout import as_grids, blocks
-from megatron_mixcpt.kernels.objective import ARG, CROSS, L_1, L_S, L_T, M_S, M_T, P_Y, S_A, S_Y, T_Y, Objective
+from megatron_mixcpt.kernels.objective import (
+    ARG,
+    CROSS,
+    KEEP,
+    L_1,
+    L_S,
+    L_T,
+    M_S,
+    M_T,
+    NEW_A,
+    NEW_Y,
+    S_A,
+    S_Y,
+    T_Y,
+    Objective,
+)
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**19  # 2 MiB of fp32 a buffer: the few that a block needs stay in the cache
 INF = math.inf
 
 
-def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective) -> Tensor:
-    """This shard's words `[words, N]` fp32 of student, teacher `[..., v]` and labels `[N]`; zeros where ignored."""
-    words = torch.zeros(objective.num_words, labels.numel(), device=student.device, dtype=torch.float32)
+def num_splits(num_tokens: int) -> int:
+    """How many sets of words the statistics of one shard come in."""
+    return 1
+
+
+def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, words: Tensor) -> None:
+    """Write this shard's words of student, teacher `[..., v]`, labels `[N]` into `words [1, words, N]` fp32.
+
+    Ignored tokens get zeros.
+    """
+    words = words[0].zero_()
     active = labels != objective.ignore_index
     logits = [student] if teacher is None else [student, teacher]
     for tokens, rows, scratch in _blocks(logits, objective):
@@ -26,10 +49,9 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             continue
         out = words[:, tokens]
         if objective.valid == 0:
-            out[:] = 0
-            out[[M_S, S_Y]] = out.new_tensor([[-INF], [math.nan]])
+            out[M_S], out[S_Y] = -INF, math.nan
             if teacher is not None:
-                out[[M_T, T_Y, CROSS]] = out.new_tensor([[-INF], [math.nan], [0.0]])
+                out[M_T], out[T_Y] = -INF, math.nan
             continue
         column, owned = _label_column(labels[tokens], objective)
         s = rows[0]
@@ -51,17 +73,19 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             if not cross.isfinite().all():  # a logit of -inf: 0 * inf must count as 0
                 cross = weight.mul(difference).masked_fill_(weight == 0, 0).sum(-1)
             out[CROSS] = cross.flatten()
-            if objective.separate_ce:
-                out[L_1] = torch.exp(shifted_s, out=scratch[1]).sum(-1).flatten()
-                shifted_s.mul_(1.0 / objective.temperature)
+        if objective.separate_ce:
+            out[L_1] = torch.exp(shifted_s, out=scratch[1]).sum(-1).flatten()
+            shifted_s.mul_(1.0 / objective.temperature)
         out[L_S] = shifted_s.exp_().sum(-1).flatten()
-    return words
 
 
-def combine(shards: Tensor, words: Tensor, labels: Tensor, objective: Objective) -> dict[str, Tensor]:
-    """Per-token results from the words of all shards `[tp, words, N]`; `words` (may be `shards[0]`) becomes the record.
+def combine(
+    shards: Tensor, record: Tensor, labels: Tensor, objective: Objective, with_details: bool
+) -> dict[str, Tensor]:
+    """Per-token results from the words of all shards `[shards, words, N]`; writes `record` (may be `shards[0]`).
 
-    Keys: `loss`, `ce`, and with a teacher `kl`, `p_argmax`, `p_label`, `swapped`; each `[N]`, zero where ignored.
+    Keys: `loss`; with details `ce`, and with a teacher `kl`, `p_argmax`, `p_label`, `swapped`; each `[N]`, zero where
+    ignored.
     """
     tau = objective.temperature
     m_s, scale_s, moved_s = _common_maximum(shards[:, M_S])
@@ -84,14 +108,24 @@ def combine(shards: Tensor, words: Tensor, labels: Tensor, objective: Objective)
         same = arg == labels
         base = cross / (tau * l_t) - l_t.log() + l_s.log()
         log_q_y = (s_y - m_s) / tau - l_s.log()
-        kl = _divergence(base, 1.0 / l_t, p_y, (s_a - s_y) / tau, log_q_y, same, objective)
+        p_a = 1.0 / l_t
+        keep, new_a, new_y = _edited_target(p_a, p_y, same, objective)
+        if objective.target == "mft":
+            kl = _mixed_divergence(base, p_y, keep, new_y, log_q_y)
+        elif objective.target == "swap":
+            # With either logit at -inf the target has mass where the student has none.
+            empty = (s_a == -INF) | (s_y == -INF)
+            kl = base + torch.where(same, 0.0, torch.where(empty, INF, (p_a - p_y) * (s_a - s_y) / tau))
+        else:
+            kl = base
         loss = loss + _weighted(kl, objective.kd_weight)
-        results |= {"kl": kl, "p_argmax": 1.0 / l_t, "p_label": p_y, "swapped": ~same}
-        words[M_T], words[L_T], words[ARG], words[P_Y] = m_t, l_t, arg, p_y
-    words[M_S], words[L_S] = m_s, l_s
+        results |= {"kl": kl, "p_argmax": p_a, "p_label": p_y, "swapped": ~same}
+        record[M_T], record[L_T], record[ARG] = m_t, l_t, arg
+        record[KEEP], record[NEW_A], record[NEW_Y] = keep, new_a, new_y
+    record[M_S], record[L_S] = m_s, l_s
     if objective.separate_ce:
-        words[L_1] = l_1
-    results["loss"] = loss
+        record[L_1] = l_1
+    results = results | {"loss": loss} if with_details else {"loss": loss}
     ignored = labels == objective.ignore_index
     return {name: value.masked_fill(ignored, 0) for name, value in results.items()}
 
@@ -105,7 +139,10 @@ def gradient(
     objective: Objective,
     out: Tensor,
 ) -> None:
-    """Write d(sum upstream * loss)/d(student) into `out`, which may be `teacher`'s memory; upstream fp32 `[N]`."""
+    """Write d(sum upstream * loss)/d(student) into `out`, which may be `teacher`'s memory; upstream fp32 `[N]`.
+
+    Without a teacher p' is taken as zero, so that the distillation part is kd_weight * q / temperature.
+    """
     tau = objective.temperature
     upstream = upstream.masked_fill(labels == objective.ignore_index, 0)
     g_ce, g_kd = upstream * objective.ce_weight, upstream * objective.kd_weight / tau
@@ -120,48 +157,44 @@ def gradient(
         ce, kd = g_ce[tokens].view(as_column), g_kd[tokens].view(as_column)
         column, owned = _label_column(labels[tokens], objective)
         grad = torch.sub(s, m_s, out=scratch[0])
-        if teacher is None:
-            grad.exp_().mul_(ce / l_s)
+        if objective.separate_ce:
+            q_1 = torch.exp(grad, out=scratch[1])
+            grad.mul_(1.0 / tau).exp_().mul_(kd / l_s)
+            grad.addcmul_(q_1, ce / record[L_1, tokens].view(as_column))
         else:
-            if objective.separate_ce:
-                q_1 = torch.exp(grad, out=scratch[1])
-                grad.mul_(1.0 / tau).exp_().mul_(kd / l_s)
-                grad.addcmul_(q_1, ce / record[L_1, tokens].view(as_column))
-            else:
-                grad.exp_().mul_((ce + kd) / l_s)
-            grad.addcmul_(_target(rows[2], column, owned, record[:, tokens], kd, scratch[1], objective), kd, value=-1)
+            grad.exp_().mul_((ce + kd) / l_s)
+        if teacher is not None:
+            p = _target(rows[2], column, owned, record[:, tokens], scratch[1], objective)
+            grad.addcmul_(p.masked_fill_(kd == 0, 0) if (kd == 0).any() else p, kd, value=-1)
         own = owned.nonzero().squeeze(1)
         grad.flatten(0, 1)[own, column[own]] -= g_ce[tokens][own]
         ds.copy_(grad.masked_fill_((upstream[tokens] == 0).view(as_column), 0))
     out[..., objective.valid :].zero_()
 
 
-def _target(t: Tensor, column: Tensor, owned: Tensor, record: Tensor, kd: Tensor, out: Tensor, objective: Objective):
-    """Probabilities of the teacher's target p' in this shard, `[A, B, valid]`, written into `out`."""
+def _target(t: Tensor, column: Tensor, owned: Tensor, record: Tensor, out: Tensor, objective: Objective) -> Tensor:
+    """Probabilities of the teacher's target p' in this shard, `[a, b, valid]`, written into `out`."""
     as_column = (*t.shape[:-1], 1)
-    p_a, p_y, arg = 1.0 / record[L_T], record[P_Y], record[ARG]
-    arg_column = arg - objective.vocab_start
-    same = owned & (arg_column == column)
-    keep, new_a, new_y = edited_target(p_a, p_y, same, objective)
     target = torch.sub(t, record[M_T].view(as_column), out=out)
     if objective.temperature != 1.0:
         target.mul_(1.0 / objective.temperature)
-    target.exp_().mul_((keep * p_a).view(as_column))
+    target.exp_().mul_((record[KEEP] / record[L_T]).view(as_column))
     flat = target.flatten(0, 1)
+    arg_column = record[ARG] - objective.vocab_start
     own_arg = ((arg_column >= 0) & (arg_column < objective.valid)).nonzero().squeeze(1)
+    flat[own_arg, arg_column[own_arg].long()] = record[NEW_A, own_arg]
     own = owned.nonzero().squeeze(1)
-    flat[own_arg, arg_column[own_arg].long()] = new_a[own_arg]
-    flat[own, column[own]] = new_y[own]  # after the argmax: where both are one column, this is the value
-    return target.masked_fill_(kd == 0, 0) if (kd == 0).any() else target
+    flat[own, column[own]] = record[NEW_Y, own]
+    return target
 
 
-def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """(factor on every other probability, p'_argmax, p'_label) of the target; `same`: the argmax is the label."""
+def _edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(KEEP, NEW_A, NEW_Y) from the teacher's probabilities at its argmax and at the label; `same`: these are one."""
     keep = torch.ones_like(p_a)
     if objective.target == "plain":
         return keep, p_a, p_y
     if objective.target == "swap":
-        return keep, torch.where(same, p_a, p_y), p_a
+        return keep, p_y, p_a
     margin = objective.margin
     raise_label = torch.where(margin >= 1 - p_y, 1.0, margin / (1 - p_y))
     overtake = (p_a - p_y + margin) / (1 + p_a - p_y)
@@ -170,14 +203,8 @@ def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) 
     return keep, keep * p_a, keep * p_y + mix
 
 
-def _divergence(base, p_a, p_y, gap, log_q_y, same, objective: Objective) -> Tensor:
-    """KL(p' || q) from base = KL(p || q); gap = (S_a - S_y) / tau."""
-    if objective.target == "plain":
-        return base
-    if objective.target == "swap":
-        # With either logit at -inf the target has mass where the student has none.
-        return base + torch.where(same, 0.0, torch.where(gap.isfinite(), (p_a - p_y) * gap, INF))
-    keep, _, new_y = edited_target(p_a, p_y, same, objective)
+def _mixed_divergence(base: Tensor, p_y: Tensor, keep: Tensor, new_y: Tensor, log_q_y: Tensor) -> Tensor:
+    """KL(p' || q) for p' = keep * p + (1 - keep) * onehot(label), from base = KL(p || q)."""
     label_part = torch.xlogy(p_y, p_y) - (p_y * log_q_y).masked_fill(p_y == 0, 0)
     others = keep * (base - label_part) + (1 - p_y) * torch.xlogy(keep, keep)
     return others.masked_fill((keep == 0) | (log_q_y == -INF), 0) + new_y * (new_y.log() - log_q_y)
@@ -212,14 +239,14 @@ def _finite(maximum: Tensor) -> Tensor:
 
 
 def _common_maximum(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[tp, N]` -> (maximum `[N]`, log of each shard's scale, how far each shard's subtracted maximum moves)."""
+    """`[shards, N]` -> (maximum `[N]`, log of each shard's scale, how far each shard's subtracted maximum moves)."""
     top = maxima.amax(0)
     moved = (maxima - top).masked_fill(maxima == -INF, 0)
     return top, moved.masked_fill(maxima == -INF, -INF), moved
 
 
 def _owned(values: Tensor) -> Tensor:
-    """The value of the shard that has the label (the others hold NaN), `[tp, N]` -> `[N]`; NaN where none has it."""
+    """The value of the shard that has the label (the others hold NaN), `[shards, N]` -> `[N]`; NaN if none has."""
     found = values[0]
     for value in values[1:]:
         found = torch.where(found.isnan(), value, found)

@@ -1,9 +1,22 @@
-"""Every property of the loss is tested on each implementation that this machine can run."""
+"""Every property of the loss is tested on each implementation; those that need a GPU are marked `gpu` and skip."""
+
+import os
 
 import pytest
 import torch
 
-IMPLEMENTATIONS = [pytest.param(("reference", "cpu"), id="reference-cpu")]
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they run on CPU tensors
+
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
+IMPLEMENTATIONS = [
+    pytest.param(("reference", "cpu"), id="reference-cpu"),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=GPU_MARKS),
+    pytest.param(("reference", "cuda"), id="reference-cuda", marks=GPU_MARKS)
+    if HAS_GPU
+    else pytest.param(("triton", "cpu"), id="triton-interpreter"),
+]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -11,4 +24,8 @@ def device(request, monkeypatch) -> torch.device:
     """Forces one implementation through MIXCPT_LSSD and gives the device its tensors live on."""
     name, device = request.param
     monkeypatch.setenv("MIXCPT_LSSD", name)
+    if name == "triton" and device == "cpu":
+        from megatron_mixcpt.kernels import fused
+
+        monkeypatch.setattr(fused, "MAX_SPLITS", 1)  # the interpreter pays for every program; splits have their tests
     return torch.device(device)

@@ -1,6 +1,7 @@
 """The loss on one shard against the fp64 oracle, and every numerical hazard known to trip up fused losses."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ def check(student, teacher, labels, upstream, **options):
     assert loss.dtype == torch.float32 and gradient.dtype == student.dtype
     torch.testing.assert_close(loss.double(), expected, rtol=LOSS_ERROR, atol=LOSS_ERROR)
     rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[student.dtype]
+    if os.environ["MIXCPT_LSSD"] == "triton" and student.device.type == "cpu":
+        rounding *= 2  # Triton's interpreter truncates to bfloat16, a GPU rounds
     scale = (expected_gradient.abs().max() if expected_gradient.any() else upstream.abs().max()).item()
     torch.testing.assert_close(
         gradient.double(),
@@ -303,3 +306,16 @@ def test_rows_beyond_two_to_the_31_elements(device):
     (gradient,) = torch.autograd.grad(lssd_loss(tracked, far[1], labels, grad_buffer="teacher"), tracked, upstream)
     _, expected, _ = loss_and_gradient(with_details, student, teacher, labels, upstream)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("target", ["swap", "mft"])
+def test_rows_split_over_programs_give_the_same_loss(device, target, monkeypatch):
+    """A few rows cannot fill a GPU: each then becomes several shards, some of them empty, some partly ignored."""
+    fused = pytest.importorskip("megatron_mixcpt.kernels.fused")
+    student, teacher, labels, upstream = problem((5,), 9000, device)
+    teacher[0, [4095, 4096, 8999]] = 40.0
+    for splits in (2, 8):
+        monkeypatch.setattr(fused, "MAX_SPLITS", splits)
+        assert fused.num_splits(5) == splits and fused.num_splits(4096) == 1
+        check(student, teacher, labels, upstream, target=target, temperature=2.0)
+        check(student, None, labels.clamp(max=8000), upstream, valid_vocab=8001)

@@ -1,0 +1,228 @@
+"""Compile every kernel and variant ahead of time, without a GPU, and report what the compiler made of it.
+
+    python -m megatron_mixcpt.kernels.aot --arch 80 90 100
+
+Exits with 1 if a kernel spills registers, or reads or writes logits in pieces of less than 16 bytes although the rows
+are aligned; with 2 if the kernels cannot be compiled here (wrong arguments, no triton, its interpreter is on).
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = ("stats", "combine", "gradient")
+POINTERS = {"labels": "*i64", "swapped_out": "*i1"}
+FLOATS = ("scale", "inverse_tau", "margin")
+STRIDES = ("s_outer", "s_inner", "t_outer", "t_inner", "out_outer", "out_inner")
+UNALIGNED_IF_ODD = (*STRIDES, "valid", "width")
+ALIGNED = (*UNALIGNED_IF_ODD, "student", "teacher", "out", "split_columns")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of one kernel; `aligned`: rows start at multiples of 16 bytes."""
+
+    kernel: str
+    constants: tuple[tuple[str, object], ...]
+    student: str = "fp32"
+    teacher: str = "fp32"
+    aligned: bool = True
+
+    @property
+    def options(self) -> dict:
+        return dict(self.constants)
+
+    @property
+    def label(self) -> str:
+        flags = [str(value).lower() if value is not True else name.lower() for name, value in self.constants if value]
+        logits = "" if self.kernel == "combine" else self.student + (f"/{self.teacher}" if self._mixed else "")
+        return " ".join(filter(None, [logits, *flags, "" if self.aligned else "unaligned"]))
+
+    @property
+    def _mixed(self) -> bool:
+        return self.student != self.teacher and bool(self.options["HAS_TEACHER"])
+
+    @property
+    def scalar_loads(self) -> int:
+        """Reads of single values that the source asks for; every other read is of a tile of logits."""
+        teacher, separate = self.options["HAS_TEACHER"], self.options["SEPARATE"]
+        if self.kernel == "stats":
+            return 4 if teacher else 2  # label, S_Y, T_Y, S_A
+        return 4 + separate + 6 * teacher + 2 * self.options["PER_TOKEN"]  # label, upstream, the record, weights
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one variant became on one architecture; sizes in bytes, loads and stores per thread in the whole code."""
+
+    variant: Variant
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    ptx: int
+
+    @property
+    def problems(self) -> list[str]:
+        found = [f"spills {self.spilled} bytes"] if self.spilled else []
+        if self.variant.kernel == "combine" or not self.variant.aligned:
+            return found
+        if self.narrow_loads > self.variant.scalar_loads or not self.wide_loads:
+            found.append(f"{self.narrow_loads - self.variant.scalar_loads} loads of logits are under 16 bytes")
+        if self.variant.kernel == "gradient" and (self.narrow_stores or not self.wide_stores):
+            found.append(f"{self.narrow_stores} stores of gradients are under 16 bytes")
+        return found
+
+
+def variants(kernels: tuple[str, ...] = KERNELS) -> Iterator[Variant]:
+    """Every specialisation that the launches in fused.py can ask for, with the usual alignment."""
+    logits = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")]
+    flags = (False, True)
+    for kernel in kernels:
+        if kernel == "combine":
+            for target, separate, per_token, details in itertools.product(
+                ("swap", "plain", "mft"), flags, flags, flags
+            ):
+                teacher_flags = flags if target == "swap" else (True,)  # without a teacher the target has no part
+                for teacher in teacher_flags:
+                    yield _variant(
+                        kernel, TARGET=target, HAS_TEACHER=teacher, SEPARATE=separate, PER_TOKEN=per_token,
+                        DETAILS=details,
+                    )  # fmt: skip
+            continue
+        weights: list[dict] = [{"PER_TOKEN": flag} for flag in flags] if kernel == "gradient" else [{}]
+        for (student, teacher), has_teacher, separate, weight, aligned in itertools.product(
+            logits, flags, flags, weights, flags
+        ):
+            if has_teacher or student == teacher:
+                constants = dict(HAS_TEACHER=has_teacher, SEPARATE=separate, **weight)
+                yield _variant(kernel, student=student, teacher=teacher, aligned=aligned, **constants)
+
+
+def _variant(kernel: str, student: str = "fp32", teacher: str = "fp32", aligned: bool = True, **constants) -> Variant:
+    return Variant(kernel, tuple(constants.items()), student, teacher, aligned)
+
+
+def compile_variant(variant: Variant, arch: int) -> Report:
+    """Compile for compute capability `arch` / 10 with the launch parameters of fused.py."""
+    import triton
+    from megatron_mixcpt.kernels import fused, triton_kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(triton_kernels, f"{variant.kernel}_kernel")
+    constants = variant.options | {"BLOCK": fused.COMBINE_BLOCK if variant.kernel == "combine" else fused.BLOCK}
+    if variant.kernel == "stats":
+        constants["STAGES"] = fused.NUM_STAGES
+    signature = {name: _type(name, variant, constants) for name in function.arg_names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(function.arg_names)
+        if name in ALIGNED and (variant.aligned or name not in UNALIGNED_IF_ODD)
+    }
+    options = {} if variant.kernel == "combine" else {"num_warps": fused.NUM_WARPS}
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = _resources(compiled.asm["cubin"], Path(triton.__file__).parent)
+    wide_loads, narrow_loads = _count(ptx, r"ld\.global(?:\.[a-z]\w*::\S+)?(?:\.(v\d))?\.[bf](\d+)")
+    async_copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (0x\w+|\d+)", ptx)]
+    wide_stores, narrow_stores = _count(ptx, r"st\.global(?:\.(v\d))?\.[bf](\d+)")
+    return Report(
+        variant,
+        arch,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        wide_loads + sum(size >= 16 for size in async_copies),
+        narrow_loads + sum(size < 16 for size in async_copies),
+        wide_stores,
+        narrow_stores,
+        len(ptx),
+    )
+
+
+def _type(name: str, variant: Variant, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in ("student", "out"):
+        return f"*{variant.student}"
+    if name == "teacher":
+        return f"*{variant.teacher}"
+    if name in ("ce_weight", "kd_weight"):
+        return "*fp32" if variant.options["PER_TOKEN"] else "fp32"
+    if name in FLOATS:
+        return "fp32"
+    if name in STRIDES:
+        return "i64" if name.endswith("outer") else "i32"
+    if name in ("words", "shards", "record", "upstream", "loss") or name.endswith("_out"):
+        return POINTERS.get(name, "*fp32")
+    return POINTERS.get(name, "i32")
+
+
+def _count(ptx: str, pattern: str) -> tuple[int, int]:
+    """(accesses of 16 bytes, narrower ones)."""
+    sizes = [int(vector[1:] or 1) * int(bits) // 8 if vector else int(bits) // 8
+             for vector, bits in re.findall(pattern, ptx)]  # fmt: skip
+    return sum(size >= 16 for size in sizes), sum(size < 16 for size in sizes)
+
+
+def _resources(cubin: bytes, triton_folder: Path) -> tuple[int, int]:
+    """(registers a thread, bytes of registers spilled to memory)."""
+    tool = triton_folder / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown, one line a variant and architecture."""
+    lines = [
+        "| kernel | variant | sm | registers | spilled B | shared B | 16 B loads | narrower | 16 B stores | PTX kB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        cells = [r.variant.kernel, r.variant.label, r.arch, r.registers, r.spilled, r.shared]
+        cells += [r.wide_loads, r.narrow_loads, r.wide_stores, round(r.ptx / 1000)]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_mixcpt.kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities times ten")
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("error: TRITON_INTERPRET=1 replaces the compiler by an interpreter: unset it", file=sys.stderr)
+        return 2
+    try:
+        import triton
+    except ImportError:
+        print("error: triton is not installed (pip install triton)", file=sys.stderr)
+        return 2
+    reports = [compile_variant(v, arch) for arch in options.arch for v in variants(tuple(options.kernel))]
+    print(table(reports))
+    failures = [(report, problem) for report in reports for problem in report.problems]
+    for report, problem in failures:
+        print(f"error: {report.variant.kernel} {report.variant.label} sm_{report.arch}: {problem}", file=sys.stderr)
+    print(f"\ntriton {triton.__version__}: {len(reports)} compiled, {len(failures)} problems")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

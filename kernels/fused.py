@@ -1,0 +1,121 @@
+"""Launches the Triton kernels: the functions of reference.py, for tensors on a GPU or in Triton's interpreter.
+
+Nothing here waits for the device, so the loss can be captured in a CUDA graph.
+"""
+
+import contextlib
+import math
+
+import torch
+import triton
+from megatron_mixcpt.kernels import triton_kernels as kernels
+from megatron_mixcpt.kernels.layout import as_grids
+from megatron_mixcpt.kernels.objective import Objective
+from torch import Tensor
+
+# Chosen from the ahead-of-time report (aot.py), not by measurement: 8 columns a thread keep the statistics at 64
+# registers, so four programs a multiprocessor, and three stages keep the next tiles on their way while one is reduced.
+BLOCK = 2048  # columns a program takes at a time
+NUM_WARPS = 8
+NUM_STAGES = 3
+COMBINE_BLOCK = 128  # tokens a program
+ENOUGH_PROGRAMS = 1024  # several for each multiprocessor; with fewer rows than that, rows are split
+MAX_SPLITS = 8
+
+
+def num_splits(num_tokens: int) -> int:
+    """Programs a row: several only where the rows are too few to fill a GPU. Equal on ranks with unequal shards."""
+    return max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // max(1, num_tokens)))
+
+
+def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, words: Tensor) -> None:
+    """Write this shard's words of student, teacher `[..., v]`, labels `[N]` into `words [splits, words, N]` fp32."""
+    s, t = as_grids(student, student if teacher is None else teacher)
+    splits = words.shape[0]
+    if labels.numel() == 0:
+        return
+    with _on(student):
+        kernels.stats_kernel[(labels.numel(), splits)](
+            s, t, labels, words,
+            s.shape[1], *s.stride()[:2], *t.stride()[:2], *words.stride()[:2],
+            objective.vocab_start, objective.valid, _split_columns(objective.valid, splits), objective.ignore_index,
+            math.log2(math.e) / objective.temperature,
+            HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce, BLOCK=BLOCK, STAGES=NUM_STAGES,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def combine(
+    shards: Tensor, record: Tensor, labels: Tensor, objective: Objective, with_details: bool
+) -> dict[str, Tensor]:
+    """Per-token results from the words of all shards `[shards, words, N]`; writes `record` (may be `shards[0]`)."""
+    num_tokens = labels.numel()
+    results = {"loss": torch.empty(num_tokens, device=labels.device, dtype=torch.float32)}
+    if with_details:
+        names = ("ce", "kl", "p_argmax", "p_label") if objective.has_teacher else ("ce",)
+        results |= {name: torch.empty_like(results["loss"]) for name in names}
+        if objective.has_teacher:
+            results["swapped"] = torch.empty_like(results["loss"], dtype=torch.bool)
+    if num_tokens == 0:
+        return results
+    outputs = [results.get(name, results["loss"]) for name in ("loss", "ce", "kl", "p_argmax", "p_label", "swapped")]
+    *weights, per_token = _weights(objective, num_tokens, labels.device)
+    with _on(shards):
+        kernels.combine_kernel[(triton.cdiv(num_tokens, COMBINE_BLOCK),)](
+            shards, record, labels, *weights, *outputs,
+            num_tokens, shards.shape[0], *shards.stride()[:2], record.stride(0), objective.ignore_index,
+            1.0 / objective.temperature, objective.margin,
+            TARGET=objective.target, HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce,
+            PER_TOKEN=per_token, DETAILS=with_details, BLOCK=COMBINE_BLOCK,
+        )  # fmt: skip
+    return results
+
+
+def gradient(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    record: Tensor,
+    upstream: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> None:
+    """Write d(sum upstream * loss)/d(student) into `out`, which may be `teacher`'s memory; upstream fp32 `[N]`.
+
+    Without a teacher p' is taken as zero, so that the distillation part is kd_weight * q / temperature.
+    """
+    if labels.numel() == 0:
+        return
+    s, t, o = as_grids(student, student if teacher is None else teacher, out)
+    splits, width = num_splits(labels.numel()), student.shape[-1]
+    *weights, per_token = _weights(objective, labels.numel(), labels.device)
+    with _on(student):
+        kernels.gradient_kernel[(labels.numel(), splits)](
+            s, t, o, labels, record, upstream.contiguous(), *weights,
+            s.shape[1], *s.stride()[:2], *t.stride()[:2], *o.stride()[:2], record.stride(0),
+            objective.vocab_start, objective.valid, width, _split_columns(width, splits), objective.ignore_index,
+            math.log2(math.e) / objective.temperature, 1.0 / objective.temperature,
+            HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce, PER_TOKEN=per_token, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def _split_columns(width: int, splits: int) -> int:
+    """Columns of one split: whole tiles, so that every split's first column is as aligned as the row."""
+    return triton.cdiv(max(1, triton.cdiv(width, splits)), BLOCK) * BLOCK
+
+
+def _weights(
+    objective: Objective, num_tokens: int, device: torch.device
+) -> tuple[Tensor | float, Tensor | float, bool]:
+    """(ce_weight, kd_weight, whether they are per token): one tensor makes both tensors."""
+    weights = (objective.ce_weight, objective.kd_weight)
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return *weights, False
+    ce, kd = (w if isinstance(w, Tensor) else torch.full((num_tokens,), w, device=device) for w in weights)
+    return ce, kd, True
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
