@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.launcher import is_distributed, launch
@@ -30,14 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(Config, args.config, args.overrides)
-    if args.nproc > 1 and not is_distributed():
-        from megatron_mixcpt.train.setup import check_batch, read_model_and_mix
-
-        # Mistakes are told once, before any process starts.
-        read_model_and_mix(config)
-        check_batch(config, args.nproc)
-        return launch(args.nproc, ["train", args.config, *args.overrides])
     from megatron_mixcpt.train.loop import train
+    from megatron_mixcpt.train.setup import check
+
+    # Mistakes are told before any process or group starts.
+    check(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
+    if args.nproc > 1 and not is_distributed():
+        return launch(args.nproc, ["train", args.config, *args.overrides])
 
     train(config)
     return 0

@@ -21,7 +21,7 @@ from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
@@ -72,8 +72,10 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     return arch, mix
 
 
-def check_batch(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
+def check(config: Config, world_size: int) -> None:
+    """Raise ConfigError, naming the key to change, unless model, data, batch and grid fit together."""
+    _, mix = read_model_and_mix(config)
+    check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
     if config.train.global_batch_size % stride:
@@ -81,9 +83,9 @@ def check_batch(config: Config, world_size: int) -> None:
             f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
         )
-    if config.parallel.sequence and (config.data.seq_length or 0) % config.parallel.tensor:
+    if config.parallel.sequence and mix.seq_length % config.parallel.tensor:
         raise ConfigError(
-            f"data.seq_length {config.data.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
+            f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
             "which parallel.sequence needs"
         )
 
@@ -91,7 +93,6 @@ def check_batch(config: Config, world_size: int) -> None:
 def build(config: Config, state: ParallelState) -> Parts:
     """Build model, teacher and optimizer at the starting weights. Collective."""
     arch, mix = read_model_and_mix(config)
-    check_batch(config, state.world_size)
     stage = build_stage(config, arch)
     if config.uses_teacher:
         teacher_stage = build_stage(config, arch, weights=False)

