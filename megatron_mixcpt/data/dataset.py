@@ -106,8 +106,6 @@ def _dataset_config(mix: Mix, seed: int, cache_dir: Path) -> GPTDatasetConfig:
 def _built_once(build: Any) -> Any:
     """Rank 0 builds and caches the indices, then the others load them."""
     logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
-    if not torch.distributed.is_initialized():
-        return build()
     if torch.distributed.get_rank() == 0:
         built = build()
         torch.distributed.barrier()

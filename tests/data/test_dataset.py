@@ -1,0 +1,124 @@
+"""What the trainer reads is what the files hold: against the indexed files themselves, read by numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mixcpt.data.batch import IGNORE_INDEX, RankSampler, collate, valid_batches
+from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
+from megatron_mixcpt.data.mix import read_mix
+from megatron_mixcpt.data_prep.format import DOC_START, KIND_INSTRUCTION, PAD, TARGET, open_indexed
+from megatron_mixcpt.parallel import parallel_context
+from tests.helpers.corpus import write_mix
+
+SEQ = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """BlendedDataset asks torch.distributed for its rank."""
+    with parallel_context():
+        yield
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return read_mix(write_mix(tmp_path_factory.mktemp("dataset") / "data", seq_length=SEQ))
+
+
+@pytest.fixture(scope="module")
+def blend(mix, tmp_path_factory):
+    return train_dataset(mix, 100, 7, tmp_path_factory.mktemp("cache"))
+
+
+def stored(mix, name):
+    """`{token bytes: flags}` of a source's training sequences."""
+    prefix = next(source.train.prefix for source in mix.sources if source.name == name)
+    tokens, flags = open_indexed(prefix), open_indexed(f"{prefix}.flags")
+    return {
+        np.where(flags[i] & PAD, 0, tokens[i]).astype(np.int64).tobytes(): flags[i] for i in range(len(tokens.lengths))
+    }
+
+
+def test_every_sample_is_one_stored_sequence_with_its_own_flags(mix, blend):
+    by_source = [stored(mix, source.name) for source in mix.train_sources]
+    for sample in (blend[i] for i in range(len(blend))):
+        tokens, flags = sample["tokens"].numpy(), sample["flags"].numpy()
+        assert tokens.shape == flags.shape == (SEQ + 1,)
+        expected = by_source[int(sample["dataset_id"])][tokens[:-1].tobytes()]
+        np.testing.assert_array_equal(flags[:-1], expected)
+        assert flags[-1] & DOC_START and not flags[-1] & TARGET  # nothing is predicted across sequences
+
+
+def test_the_blend_has_the_weights_of_the_mixture(mix, blend):
+    counts = np.bincount([int(blend[i]["dataset_id"]) for i in range(len(blend))], minlength=2)
+    weights = np.array([source.weight for source in mix.train_sources])
+    assert len(blend) == 100
+    np.testing.assert_allclose(counts / 100, weights, atol=0.01)
+
+
+def test_two_epochs_show_each_sequence_twice(mix, tmp_path):
+    """But for the one at the seam, where Megatron's extra label token has no successor."""
+    dataset = train_dataset(mix, 80, 7, tmp_path)
+    seen = [dataset[i]["tokens"][:-1].numpy().tobytes() for i in range(80) if int(dataset[i]["dataset_id"]) == 0]
+    counts = [seen.count(key) for key in stored(mix, "facts")]
+    assert len(seen) == sum(counts) == 2 * len(counts)
+    assert sum(count != 2 for count in counts) <= 2
+
+
+def test_validation_covers_each_split_once(mix, tmp_path):
+    for name, dataset in valid_datasets(mix, 7, tmp_path).items():
+        prefix = next(source.valid.prefix for source in mix.sources if source.name == name)
+        tokens, flags = open_indexed(prefix), open_indexed(f"{prefix}.flags")
+        expected = sorted(
+            np.where(flags[i] & PAD, 0, tokens[i]).astype(np.int64).tobytes() for i in range(len(tokens.lengths))
+        )
+        assert sorted(dataset[i]["tokens"][:-1].numpy().tobytes() for i in range(len(dataset))) == expected
+
+
+def test_labels_lie_exactly_on_targets(blend):
+    batch = collate([blend[i] for i in range(10)])
+    for row in range(10):
+        tokens, flags = blend[row]["tokens"], blend[row]["flags"]
+        for position in range(SEQ):
+            label = int(tokens[position + 1]) if flags[position + 1] & TARGET else IGNORE_INDEX
+            assert int(batch.labels[row, position]) == label
+    kinds = batch.kinds[batch.labels != IGNORE_INDEX]
+    assert set(kinds.tolist()) <= {0, KIND_INSTRUCTION}
+
+
+def test_positions_restart_with_every_document(blend):
+    batch = collate([blend[i] for i in range(10)])
+    for row in range(10):
+        expected, position = [], 0
+        for index, flag in enumerate(blend[row]["flags"][:-1].tolist()):
+            position = 0 if index == 0 or flag & DOC_START else position + 1
+            expected.append(position)
+        assert batch.position_ids[row].tolist() == expected
+
+
+def test_padding_samples_hold_no_target(blend):
+    batch = collate([blend.datasets[0][None]])
+    assert (batch.labels == IGNORE_INDEX).all()
+    assert torch.equal(batch.tokens, torch.zeros_like(batch.tokens))
+
+
+@pytest.mark.parametrize(("micro", "size"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
+def test_a_step_trains_on_the_same_samples_for_any_number_of_ranks(micro, size):
+    """Global batch of 8, from sample 16 on."""
+    ranks = [list(RankSampler(48, 16, micro, rank, size)) for rank in range(size)]
+    per_step = 8 // (micro * size)
+    for step in range(4):
+        samples = sorted(i for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step] for i in batch)
+        assert samples == list(range(16 + 8 * step, 24 + 8 * step))
+
+
+@pytest.mark.parametrize(("total", "limit", "micro", "size"), [(5, None, 2, 2), (7, 3, 1, 2), (1, None, 4, 3)])
+def test_validation_reads_each_sample_once_and_equally_often_on_all_ranks(total, limit, micro, size):
+    ranks = [
+        valid_batches(range(total), max_samples=limit, micro_batch_size=micro, data_rank=rank, data_size=size)
+        for rank in range(size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    read = [i for batches in ranks for batch in batches for i in batch]
+    assert sorted(i for i in read if i is not None) == list(range(min(total, limit or total)))
