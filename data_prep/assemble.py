@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.format import (
     DOC_START,

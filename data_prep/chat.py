@@ -15,7 +15,6 @@ from megatron_mixcpt.data_prep.documents import Document, Piece
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_TEXT, pack_flags
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
-
 from megatron_mixcpt.errors import ConfigError
 
 Message = dict[str, Any]

@@ -27,9 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.data_prep.config import load_config
     from megatron_mixcpt.data_prep.pipeline import preprocess
 
-    # The engines must not start threads of their own: there is one process a core already.
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1 (got {workers})")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from megatron_mixcpt.data_prep.template import template_keys
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from megatron_mixcpt.data_prep.template import template_keys
 from megatron_mixcpt.errors import ConfigError
 
 Template = Annotated[str, Field(min_length=1)]
@@ -109,6 +109,7 @@ class Config(Strict):
 
     add_bos: bool | None = None  # null: as the tokenizer itself does
     eos_token: str | None = None  # null: as the tokenizer's own configuration says
+    engine: Literal["auto", "reference"] = "auto"  # auto: the fast one where it agrees with the reference
     total_tokens: int | None = Field(default=None, gt=0)  # training budget; null: what the shares need
     share_of: Literal["tokens", "targets"] = "tokens"
     max_record_bytes: int = Field(default=16 * 2**20, gt=0)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_mixcpt.data_prep.engines import Engine
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
-from megatron_mixcpt.data_prep.tokenizer import Engine
+from megatron_mixcpt.data_prep.joining import Joining, encode_joined
 
 Piece = tuple[str | int, int]  # (text, flags) or (control token id, flags)
 
@@ -24,8 +26,10 @@ class Document:
 class Batch:
     """Collects pieces of documents and encodes them in one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, joining: Joining | None = None) -> None:
+        self._joining = joining
         self._texts: list[str] = []
+        self._continues: list[bool] = []  # for each text
         self._ids: list[int] = []  # -1: the next text
         self._flags: list[int] = []
         self._ends: list[int] = []  # pieces up to the end of each document
@@ -36,14 +40,19 @@ class Batch:
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """Append one document."""
+        before: str | int | None = None
         for content, flags in pieces:
             if isinstance(content, str):
                 self._texts.append(content)
+                if self._joining is not None:
+                    after = self._joining.after_control and before is not None
+                    self._continues.append(after or isinstance(before, str))
                 self._ids.append(-1)
                 self.num_characters += len(content)
             else:
                 self._ids.append(content)
             self._flags.append(flags)
+            before = content
         self._ends.append(len(self._ids))
 
     def encode(self, engine: Engine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,7 +63,7 @@ class Batch:
         ids = np.array(self._ids, dtype=np.int64)
         is_text = ids < 0
         piece_lengths = np.ones(len(ids), dtype=np.int64)
-        encoded, offsets = engine.encode(self._texts)
+        encoded, offsets = encode_joined(engine, self._texts, self._continues, self._joining)
         piece_lengths[is_text] = np.diff(offsets)
         flags = np.repeat(np.array(self._flags, dtype=np.uint8), piece_lengths)
         from_text = np.repeat(is_text, piece_lengths)

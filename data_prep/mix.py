@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import xxhash
+
 from megatron_mixcpt.data_prep.assemble import (
     Corpus,
     flags_prefix,
@@ -21,7 +22,6 @@ from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.mixing import Request, resolve_shares
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
-
 from megatron_mixcpt.errors import MixcptError
 
 FORMAT = "mixcpt-mix/1"

@@ -2,28 +2,30 @@
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from megatron_mixcpt.data_prep.assemble import Corpus, load_corpus
 from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.engines import FastEngine, adversarial_texts, disagreement, load_fast_engine
 from megatron_mixcpt.data_prep.format import token_dtype
 from megatron_mixcpt.data_prep.literals import literal_counter
 from megatron_mixcpt.data_prep.mix import build_mix
 from megatron_mixcpt.data_prep.parts import part_is_good
 from megatron_mixcpt.data_prep.plan import Plan, make_plan, plan_to_json
-from megatron_mixcpt.data_prep.pool import run_pool
+from megatron_mixcpt.data_prep.pool import Pool
 from megatron_mixcpt.data_prep.progress import Progress
 from megatron_mixcpt.data_prep.quarantine import check_budget, write_quarantine
 from megatron_mixcpt.data_prep.records import make_renderer
+from megatron_mixcpt.data_prep.sampling import sample_texts
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.data_prep.worker import Job, process_chunk
-
 from megatron_mixcpt.errors import ConfigError, MixcptError
 
 PARTS_FOLDER = ".parts"
@@ -74,6 +76,9 @@ def preprocess(
 
 def prepare(config: Config, out: Path) -> Prepared:
     """Load the tokenizer, plan every source, write the plans."""
+    # There is one process a core already: the libraries must not start threads of their own, here or in the workers.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(config.tokenizer, eos_token=config.eos_token)
     add_bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
     if add_bos and tokenizer.bos_id is None:
@@ -114,52 +119,99 @@ def tokenize(
             f"{len(tasks)} of {index} parts are missing or damaged; run the shards that make them again "
             "(or leave --assemble out to make them here)"
         )
-    work = WorkFactory(prepared)
     total = done_bytes + sum(prepared.stages[number].plan.chunk_bytes(chunk) for number, chunk in tasks)
-    with Progress("tokenize", total, done_bytes) as progress:
-        for number, chunk, tokens in run_pool(work, tasks, min(workers, len(tasks))):
-            progress.advance(prepared.stages[number].plan.chunk_bytes(chunk), tokens)
+    with Pool(WorkFactory(prepared), min(workers, len(tasks))) as pool:
+        fast = choose_engines(prepared, sorted({number for number, _ in tasks}), pool)
+        with Progress("tokenize", total, done_bytes) as progress:
+            orders = ((process_order, number, chunk, number in fast) for number, chunk in tasks)
+            for number, chunk, tokens in pool.run(orders):
+                progress.advance(prepared.stages[number].plan.chunk_bytes(chunk), tokens)
+
+
+def choose_engines(prepared: Prepared, numbers: list[int], pool: Pool) -> set[int]:
+    """The sources among `numbers` that the fast engine may encode; what speaks against it is said on stderr."""
+    if prepared.config.engine == "reference":
+        return set()
+    fast = set()
+    for number, reason in sorted(pool.run((check_order, number) for number in numbers)):
+        if reason is None:
+            fast.add(number)
+        name = FastEngine.name if reason is None else prepared.tokenizer.engine.name
+        why = "" if reason is None else f"; no fast engine: {reason}"
+        print(f"source {prepared.stages[number].source.name}: engine {name}{why}", file=sys.stderr)
+    return fast
 
 
 class WorkFactory:
-    """Makes, in each worker, the function that turns (source number, chunk) into a part.
+    """Makes, in each worker, the function that carries out orders: `check_order` and `process_order`.
 
     A forked worker uses the tokenizer that is already in memory; a spawned one loads it again.
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._prepared: Prepared = prepared
+        self._prepared = prepared
 
     def __getstate__(self) -> dict[str, Any]:
-        p = self._prepared
-        return {"config": p.config, "add_bos": p.add_bos, "dtype": p.dtype, "stages": p.stages}
+        return {**vars(self._prepared), "tokenizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config = state["config"]
-        tokenizer = load_tokenizer(config.tokenizer, eos_token=config.eos_token)
-        self._prepared = Prepared(config, tokenizer, state["add_bos"], state["dtype"], state["stages"])
+        self._prepared = Prepared(**state)
+        self._prepared.tokenizer = load_tokenizer(state["config"].tokenizer, eos_token=state["config"].eos_token)
 
-    def __call__(self) -> Callable[[tuple[int, int]], tuple[int, int, int]]:
-        return partial(_work, [self._job(stage) for stage in self._prepared.stages])
-
-    def _job(self, stage: Stage) -> Job:
-        p = self._prepared
-        return Job(
-            source=stage.source,
-            plan=stage.plan,
-            folder=stage.folder,
-            render=make_renderer(stage.source, p.tokenizer, add_bos=p.add_bos),
-            engine=p.tokenizer.engine,
-            dtype=p.dtype,
-            max_tokens=None if stage.source.kind == "domain" else p.config.seq_length,
-            max_record_bytes=p.config.max_record_bytes,
-            count_literals=literal_counter(p.tokenizer.control),
-        )
+    def __call__(self) -> Callable[[tuple], Any]:
+        bench = Workbench(self._prepared)
+        return lambda order: order[0](bench, *order[1:])
 
 
-def _work(jobs: list[Job], task: tuple[int, int]) -> tuple[int, int, int]:
-    number, chunk = task
-    receipt = process_chunk(jobs[number], chunk)
+class Workbench:
+    """What a worker keeps between orders: one job for each source and engine, and the fast engine once it is needed."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self._fast: FastEngine | str | None = None
+        self._jobs: dict[tuple[int, bool], Job] = {}
+
+    @property
+    def fast(self) -> FastEngine | str:
+        """The fast engine, or why there is none."""
+        if self._fast is None:
+            self._fast = load_fast_engine(self.prepared.tokenizer.definition)
+        return self._fast
+
+    def job(self, number: int, fast: bool) -> Job:
+        """The job of source `number`."""
+        if (number, fast) not in self._jobs:
+            p, stage = self.prepared, self.prepared.stages[number]
+            engine = self.fast if fast else p.tokenizer.engine
+            if isinstance(engine, str):
+                raise MixcptError(f"the fast engine is missing in a worker: {engine}")
+            self._jobs[number, fast] = Job(
+                source=stage.source,
+                plan=stage.plan,
+                folder=stage.folder,
+                render=make_renderer(stage.source, p.tokenizer, add_bos=p.add_bos),
+                engine=engine,
+                joining=p.tokenizer.joining,
+                dtype=p.dtype,
+                max_tokens=None if stage.source.kind == "domain" else p.config.seq_length,
+                max_record_bytes=p.config.max_record_bytes,
+                count_literals=literal_counter(p.tokenizer.control),
+            )
+        return self._jobs[number, fast]
+
+
+def check_order(bench: Workbench, number: int) -> tuple[int, str | None]:
+    """Whether the fast engine agrees with the reference on adversarial texts and on a sample of source `number`."""
+    if isinstance(bench.fast, str):
+        return number, bench.fast
+    job, reference = bench.job(number, False), bench.prepared.tokenizer
+    samples = sample_texts(job.plan, job.render, job.max_record_bytes)
+    return number, disagreement(reference.engine, bench.fast, [*adversarial_texts(reference.control), *samples])
+
+
+def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tuple[int, int, int]:
+    """Make the part of a chunk; returns source, chunk and number of tokens."""
+    receipt = process_chunk(bench.job(number, fast), chunk)
     return number, chunk, sum(block["tokens"] for block in receipt["blocks"])
 
 

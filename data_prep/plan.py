@@ -12,10 +12,10 @@ from typing import Any
 
 import orjson
 import xxhash
+
 from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
 from megatron_mixcpt.data_prep.streams import compression
-
 from megatron_mixcpt.errors import ConfigError
 
 PLAN_VERSION = 1  # raise it when the meaning of parts changes

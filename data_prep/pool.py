@@ -4,6 +4,7 @@ Only chunk numbers go out and only a short summary comes back. When a worker die
 parent says so and stops; finished parts stay, and the same command continues.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,37 +20,55 @@ from megatron_mixcpt.errors import MixcptError, StoppedError
 Work = Callable[[Any], Any]
 
 
-def run_pool(make_work: Callable[[], Work], tasks: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yield `make_work()(task)` for every task, in any order. `make_work` must be picklable; it runs in each worker.
+class Pool:
+    """Worker processes that each call `make_work()` once and its result for every task.
 
-    Raises the worker's own MixcptError, or StoppedError when a worker was killed.
+    `make_work` must be picklable. With one worker everything happens in this process. Use as a context.
     """
-    if workers <= 1:
-        work = make_work()
-        for task in tasks:
-            yield work(task)
-        return
-    context: Any = multiprocessing.get_context(_start_method())
-    pool: dict[Connection, Any] = {}
-    try:
-        for _ in range(workers):
+
+    def __init__(self, make_work: Callable[[], Work], workers: int) -> None:
+        self._make_work, self._workers = make_work, workers
+        self._processes: dict[Connection, Any] = {}
+        self._work: Work | None = None
+
+    def __enter__(self) -> "Pool":
+        if self._workers <= 1:
+            self._work = self._make_work()
+            return self
+        context: Any = multiprocessing.get_context(_start_method())
+        for _ in range(self._workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(make_work, theirs, os.getpid()), daemon=True)
+            process = context.Process(target=_serve, args=(self._make_work, theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()
-            pool[ours] = process
-        yield from _dispatch(pool, iter(tasks))
-    finally:
-        for connection, process in pool.items():
-            connection.close()
-            process.join(timeout=2)
+            self._processes[ours] = process
+        return self
+
+    def run(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Yield the result of every task, in any order.
+
+        Raises the worker's own MixcptError or OSError, or StoppedError when a worker was killed.
+        """
+        if self._work is not None:
+            yield from map(self._work, tasks)
+        else:
+            yield from _dispatch(self._processes, iter(tasks))
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self._processes.items():
+            # Closing the pipe would not do: forked workers hold copies of it. A busy worker is not waited for.
+            with contextlib.suppress(OSError):
+                connection.send(None)
+            process.join(timeout=1)
             if process.is_alive():
                 process.kill()
                 process.join()
+            connection.close()
 
 
 def _start_method() -> str:
-    """fork is quick, but only safe while no library has started threads of its own."""
+    """fork is quick, but only safe while no library has started threads of its own. The engines do when they encode:
+    this process must not encode before its workers are there."""
     threaded = {"torch", "pyarrow"} & sys.modules.keys() or threading.active_count() > 1
     return "spawn" if threaded else "fork"
 
@@ -90,19 +109,18 @@ def _obituary(process: Any) -> str:
 
 
 def _serve(make_work: Callable[[], Work], connection: Connection, parent: int) -> None:
-    # The parent decides on Ctrl-C; it closes the pipe, and recv below ends.
+    # The parent decides on Ctrl-C, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     try:
         work = make_work()
         while True:
-            try:
-                task = connection.recv()
-            except EOFError:
+            task = connection.recv()
+            if task is None:
                 return
             connection.send((True, work(task)))
-    except BrokenPipeError:  # the parent is gone
+    except (BrokenPipeError, EOFError):  # the parent is gone
         return
     except (MixcptError, OSError) as error:
         connection.send((False, error))

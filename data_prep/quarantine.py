@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.plan import Plan
-
 from megatron_mixcpt.errors import BadRecordsError
 
 FILE_NAME = "quarantine.jsonl"

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
 from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT
 from megatron_mixcpt.data_prep.plan import InputFile, Span
 from megatron_mixcpt.data_prep.streams import UTF8_BOM, decompressed_blocks, raw_blocks, split_lines
 from megatron_mixcpt.data_prep.template import BadRecord
-
 from megatron_mixcpt.errors import MixcptError
 
 Numbered = Iterator[tuple[int, dict[str, Any] | BadRecord]]  # 1-based line (or row) and what stands there

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
+
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.documents import Document, Piece
 from megatron_mixcpt.data_prep.format import (

@@ -1,13 +1,14 @@
 """Bytes of input files as lines: plain, gzip (several members) and zstandard (several frames), in bounded memory."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_mixcpt.errors import MixcptError
 
 BLOCK_BYTES = 1 << 20
+READ_BYTES = 1 << 14  # of compressed data: it may unpack to a hundred times as much
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -34,34 +35,42 @@ def raw_blocks(file: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
 
 def decompressed_blocks(path: Path, method: str) -> Iterator[bytes]:
     """The decompressed bytes of a whole file. Raises MixcptError if it is damaged or ends early: nothing is dropped."""
-    make = _decompressor(method)
+    make, inflate = (_gzip_state, _gzip_inflate) if method == "gzip" else (_zstd_state, _zstd_inflate)
     with open(path, "rb") as file:
-        state, started = make(), False
-        while data := file.read(BLOCK_BYTES // 4):
-            while data:
-                if not started and not data.strip(b"\0"):
-                    data = b""  # padding after the last member
-                    break
+        state, started, more = make(), False, False
+        while data := file.read(READ_BYTES):
+            while more or (data and (started or data.strip(b"\0"))):  # zeros after the last member are padding
                 started = True
                 try:
-                    block = state.decompress(data)
+                    block, data = inflate(state, data)
                 except Exception as error:  # zlib.error, zstandard.ZstdError
                     raise MixcptError(f"{path} is damaged ({error}); fetch it again") from None
+                more = len(block) >= BLOCK_BYTES  # there may be output left although all input is used
                 if block:
                     yield block
-                data = b""
                 if state.eof:
-                    data, state, started = state.unused_data, make(), False
+                    data, state, started, more = state.unused_data, make(), False, False
         if started:
             raise MixcptError(f"{path} ends in the middle of its {method} data; fetch it again")
 
 
-def _decompressor(method: str) -> Callable[[], Any]:
-    if method == "gzip":
-        return lambda: zlib.decompressobj(wbits=31)
+def _gzip_state() -> Any:
+    return zlib.decompressobj(wbits=31)
+
+
+def _gzip_inflate(state: Any, data: bytes) -> tuple[bytes, bytes]:
+    """At most one block of output, and the input not yet used."""
+    return state.decompress(data, BLOCK_BYTES), state.unconsumed_tail
+
+
+def _zstd_state() -> Any:
     import zstandard
 
-    return lambda: zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
+
+
+def _zstd_inflate(state: Any, data: bytes) -> tuple[bytes, bytes]:
+    return state.decompress(data), b""  # it cannot be told to stop early, hence the small READ_BYTES
 
 
 def split_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | int]:

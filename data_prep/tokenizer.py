@@ -8,11 +8,12 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import xxhash
 
+from megatron_mixcpt.data_prep.engines import Engine, HuggingFaceEngine, SentencePieceEngine
+from megatron_mixcpt.data_prep.joining import Joining, find_joining
 from megatron_mixcpt.errors import ConfigError
 
 # What travels with the data, so that a checkpoint can be exported with its tokenizer.
@@ -26,16 +27,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-class Engine(Protocol):
-    """Turns plain text into token ids, never into control tokens."""
-
-    name: str
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts in a row (uint32 [T]) and where each text starts and ends (int64 [len(texts) + 1])."""
-        ...
 
 
 @dataclass
@@ -53,9 +44,11 @@ class Tokenizer:
     pad_id: int
     adds_bos: bool  # whether the tokenizer itself begins a text with bos
     control: dict[str, int]
-    engine: Engine
+    engine: Engine  # the reference: what it says is right
     decode: Any  # list[int] -> str
     chat_template: str | None = None
+    joining: Joining | None = None  # how to encode a text that continues another
+    definition: str | None = None  # tokenizer.json, for engines other than the reference
     special_names: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token ... as the template knows them
 
     @property
@@ -74,41 +67,6 @@ class Tokenizer:
         for path in self.files:
             name = "tokenizer.model" if self.kind == "sentencepiece" else path.name
             shutil.copyfile(path, folder / name)
-
-
-class HuggingFaceEngine:
-    """The `tokenizers` library: the reference every other engine must agree with."""
-
-    name = "huggingface"
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encoded]
-        return _flatten(ids)
-
-
-class SentencePieceEngine:
-    """The `sentencepiece` library. Its encoder never yields control pieces from text."""
-
-    name = "sentencepiece"
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _flatten(self._processor.encode(texts, out_type=int, num_threads=1))
-
-
-def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(one) for one in ids], out=offsets[1:])
-    flat = np.empty(int(offsets[-1]), dtype=np.uint32)
-    for start, one in zip(offsets, ids):
-        flat[start : start + len(one)] = one
-    return flat, offsets
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
@@ -170,7 +128,14 @@ def _load_huggingface(path: Path, folder: Path | None, eos_token: str | None) ->
     # Before special tokens are switched off in text: does the tokenizer begin a text with bos by itself?
     probe = backend.encode("a", add_special_tokens=True).ids
     adds_bos = ids.get("bos_token") is not None and probe[:1] == [ids["bos_token"]]
+    definition = backend.to_str()
+    after_control = False
+    if control:
+        name, index = next(iter(control.items()))
+        marked = backend.encode(name + "x", add_special_tokens=False).ids
+        after_control = marked != [index, *backend.encode("x", add_special_tokens=False).ids]
     backend.encode_special_tokens = True
+    engine = HuggingFaceEngine(backend)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder else [path]
     return Tokenizer(
         kind="huggingface",
@@ -181,9 +146,11 @@ def _load_huggingface(path: Path, folder: Path | None, eos_token: str | None) ->
         pad_id=ids.get("pad_token", ids["eos_token"]),
         adds_bos=adds_bos,
         control=control,
-        engine=HuggingFaceEngine(backend),
+        engine=engine,
         decode=lambda tokens: backend.decode(tokens, skip_special_tokens=False),
         chat_template=_read_template(folder, settings) if folder else None,
+        joining=find_joining(engine, after_control=after_control),
+        definition=definition,
         special_names=names,
     )
 
@@ -225,6 +192,7 @@ def _load_sentencepiece(path: Path, eos_token: str | None) -> Tokenizer:
             f"tokenizer: {path} has no end-of-document token; set eos_token to one of: {', '.join(control) or '(none)'}"
         )
     bos = processor.bos_id()
+    engine = SentencePieceEngine(processor)
     return Tokenizer(
         kind="sentencepiece",
         files=[path],
@@ -234,6 +202,7 @@ def _load_sentencepiece(path: Path, eos_token: str | None) -> Tokenizer:
         pad_id=processor.pad_id() if processor.pad_id() >= 0 else eos,
         adds_bos=bos >= 0,  # Llama's convention; a bare .model does not say
         control=control,
-        engine=SentencePieceEngine(processor),
+        engine=engine,
+        joining=find_joining(engine, after_control=False),
         decode=lambda tokens: processor.decode([int(token) for token in tokens]),
     )

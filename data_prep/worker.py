@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.documents import Batch, Document
+from megatron_mixcpt.data_prep.engines import Engine
 from megatron_mixcpt.data_prep.format import KIND_DOMAIN, ROLE_MASK, TARGET
+from megatron_mixcpt.data_prep.joining import Joining
 from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.readers import read_span
 from megatron_mixcpt.data_prep.records import Renderer
 from megatron_mixcpt.data_prep.template import BadRecord
-from megatron_mixcpt.data_prep.tokenizer import Engine
 
 BATCH_CHARACTERS = 1 << 19  # encoded in one call
 BLOCK_TOKENS = 1 << 22  # held in memory before a block is written
@@ -30,6 +32,7 @@ class Job:
     folder: Path
     render: Renderer
     engine: Engine
+    joining: Joining | None
     dtype: np.dtype
     max_tokens: int | None  # longest document that may not be split; None: any length
     max_record_bytes: int
@@ -50,7 +53,7 @@ class _Part:
 
     def __init__(self, job: Job, chunk: int) -> None:
         self._job, self._chunk = job, chunk
-        self._batch = Batch()
+        self._batch = Batch(job.joining)
         self._rows: list[tuple[int, int, int, int, int]] = []  # hash high, hash low, line, file, kind
         self._records: list[int] = []  # number of documents of each record in the batch
         self._tokens: list[np.ndarray] = []
@@ -122,7 +125,7 @@ class _Part:
         self._flags.append(flags)
         self._documents.append(documents)
         self._num_tokens += len(tokens)
-        self._batch, self._rows, self._records = Batch(), [], []
+        self._batch, self._rows, self._records = Batch(self._job.joining), [], []
         if self._num_tokens >= BLOCK_TOKENS:
             self._write_block()
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from megatron_mixcpt.data_prep.format import DOC_START, PAD, open_indexed
 
 

@@ -1,8 +1,8 @@
 """Configuration errors name file, line, key and the fix."""
 
 import pytest
-from megatron_mixcpt.data_prep.config import load_config
 
+from megatron_mixcpt.data_prep.config import load_config
 from megatron_mixcpt.errors import ConfigError
 
 GOOD = """tokenizer: tok

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_mixcpt.data_prep.format import IndexedWriter, open_indexed, token_dtype, write_index
 
+from megatron_mixcpt.data_prep.format import IndexedWriter, open_indexed, token_dtype, write_index
 from megatron_mixcpt.errors import MixcptError, VerificationError
 
 DOCUMENTS = [[[1, 2, 3], [4]], [[5, 6]], [[7]], [[], [8, 9]]]

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from megatron_mixcpt.data_prep.packing import best_fit, split_lengths
 
 

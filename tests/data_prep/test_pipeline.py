@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
@@ -23,7 +24,6 @@ from megatron_mixcpt.data_prep.format import (
 )
 from megatron_mixcpt.data_prep.mix import fingerprint
 from megatron_mixcpt.data_prep.pipeline import preprocess
-
 from megatron_mixcpt.errors import BadRecordsError, ConfigError, MixcptError
 from tests.data_prep.helpers import digests, documents_of, load_mix, sequences_of, source_of
 
