@@ -25,7 +25,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values cannot change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -44,6 +44,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
+    """What is read."""
+
     mix: str
     """`mix.json` written by `mixcpt preprocess`."""
     seq_length: Positive | None = None
@@ -53,10 +55,12 @@ class DataConfig(Section):
 
 
 class LayoutConfig(Section):
-    """Data parallel size = world size / (tensor * pipeline)."""
+    """How the model is spread: data-parallel size = number of processes / (tensor * pipeline)."""
 
     tensor: Positive = 1
+    """Ranks that share every layer; must divide heads and FFN."""
     pipeline: Positive = 1
+    """Stages the layers are dealt to; must divide their number."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals sharded over the tensor-parallel group."""
 
@@ -68,27 +72,44 @@ class LayoutConfig(Section):
 
 
 class TrainConfig(Section):
+    """Optimization: AdamW on the mean loss over the global batch's target tokens."""
+
     steps: Positive
+    """Optimizer steps in all, resumed ones included."""
     micro_batch_size: Positive = 1
+    """Samples a rank computes at once; does not change the result."""
     global_batch_size: Positive = 1
+    """Samples a step, over all ranks and accumulated micro-batches."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Peak learning rate."""
     min_lr: Weight = 0.0
+    """Learning rate that cosine and wsd decay to."""
     warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: half a cosine; constant, then linear decay (warm-up, stable, decay); or constant."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the steps that the wsd schedule spends in its final linear decay."""
     weight_decay: Weight = 0.1
+    """Decoupled weight decay; norms and biases are spared."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: Weight = 1.0
     """Maximum global gradient norm; 0 does not clip."""
     seed: NonNegative = 1234
+    """Order of the data, and weights of a preset."""
     dtype: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations; gradients are accumulated and the optimizer works in fp32 either way."""
     recompute: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the rest again in backward."""
     distributed_optimizer: bool = False
     """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward still runs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -108,21 +129,29 @@ class KindWeights(Section):
     """Factors on `loss.ce_weight` and `loss.kd_weight` for the tokens of one kind of data."""
 
     ce: Weight = 1.0
+    """Factor on ce_weight."""
     kd: Weight = 1.0
+    """Factor on kd_weight."""
 
 
 class LossConfig(Section):
     """Loss a token = ce_weight * CE + kd_weight * KL(target(teacher) || student)."""
 
     target: Literal["swap", "plain", "mft", "none"] = "swap"
+    """swap: top-1 and gold probability exchanged (Mix-CPT, arXiv 2407.10804); plain: the teacher as it is; mft: gold
+    raised by a margin (arXiv 2506.15702); none: cross-entropy alone."""
     ce_weight: Weight = 1.0
+    """Weight of next-token prediction."""
     kd_weight: Weight = 1.0
+    """Weight of the distillation."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides teacher and student logits in the distillation term."""
     margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Lead of the gold token over the teacher's first choice, for target mft."""
     normalize: bool = True
     """Divide by ce_weight + kd_weight, so that sweeping kd_weight does not also sweep the learning rate."""
     by_kind: dict[Literal["domain", "instruction", "preference"], KindWeights] = {}
+    """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}}`; 1 where not given."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
@@ -132,11 +161,15 @@ class LossConfig(Section):
 
 
 class TeacherConfig(Section):
+    """Where the distillation target comes from."""
+
     source: Literal["initial", "none"] = "initial"
     """initial: a frozen copy of the starting weights; none: only with loss.target none."""
 
 
 class EvalConfig(Section):
+    """Validation loss of each source."""
+
     every: NonNegative = 0
     """Steps between validations; 0 validates only at the end."""
     max_samples: Positive | None = None
@@ -144,9 +177,12 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Saving and keeping."""
+
     every: NonNegative = 0
     """Steps between checkpoints; 0 saves only at the end and when stopped."""
     keep: Positive = 2
+    """Newest checkpoints that are kept."""
 
 
 class Config(Section):
@@ -161,6 +197,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run_dir: str
+    """Folder of the run: resolved configuration, metrics, checkpoints. The same folder resumes."""
 
     @model_validator(mode="after")
     def _teacher_fits_loss(self) -> Config:

@@ -1,0 +1,88 @@
+"""Write docs/configuration.md from the configuration classes: python docs/generate_configuration.py."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from megatron_mixcpt.config import Config
+
+INTRODUCTION = """# Configuration of `mixcpt train`
+
+Defaults < YAML file < `key=value` on the command line. An unknown key is an error that names the nearest one; every wrong
+value is named with its range, all at once, before any process starts. Paths are relative to the current directory.
+The resolved configuration is written to `<run_dir>/config.yaml`. This page is made from the classes in
+`megatron_mixcpt/config.py` by `python docs/generate_configuration.py`.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [INTRODUCTION]
+    own = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            parts.append(f"## `{name}`\n\n{_summary(section)}\n\n{_table(name, section)}")
+        else:
+            own.append(_row(name, field))
+    parts.append("## Top level\n\n" + _head() + "\n".join(own))
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _summary(section: type[BaseModel]) -> str:
+    return " ".join((section.__doc__ or "").split())
+
+
+def _table(prefix: str, section: type[BaseModel]) -> str:
+    rows = [_row(f"{prefix}.{name}", field) for name, field in section.model_fields.items()]
+    return _head() + "\n".join(rows)
+
+
+def _head() -> str:
+    return "| key | values | default | meaning |\n|---|---|---|---|\n"
+
+
+def _row(key: str, field) -> str:
+    default = "**required**" if field.is_required() else f"`{_plain(field)}`"
+    return f"| `{key}` | {_values(field)} | {default} | {' '.join((field.description or '').split())} |"
+
+
+def _plain(field) -> str:
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(field) -> str:
+    options = get_args(field.annotation)
+    if options and all(isinstance(option, str) for option in options):
+        return ", ".join(f"`{option}`" for option in options)
+    text = str(field.annotation)
+    kind = next(
+        word
+        for name, word in (
+            ("dict", "mapping"),
+            ("bool", "true, false"),
+            ("float", "number"),
+            ("int", "integer"),
+            ("str", "text"),
+        )
+        if name in text
+    )
+    rules = [*field.metadata]
+    for option in options:  # Optional[Annotated[int, Field(ge=1)]]
+        for info in getattr(option, "__metadata__", ()):
+            rules += info.metadata
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in rules
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        if getattr(rule, name, None) is not None
+    ]
+    return " ".join([kind, ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "configuration.md").write_text(page())
