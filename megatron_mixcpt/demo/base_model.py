@@ -29,14 +29,17 @@ def save_smollm2(out: Path) -> dict[str, int]:
     folder = spec.submodule_search_locations[0]
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    # What is loaded from GGUF remembers that it was quantised and refuses to be saved; a plain twin does not.
-    values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**values))
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    # What was loaded from GGUF refuses save_pretrained because it once was quantised, so the files are written here.
+    out.mkdir(parents=True, exist_ok=True)
+    values = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]}).save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE).save_pretrained(out)
     return {"num_parameters": sum(parameter.numel() for parameter in model.parameters())}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -13,14 +12,13 @@ from megatron_mixcpt.errors import ConfigError
 
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries out of our own output. Call before transformers is imported."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "")
+    os.environ["TQDM_DISABLE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
