@@ -11,8 +11,8 @@ from megatron_mixcpt.config import Config
 
 INTRODUCTION = """# Configuration of `mixcpt train`
 
-Defaults < YAML file < `key=value` on the command line. An unknown key is an error that names the nearest one; every wrong
-value is named with its range, all at once, before any process starts. Paths are relative to the current directory.
+Defaults < YAML file < `key=value` on the command line. An unknown key is an error that names the nearest one; wrong
+values are named with their ranges, all at once, before any process starts. Paths are relative to the current directory.
 The resolved configuration is written to `<run_dir>/config.yaml`. This page is made from the classes in
 `megatron_mixcpt/config.py` by `python docs/generate_configuration.py`.
 """

@@ -6,6 +6,7 @@ exit codes back, which the contract of `mixcpt` (75: stopped, resumable) needs. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,14 +53,15 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
                 "OMP_NUM_THREADS": threads,
             }
             command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
-            # A group of their own: the terminal's ^C reaches the ranks once, through `forward`.
+            # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(ranks)
     finally:
         for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            # The rank's group: a rank that was killed leaves helper processes behind (loader, checkpoint writer).
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

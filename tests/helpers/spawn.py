@@ -1,9 +1,11 @@
 """The one way tests start several processes: spawn, gloo, a timeout that dumps every rank's stacks."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -19,6 +21,7 @@ def free_port() -> int:
 
 
 def _entry(fn, rank, world_size, port, folder, deadline, args):
+    os.setsid()  # a group of its own, so that what the rank starts can be ended with it
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -72,7 +75,8 @@ def run_distributed(fn, world_size, *args, timeout=180):
             time.sleep(0.05)
         hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         results = {}
         for rank in range(world_size):
