@@ -21,11 +21,9 @@ from megatron_mixcpt.checkpoint.optimizer_state import (
     optimizer_sharded_state,
     optimizer_step_count,
 )
-from megatron_mixcpt.checkpoint.store import commit, find_checkpoint, new_directory, read_info
+from megatron_mixcpt.checkpoint.store import FORMAT, commit, find_checkpoint, new_directory, read_info
 from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.model.architecture import Architecture
-
-FORMAT = "mixcpt-checkpoint/1"
 
 
 def save_checkpoint(

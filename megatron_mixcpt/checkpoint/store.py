@@ -17,6 +17,7 @@ from typing import Any
 from megatron_mixcpt.errors import VerificationError
 
 INFO = "checkpoint.json"
+FORMAT = "mixcpt-checkpoint/1"  # INFO says so
 _NAME = re.compile(r"step_(\d+)")
 
 
