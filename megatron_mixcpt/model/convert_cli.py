@@ -44,11 +44,10 @@ def convert(
         VerificationError: the weights do not fit their configuration.
     """
     from megatron_mixcpt import __version__
-    from megatron_mixcpt.checkpoint.state import FORMAT
-    from megatron_mixcpt.checkpoint.store import INFO
+    from megatron_mixcpt.checkpoint.store import FORMAT, INFO
     from megatron_mixcpt.model.architecture import architecture_from_hf
-    from megatron_mixcpt.model.hf import DTYPES, check_names, open_source, whole_tensor, widest
     from megatron_mixcpt.model.hf_metadata import claim, write_metadata
+    from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.progress import tensor_progress
     from megatron_mixcpt.model.stream import write_weights

@@ -29,9 +29,9 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
         ConfigError: `out` is not empty, or what the run started from is gone.
     """
     from megatron_mixcpt.model.card import model_card
-    from megatron_mixcpt.model.hf import DTYPES
     from megatron_mixcpt.model.hf_metadata import claim, write_metadata
     from megatron_mixcpt.model.hf_names import hf_names, hf_shapes, split
+    from megatron_mixcpt.model.hf_weights import DTYPES
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.origin import find_origin
     from megatron_mixcpt.model.progress import tensor_progress

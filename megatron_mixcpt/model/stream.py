@@ -5,6 +5,7 @@ tensor `[layers, ...]`; what is written here loads into any TP x PP layout like 
 """
 
 import io
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
@@ -43,6 +43,13 @@ from megatron_mixcpt.model.layout import whole_shapes
 _RENAMED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+# What megatron-core's `dist_checkpointing` looks at first (its CheckpointingConfig).
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
 
 
@@ -189,4 +196,4 @@ def write_weights(folder: Path, arch: Architecture, dtype: torch.dtype, produce:
     results.wait()
     writer.finish(planner.metadata, [results.value()])
     torch.save({}, folder / "common.pt")  # megatron-core's place for what is not a tensor
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    (folder / "metadata.json").write_text(json.dumps(_BACKEND))

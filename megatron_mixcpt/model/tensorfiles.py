@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol
@@ -28,61 +29,86 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: list[int]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    """The header of a safetensors file (https://huggingface.co/docs/safetensors), checked by that package."""
+    try:
+        with safe_open(path, "pt"), open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise VerificationError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Entry(path, entry["dtype"], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(f"{index} is damaged ({error!r}): copy or download it again") from error
+
+
 class SafetensorsSource:
     """`model.safetensors`, or the shards named by `model.safetensors.index.json`."""
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
-        self._files = self._find(folder, stem)
-
-    @staticmethod
-    def _find(folder: Path, stem: str) -> dict[str, Path]:
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
-        if index.exists():
-            try:
-                files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, AttributeError) as error:
-                raise VerificationError(f"{index} is damaged ({error!r}): download or export it again") from error
-            missing = sorted({path.name for path in files.values() if not path.exists()})
-            if missing:
-                raise VerificationError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: copy it again")
-            return files
-        if single.exists():
-            return dict.fromkeys(_names(single), single)
-        if list(folder.glob(f"{stem}-*.safetensors")):
-            raise VerificationError(f"{folder} has shards of safetensors but no {index.name}: copy it again")
-        raise VerificationError(f"{folder} has no weights: neither {single.name} nor {index.name}")
+        if not index.exists():
+            if single.exists():
+                self._entries = _entries(single)
+                return
+            if list(folder.glob(f"{stem}-*.safetensors")):
+                raise VerificationError(f"{folder} has shards of safetensors but no {index.name}: copy it again")
+            raise VerificationError(f"{folder} has no weights: neither {single.name} nor {index.name}")
+        weight_map = _weight_map(index)
+        shards = sorted({folder / file for file in weight_map.values()})
+        missing = [path.name for path in shards if not path.exists()]
+        if missing:
+            raise VerificationError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: copy it again")
+        self._entries = {name: entry for path in shards for name, entry in _entries(path).items()}
+        absent = sorted(weight_map.keys() - self._entries.keys())
+        if absent:
+            raise VerificationError(f"{folder}: no shard holds {absent[0]}, named by {index.name}: copy it again")
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._entries)
 
     def dtypes(self) -> set[torch.dtype]:
         """Types of the tensors, from the headers alone. Raises VerificationError where one is not a weight's."""
-        found: dict[str, str] = {}
-        for path in sorted(set(self._files.values())):
-            with safe_open(path, "pt") as file:
-                found |= {file.get_slice(name).get_dtype(): f"{path}: {name}" for name in file.keys()}  # noqa: SIM118
-        for name, where in found.items():
-            if name not in _DTYPES:
-                raise VerificationError(f"{where} is {name}; weights must be fp32, fp16 or bf16")
-        return {_DTYPES[name] for name in found}
+        return {self._dtype(name) for name in self._entries}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise VerificationError(f"{entry.path}: {name} is {entry.dtype}; weights must be fp32, fp16 or bf16")
+        return _DTYPES[entry.dtype]
 
     def read(self, name: str) -> Tensor:
-        path = self._files[name]
-        try:
-            # Opened anew for each tensor: the mapping's pages count as this process's memory while it is open.
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise VerificationError(f"{path}: cannot read {name} ({error}): copy or download it again") from error
-
-
-def _names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise VerificationError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+        # Read, not mapped as the safetensors package would: mapped pages count as this process's memory while the
+        # tensor lives, and come in one fault at a time.
+        entry, dtype = self._entries[name], self._dtype(name)
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        with open(entry.path, "rb") as file:
+            file.seek(entry.begin)
+            if file.readinto(data.numpy().data) != len(data):
+                raise VerificationError(f"{entry.path} is truncated: copy or download it again")
+        return data.view(dtype).view(entry.shape)
 
 
 class MemorySource:
@@ -107,7 +133,7 @@ class PickleSource(MemorySource):
     def __init__(self, folder: Path) -> None:
         index = folder / "pytorch_model.bin.index.json"
         if index.exists():
-            shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            shards = {folder / name for name in _weight_map(index).values()}
         else:
             shards = {folder / "pytorch_model.bin"}
         tensors: dict[str, Tensor] = {}

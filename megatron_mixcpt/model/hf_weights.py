@@ -1,0 +1,79 @@
+"""Whole tensors out of a Hugging Face directory, checked against its configuration. Needs no megatron-core."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.hf_config import gguf_file
+from megatron_mixcpt.model.hf_names import IGNORED_SUFFIXES, hf_names, hf_shapes, merge
+from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT
+from megatron_mixcpt.model.tensorfiles import MemorySource, PickleSource, SafetensorsSource, TensorSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_source(hf_dir: str | Path) -> TensorSource:
+    """The weights of a Hugging Face directory: safetensors, pickled weights (without running code), or GGUF.
+
+    GGUF is dequantised by transformers, which holds the whole model in memory.
+    """
+    folder = Path(hf_dir)
+    gguf = gguf_file(folder)
+    if gguf:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.float32)
+        return MemorySource(model.state_dict())
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
+    if pickled and not list(folder.glob("*.safetensors*")):
+        return PickleSource(folder)
+    return SafetensorsSource(folder)
+
+
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type that holds every value of `dtypes` exactly."""
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def check_names(source: TensorSource, arch: Architecture, where: str) -> None:
+    """Raise VerificationError unless the source holds exactly the tensors that `arch` has."""
+    expected = set(hf_shapes(arch))
+    present = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if arch.tie_word_embeddings:
+        present -= set(hf_names(OUTPUT))  # a copy that transformers does not read either
+    missing, unknown = sorted(expected - present), sorted(present - expected)
+    if missing:
+        raise VerificationError(f"{where} lacks {len(missing)} tensors, first {missing[0]}: copy or download it again")
+    if unknown:
+        raise VerificationError(
+            f"{where} has {len(unknown)} tensors that its config.json ({arch.model_type}) has no place for, "
+            f"first {unknown[0]}"
+        )
+
+
+def whole_tensor(source: TensorSource, name: str, arch: Architecture, rows: int, where: str) -> Tensor:
+    """One whole tensor from its Hugging Face parts.
+
+    `rows` is the vocabulary of the source. Where `arch` has more (added tokens), each new row is the mean of the
+    source's rows, taken in fp32: a new token then starts out as likely as the average one
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    source_arch = dataclasses.replace(arch, vocab_size=rows)
+    shapes = hf_shapes(source_arch)
+    parts = []
+    for part in hf_names(name):
+        tensor = source.read(part)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise VerificationError(f"{where}: {part} is {tensor.dtype}; weights must be fp32, fp16 or bf16")
+        if tuple(tensor.shape) != shapes[part]:
+            raise VerificationError(f"{where}: {part} is {tuple(tensor.shape)}, its config.json says {shapes[part]}")
+        parts.append(tensor)
+    whole = merge(name, parts, arch)
+    if name in (EMBEDDING, OUTPUT) and arch.vocab_size > rows:
+        mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
+        whole = torch.cat([whole, mean.expand(arch.vocab_size - rows, -1)])
+    return whole
