@@ -117,9 +117,10 @@ def _variant(kernel: str, student: str = "fp32", teacher: str = "fp32", aligned:
 def compile_variant(variant: Variant, arch: int) -> Report:
     """Compile for compute capability `arch` / 10 with the launch parameters of fused.py."""
     import triton
-    from megatron_mixcpt.kernels import fused, triton_kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from megatron_mixcpt.kernels import fused, triton_kernels
 
     function = getattr(triton_kernels, f"{variant.kernel}_kernel")
     constants = variant.options | {"BLOCK": fused.COMBINE_BLOCK if variant.kernel == "combine" else fused.BLOCK}
@@ -185,8 +186,8 @@ def _resources(cubin: bytes, triton_folder: Path) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+    values = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    return values["REG"], values["STACK"] + values["LOCAL"]
 
 
 def table(reports: list[Report]) -> str:

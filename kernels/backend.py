@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 import torch
+
 from megatron_mixcpt.kernels import reference
 
 

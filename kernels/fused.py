@@ -8,10 +8,11 @@ import math
 
 import torch
 import triton
+from torch import Tensor
+
 from megatron_mixcpt.kernels import triton_kernels as kernels
 from megatron_mixcpt.kernels.layout import as_grids
 from megatron_mixcpt.kernels.objective import Objective
-from torch import Tensor
 
 # Chosen from the ahead-of-time report (aot.py), not by measurement: 8 columns a thread keep the statistics at 64
 # registers, so four programs a multiprocessor, and three stages keep the next tiles on their way while one is reduced.

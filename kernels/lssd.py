@@ -9,18 +9,16 @@ Method: Mix-CPT, arXiv 2407.10804 (swap); MFT, arXiv 2506.15702 (mft). Algebra: 
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
-from megatron_mixcpt.kernels import reference
-from megatron_mixcpt.kernels.backend import choose_backend
-from megatron_mixcpt.kernels.layout import is_grid
-from megatron_mixcpt.kernels.objective import MAX_VOCAB, TARGETS, Objective
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Group = dist.ProcessGroup
+from megatron_mixcpt.kernels import reference
+from megatron_mixcpt.kernels.arguments import check_logits, check_teacher_logits, make_objective
+from megatron_mixcpt.kernels.backend import choose_backend
+from megatron_mixcpt.kernels.collectives import Group, all_gather
+from megatron_mixcpt.kernels.layout import is_grid
+
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 DETAILS = ("ce", "kl", "p_argmax", "p_label", "swapped")
 
 
@@ -99,17 +97,19 @@ def lssd_loss_reference(
 
 
 def _loss(backend: ModuleType, student, teacher, labels, group, grad_buffer, return_details, **options) -> Loss:
-    tokens = labels.shape
-    objective = _objective(student, teacher, labels, group=group, grad_buffer=grad_buffer, **options)
+    check_logits("student", student, labels)
+    if grad_buffer not in ("new", "teacher") or (grad_buffer == "teacher" and teacher is None):
+        raise ValueError(f"grad_buffer={grad_buffer!r}: must be 'new', or 'teacher' where there is a teacher")
+    objective = make_objective(labels, student.shape[-1], has_teacher=teacher is not None, group=group, **options)
+    overwrite = grad_buffer == "teacher"
     student = student if is_grid(student) else student.contiguous()
     if teacher is not None:
+        check_logits("teacher", teacher, labels)
+        padded = options.get("valid_vocab") is not None
+        check_teacher_logits(teacher, student, objective.valid, padded=padded, overwrite=overwrite)
         teacher = teacher.detach() if is_grid(teacher) else teacher.detach().contiguous()
-    loss, *details = _LSSD.apply(
-        student, teacher, labels.reshape(-1), objective, group, grad_buffer == "teacher", return_details, backend
-    )
-    if not return_details:
-        return loss.view(tokens)
-    return loss.view(tokens), {name: value.view(tokens) for name, value in zip(DETAILS, details)}
+    outputs = _LSSD.apply(student, teacher, labels.reshape(-1), objective, group, overwrite, return_details, backend)
+    return shape_outputs(outputs, labels.shape, return_details)
 
 
 class _LSSD(torch.autograd.Function):
@@ -121,16 +121,10 @@ class _LSSD(torch.autograd.Function):
         words = torch.empty(splits, objective.num_words, num_tokens, device=student.device, dtype=torch.float32)
         backend.stats(student, teacher, labels, objective, words)
         record = words[0]
-        results = backend.combine(gather_words(words, group), record, labels, objective, with_details)
+        results = backend.combine(all_gather(words, group), record, labels, objective, with_details)
         ctx.save_for_backward(student, teacher, labels, record)
         ctx.objective, ctx.overwrite_teacher, ctx.backend, ctx.spent = objective, overwrite_teacher, backend, False
-        if not with_details:
-            return (results["loss"],)
-        zeros = torch.zeros_like(results["loss"])
-        no_teacher = {"kl": zeros, "p_argmax": zeros.clone(), "p_label": zeros.clone(), "swapped": zeros.bool()}
-        details = [(no_teacher | results)[name] for name in DETAILS]
-        ctx.mark_non_differentiable(*details)
-        return results["loss"], *details
+        return pack_outputs(ctx, results, with_details)
 
     @staticmethod
     @once_differentiable
@@ -152,91 +146,18 @@ class _LSSD(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None
 
 
-def gather_words(words: Tensor, group: Group | None) -> Tensor:
-    """Every shard's words, `[splits, words, N]` -> `[tp * splits, words, N]`: the only communication of the loss."""
-    size = 1 if group is None else dist.get_world_size(group)
-    if size == 1:
-        return words
-    shards = words.new_empty(size * words.shape[0], *words.shape[1:])
-    _all_gather(shards, words, group=group)
-    return shards
+def pack_outputs(ctx, results: dict[str, Tensor], with_details: bool) -> tuple[Tensor, ...]:
+    """Outputs of a loss's autograd function: the loss, and the details, which have no gradient."""
+    if not with_details:
+        return (results["loss"],)
+    zeros = torch.zeros_like(results["loss"])
+    no_teacher = {"kl": zeros, "p_argmax": zeros.clone(), "p_label": zeros.clone(), "swapped": zeros.bool()}
+    details = [(no_teacher | results)[name] for name in DETAILS]
+    ctx.mark_non_differentiable(*details)
+    return results["loss"], *details
 
 
-def _objective(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    *,
-    group: Group | None,
-    grad_buffer: str,
-    temperature: float = 1.0,
-    ce_weight: float | Tensor = 1.0,
-    kd_weight: float | Tensor = 1.0,
-    target: str = "swap",
-    margin: float = 0.2,
-    vocab_start: int = 0,
-    valid_vocab: int | None = None,
-    ignore_index: int = -100,
-) -> Objective:
-    """Check the arguments of a call and keep what is constant over its tokens."""
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if logits is None:
-            continue
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name} logits are {logits.dtype}; bfloat16, float16 or float32 is needed")
-        if logits.shape[:-1] != labels.shape or logits.dim() == 0:
-            raise ValueError(f"{name} {list(logits.shape)} must be labels {list(labels.shape)} plus the vocabulary")
-        if logits.device != labels.device:
-            raise ValueError(f"{name} is on {logits.device}, labels are on {labels.device}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels are {labels.dtype}; int64 is needed")
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: must be one of {', '.join(TARGETS)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0")
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin={margin}: must be above 0 and at most 1")
-    width = student.shape[-1]
-    end = vocab_start + width if valid_vocab is None else valid_vocab
-    if vocab_start < 0 or end > MAX_VOCAB:
-        raise ValueError(f"vocab_start={vocab_start}, valid_vocab={valid_vocab}: ids must lie in 0 .. {MAX_VOCAB}")
-    if group is not None and dist.get_rank(group) > 0 and vocab_start == 0:
-        raise ValueError(f"vocab_start=0 on rank {dist.get_rank(group)} of the group: pass the id of the first column")
-    valid = max(0, min(end - vocab_start, width))
-    if teacher is not None:
-        _check_teacher(teacher, student, valid, padded=valid_vocab is not None, overwrite=grad_buffer == "teacher")
-    if grad_buffer not in ("new", "teacher") or (grad_buffer == "teacher" and teacher is None):
-        raise ValueError(f"grad_buffer={grad_buffer!r}: must be 'new', or 'teacher' where there is a teacher")
-    return Objective(
-        has_teacher=teacher is not None,
-        target=target,
-        temperature=float(temperature) if teacher is not None else 1.0,
-        margin=float(margin),
-        ce_weight=_weight("ce_weight", ce_weight, labels),
-        kd_weight=0.0 if teacher is None else _weight("kd_weight", kd_weight, labels),
-        vocab_start=vocab_start,
-        valid=valid,
-        ignore_index=ignore_index,
-    )
-
-
-def _check_teacher(teacher: Tensor, student: Tensor, valid: int, *, padded: bool, overwrite: bool) -> None:
-    width, teacher_width = student.shape[-1], teacher.shape[-1]
-    if teacher_width != width and not padded:
-        raise ValueError(f"student has {width} columns and teacher {teacher_width}: pass valid_vocab")
-    if teacher_width < valid:
-        raise ValueError(f"teacher has {teacher_width} columns, fewer than the {valid} that are vocabulary")
-    if overwrite and (teacher.dtype, teacher.shape) != (student.dtype, student.shape):
-        raise ValueError("grad_buffer='teacher' needs teacher logits of the student's dtype and shape")
-    if overwrite and teacher.requires_grad:
-        raise ValueError("grad_buffer='teacher' overwrites the teacher's logits: compute them under torch.no_grad()")
-
-
-def _weight(name: str, weight: float | Tensor, labels: Tensor) -> float | Tensor:
-    if not isinstance(weight, Tensor):
-        return float(weight)
-    if weight.shape != labels.shape or weight.device != labels.device:
-        raise ValueError(f"{name} {list(weight.shape)} on {weight.device} must be a number or a tensor like labels")
-    if weight.requires_grad:
-        raise ValueError(f"{name} requires a gradient, which is not computed: pass {name}.detach()")
-    return weight.reshape(-1).float()
+def shape_outputs(outputs: tuple[Tensor, ...], shape: torch.Size, with_details: bool) -> Loss:
+    """What the caller of a loss gets, in the shape of the labels."""
+    loss, *details = (output.view(shape) for output in outputs)
+    return (loss, dict(zip(DETAILS, details))) if with_details else loss

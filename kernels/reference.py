@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from megatron_mixcpt.kernels.layout import as_grids, blocks
 from megatron_mixcpt.kernels.objective import (
     ARG,
@@ -25,7 +27,6 @@ from megatron_mixcpt.kernels.objective import (
     T_Y,
     Objective,
 )
-from torch import Tensor
 
 BLOCK_ELEMENTS = 2**19  # 2 MiB of fp32 a buffer: the few that a block needs stay in the cache
 INF = math.inf
@@ -57,7 +58,7 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
         s = rows[0]
         out[M_S] = s.amax(-1).flatten()
         out[S_Y] = _pick(s, column).masked_fill(~owned, math.nan)
-        shifted_s = torch.sub(s, _finite(out[M_S]).view(*s.shape[:-1], 1), out=scratch[0])
+        shifted_s = torch.sub(s, finite(out[M_S]).view(*s.shape[:-1], 1), out=scratch[0])
         if teacher is not None:
             t = rows[1]
             top, arg = t.max(-1)
@@ -65,7 +66,7 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             out[ARG] = (arg + objective.vocab_start).flatten().float()
             out[S_A] = _pick(s, arg.flatten())
             out[T_Y] = _pick(t, column).masked_fill(~owned, math.nan)
-            shifted_t = torch.sub(t, _finite(out[M_T]).view(*t.shape[:-1], 1), out=scratch[1])
+            shifted_t = torch.sub(t, finite(out[M_T]).view(*t.shape[:-1], 1), out=scratch[1])
             weight = torch.mul(shifted_t, 1.0 / objective.temperature, out=scratch[2]).exp_()
             out[L_T] = weight.sum(-1).flatten()
             difference = shifted_t.sub_(shifted_s)
@@ -88,15 +89,15 @@ def combine(
     ignored.
     """
     tau = objective.temperature
-    m_s, scale_s, moved_s = _common_maximum(shards[:, M_S])
+    m_s, scale_s, moved_s = common_maximum(shards[:, M_S])
     l_s = (shards[:, L_S] * (scale_s / tau).exp()).sum(0)
     l_1 = (shards[:, L_1] * scale_s.exp()).sum(0) if objective.separate_ce else l_s
-    s_y = _owned(shards[:, S_Y])
+    s_y = owned_value(shards[:, S_Y])
     ce = l_1.log() - (s_y - m_s)
-    loss = _weighted(ce, objective.ce_weight)
+    loss = weighted(ce, objective.ce_weight)
     results = {"ce": ce}
     if objective.has_teacher:
-        m_t, scale_t, moved_t = _common_maximum(shards[:, M_T])
+        m_t, scale_t, moved_t = common_maximum(shards[:, M_T])
         alpha = (scale_t / tau).exp()
         shard_l_t = shards[:, L_T] * alpha
         l_t = shard_l_t.sum(0)
@@ -104,12 +105,12 @@ def combine(
         cross = cross.masked_fill(shard_l_t == 0, 0).sum(0)
         arg = torch.where(shards[:, M_T] == m_t, shards[:, ARG], INF).amin(0)
         s_a = torch.where((shards[:, M_T] == m_t) & (shards[:, ARG] == arg), shards[:, S_A], 0.0).sum(0)
-        p_y = ((_owned(shards[:, T_Y]) - m_t) / tau).exp() / l_t
+        p_y = ((owned_value(shards[:, T_Y]) - m_t) / tau).exp() / l_t
         same = arg == labels
         base = cross / (tau * l_t) - l_t.log() + l_s.log()
         log_q_y = (s_y - m_s) / tau - l_s.log()
         p_a = 1.0 / l_t
-        keep, new_a, new_y = _edited_target(p_a, p_y, same, objective)
+        keep, new_a, new_y = edited_target(p_a, p_y, same, objective)
         if objective.target == "mft":
             kl = _mixed_divergence(base, p_y, keep, new_y, log_q_y)
         elif objective.target == "swap":
@@ -118,7 +119,7 @@ def combine(
             kl = base + torch.where(same, 0.0, torch.where(empty, INF, (p_a - p_y) * (s_a - s_y) / tau))
         else:
             kl = base
-        loss = loss + _weighted(kl, objective.kd_weight)
+        loss = loss + weighted(kl, objective.kd_weight)
         results |= {"kl": kl, "p_argmax": p_a, "p_label": p_y, "swapped": ~same}
         record[M_T], record[L_T], record[ARG] = m_t, l_t, arg
         record[KEEP], record[NEW_A], record[NEW_Y] = keep, new_a, new_y
@@ -188,7 +189,7 @@ def _target(t: Tensor, column: Tensor, owned: Tensor, record: Tensor, out: Tenso
     return target
 
 
-def _edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """(KEEP, NEW_A, NEW_Y) from the teacher's probabilities at its argmax and at the label; `same`: these are one."""
     keep = torch.ones_like(p_a)
     if objective.target == "plain":
@@ -233,19 +234,19 @@ def _pick(logits: Tensor, column: Tensor) -> Tensor:
     return logits.gather(-1, column.view(*logits.shape[:-1], 1)).flatten().float()
 
 
-def _finite(maximum: Tensor) -> Tensor:
+def finite(maximum: Tensor) -> Tensor:
     """The maximum to subtract: a row of -inf has nothing to subtract, and -inf - -inf is NaN."""
     return maximum.masked_fill(maximum == -INF, 0)
 
 
-def _common_maximum(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def common_maximum(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`[shards, N]` -> (maximum `[N]`, log of each shard's scale, how far each shard's subtracted maximum moves)."""
     top = maxima.amax(0)
     moved = (maxima - top).masked_fill(maxima == -INF, 0)
     return top, moved.masked_fill(maxima == -INF, -INF), moved
 
 
-def _owned(values: Tensor) -> Tensor:
+def owned_value(values: Tensor) -> Tensor:
     """The value of the shard that has the label (the others hold NaN), `[shards, N]` -> `[N]`; NaN if none has."""
     found = values[0]
     for value in values[1:]:
@@ -253,7 +254,7 @@ def _owned(values: Tensor) -> Tensor:
     return found
 
 
-def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+def weighted(value: Tensor, weight: float | Tensor) -> Tensor:
     """weight * value, and exactly 0 where the weight is 0, whatever the value."""
     if isinstance(weight, Tensor):
         return (weight * value).masked_fill(weight == 0, 0)

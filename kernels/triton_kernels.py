@@ -7,6 +7,7 @@ vocabulary's size at compile time.
 
 import triton
 import triton.language as tl
+
 from megatron_mixcpt.kernels import objective
 
 M_S: tl.constexpr = tl.constexpr(objective.M_S)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from megatron_mixcpt.kernels import lssd_loss, lssd_loss_reference
 
 STUDENT, TEACHER, LABELS = torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)
@@ -10,11 +11,11 @@ STUDENT, TEACHER, LABELS = torch.randn(4, 10), torch.randn(4, 10), torch.arange(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"student": STUDENT.double()}, TypeError, "student logits are torch.float64"),
-        ({"teacher": TEACHER.int()}, TypeError, "teacher logits are torch.int32"),
+        ({"student": STUDENT.double()}, TypeError, "student is torch.float64"),
+        ({"teacher": TEACHER.int()}, TypeError, "teacher is torch.int32"),
         ({"labels": LABELS.int()}, TypeError, "labels are torch.int32"),
-        ({"labels": LABELS[:3]}, ValueError, r"student \[4, 10\] must be labels \[3\]"),
-        ({"teacher": TEACHER[:2]}, ValueError, r"teacher \[2, 10\] must be labels"),
+        ({"labels": LABELS[:3]}, ValueError, r"student \[4, 10\] must have the dimensions of labels \[3\]"),
+        ({"teacher": TEACHER[:2]}, ValueError, r"teacher \[2, 10\] must have the dimensions of labels"),
         ({"teacher": TEACHER[:, :9]}, ValueError, "pass valid_vocab"),
         ({"teacher": TEACHER[:, :5], "valid_vocab": 8}, ValueError, "fewer than the 8"),
         ({"target": "flip"}, ValueError, "target='flip': must be one of swap, plain, mft"),

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from megatron_mixcpt.kernels import lssd_loss
 
+from megatron_mixcpt.kernels import lssd_loss
 from tests.kernels.oracle import loss_and_gradient, oracle
 
 LOSS_ERROR, GRADIENT_ERROR = 3e-5, 1e-6  # relative to the loss; to the largest gradient

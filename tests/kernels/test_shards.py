@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_mixcpt.kernels import lssd_loss
 
+from megatron_mixcpt.kernels import lssd_loss
 from tests.helpers.spawn import run_distributed
 from tests.kernels.oracle import loss_and_gradient, oracle
 from tests.kernels.test_lssd import problem, with_details
@@ -17,7 +17,7 @@ SHARDINGS = {
     1: [[0, 1003]],
     2: [[0, 502, 1003], [0, 1, 1003], [0, 1001, 1003]],
     4: [[0, 251, 502, 753, 1003], [0, 7, 8, 999, 1003]],
-    8: [[0, 126, 252, 378, 504, 630, 756, 882, 1003], [0, 2, 3, 400, 401, 800, 999, 1000, 1003]],
+    8: [[0, 2, 3, 400, 401, 800, 999, 1000, 1003]],
 }
 CASES = [
     dict(target=target, temperature=temperature, ce_weight=0.7, kd_weight=1.3, grad_buffer=grad_buffer)
