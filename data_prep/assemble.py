@@ -137,7 +137,8 @@ def write_prefix(
         "documents": len(np.unique(placement.document)),
         "tokens": num_tokens,
         "target_tokens": num_targets,
-        "hash": xxhash.xxh3_128_hexdigest(" ".join([*hashes, str(seq_length)]).encode()),
+        "hash": content_hash(hashes, str(seq_length)),
+        "bin_hashes": hashes,
     }
 
 
@@ -192,8 +193,14 @@ def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtyp
         "documents": len(chosen),
         "tokens": num_tokens,
         "target_tokens": num_targets,
-        "hash": xxhash.xxh3_128_hexdigest(" ".join([*hashes, "pairs"]).encode()),
+        "hash": content_hash(hashes, "pairs"),
+        "bin_hashes": hashes,
     }
+
+
+def content_hash(bin_hashes: list[str], shape: str) -> str:
+    """The hash of a prefix: over its tokens, its flags and how they are cut into sequences."""
+    return xxhash.xxh3_128_hexdigest(" ".join([*bin_hashes, shape]).encode())
 
 
 def flags_prefix(prefix: Path) -> Path:

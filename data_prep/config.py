@@ -97,6 +97,22 @@ class Source(Strict):
         return self
 
 
+class NearDuplicates(Strict):
+    """Removal of records that are nearly the same as an earlier one (MinHash over word n-grams)."""
+
+    threshold: float = Field(default=0.8, gt=0, le=1)  # Jaccard similarity
+    ngram: int = Field(default=5, ge=1, le=50)  # words
+    permutations: int = Field(default=128, ge=16, le=1024)
+
+
+class Decontaminate(Strict):
+    """Search for records that share an n-gram with evaluation files."""
+
+    paths: list[str] = Field(min_length=1)
+    ngram: int = Field(default=13, ge=1, le=50)  # words
+    action: Literal["drop", "flag"] = "drop"
+
+
 class Config(Strict):
     """A whole `preprocess.yaml`."""
 
@@ -109,6 +125,9 @@ class Config(Strict):
 
     add_bos: bool | None = None  # null: as the tokenizer itself does
     eos_token: str | None = None  # null: as the tokenizer's own configuration says
+    exact_duplicates: Literal["drop", "keep"] = "drop"  # over all sources
+    near_duplicates: NearDuplicates | None = None
+    decontaminate: Decontaminate | None = None
     engine: Literal["auto", "reference"] = "auto"  # auto: the fast one where it agrees with the reference
     total_tokens: int | None = Field(default=None, gt=0)  # training budget; null: what the shares need
     share_of: Literal["tokens", "targets"] = "tokens"

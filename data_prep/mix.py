@@ -1,72 +1,59 @@
-"""`mix.json`: the mixture that the trainer reads, and the prefixes it names."""
+"""`mix.json`: the mixture that the trainer reads, sealed with a fingerprint."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import xxhash
 
-from megatron_mixcpt.data_prep.assemble import (
-    Corpus,
-    flags_prefix,
-    is_validation,
-    place,
-    trained_rows,
-    write_pairs,
-    write_prefix,
-)
-from megatron_mixcpt.data_prep.config import Config, Source
-from megatron_mixcpt.data_prep.format import KIND_CHOSEN
-from megatron_mixcpt.data_prep.mixing import Request, resolve_shares
-from megatron_mixcpt.data_prep.plan import Plan
+from megatron_mixcpt.data_prep.config import Config
+from megatron_mixcpt.data_prep.mixing import Request, Share, resolve_shares
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import MixcptError, VerificationError
 
 FORMAT = "mixcpt-mix/1"
+FILE_NAME = "mix.json"
 SPLITS = ("train", "valid")
 
 
-def build_mix(
-    out: Path, config: Config, tokenizer: Tokenizer, dtype: np.dtype, plans: list[Plan], corpora: list[Corpus]
-) -> Path:
-    """Write the prefixes of every source and mix.json, which names them. Returns the path of mix.json."""
-    tokenizer.copy_to(out / "tokenizer")
-    sources = []
-    for source, corpus in zip(config.sources, corpora):
-        entry: dict[str, Any] = {"name": source.name, "kind": source.kind, "weight": 0.0, "layout": source.layout}
-        keep = np.ones(len(corpus.documents), dtype=bool)
-        valid = is_validation(corpus.documents, config.valid_fraction, config.seed)
-        for split, side in zip(SPLITS, (keep & ~valid, keep & valid)):
-            rows = np.flatnonzero(trained_rows(corpus.documents, side, source.responses))
-            entry[split] = _write_text(out, config, source, corpus, rows, split, dtype, tokenizer.pad_id)
-        if source.kind == "preference":
-            chosen = corpus.documents["kind"] == KIND_CHOSEN
-            entry["pairs"] = {
-                split: _write_pairs(out, source, corpus, np.flatnonzero(side & chosen), split, dtype)
-                for split, side in zip(SPLITS, (keep & ~valid, keep & valid))
-            }
-        if entry["train"] is None:
-            raise MixcptError(f"source {source.name} has no training documents; give it more data or leave it out")
-        sources.append(entry)
-    _set_weights(config, sources)
-    mix = {
-        "format": FORMAT,
-        "seq_length": config.seq_length,
-        "seed": config.seed,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "path": "tokenizer",
-            "vocab_size": tokenizer.vocab_size,
-            "hash": tokenizer.hash,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-        },
-        "sources": sources,
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as mix.json names it; its files lie beside mix.json."""
+    return {
+        "kind": tokenizer.kind,
+        "path": "tokenizer",
+        "vocab_size": tokenizer.vocab_size,
+        "hash": tokenizer.hash,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
     }
-    return write_mix(out / "mix.json", mix)
+
+
+def set_weights(config: Config, sources: list[dict[str, Any]]) -> list[Share]:
+    """Give every source entry its weight (shares of tokens, summing to 1) and what was asked for and achieved."""
+    counted = "tokens" if config.share_of == "tokens" else "target_tokens"
+    requests = [
+        Request(source.name, entry["train"][counted], source.weight, source.tokens, source.epochs, source.max_epochs)
+        for source, entry in zip(config.sources, sources)
+    ]
+    shares = resolve_shares(requests, config.total_tokens)
+    # The trainer counts tokens: a share of targets becomes the share of the tokens they come with.
+    amounts = [
+        share.share / request.available * entry["train"]["tokens"]
+        for share, request, entry in zip(shares, requests, sources)
+    ]
+    for entry, share, request, amount in zip(sources, shares, requests, amounts):
+        entry["weight"] = share.share if counted == "tokens" else amount / sum(amounts)
+        entry["share"] = {
+            "of": config.share_of,
+            "requested": {key: value for key in ("weight", "tokens", "epochs") if (value := getattr(request, key))},
+            "share": share.share,
+            "tokens": share.tokens,
+            "epochs": share.epochs,
+        }
+    return shares
 
 
 def fingerprint(mix: dict[str, Any]) -> str:
@@ -77,58 +64,46 @@ def fingerprint(mix: dict[str, Any]) -> str:
 
 def write_mix(path: Path, mix: dict[str, Any]) -> Path:
     """Write a mix with its fingerprint, atomically."""
-    ordered = {"format": mix["format"], "seq_length": mix["seq_length"], "seed": mix["seed"]}
-    ordered["fingerprint"] = fingerprint(mix)
-    ordered.update({key: value for key, value in mix.items() if key not in ordered})
+    ordered = {"format": FORMAT, "seq_length": mix["seq_length"], "seed": mix["seed"]}
+    ordered.update({key: value for key, value in mix.items() if key not in (*ordered, "fingerprint")})
+    sealed = {"format": FORMAT, "fingerprint": fingerprint(ordered)}
+    sealed.update(ordered)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(orjson.dumps(ordered, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    temporary.write_bytes(orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     os.replace(temporary, path)
     return path
 
 
-def _write_text(
-    out: Path,
-    config: Config,
-    source: Source,
-    corpus: Corpus,
-    rows: np.ndarray,
-    split: str,
-    dtype: np.dtype,
-    pad_id: int,
-) -> dict[str, Any] | None:
-    if len(rows) == 0:
-        return None
-    placement = place(corpus, rows, source, config.seq_length, config.seed, split)
-    stem = f"{source.name}-{split}"
-    entry = write_prefix(out / f".{stem}", corpus, placement, seq_length=config.seq_length, dtype=dtype, pad_id=pad_id)
-    return {"prefix": settle(out, stem, entry["hash"]), **entry}
+def read_mix(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of a mix.json (given itself or by its folder).
+
+    Raises MixcptError if there is none, VerificationError if it was edited by hand or is of another format.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        mix = json.loads(path.read_text())
+    except OSError as error:
+        raise MixcptError(f"cannot read {path}: {error.strerror}; `mixcpt preprocess` writes it") from None
+    except ValueError as error:
+        raise VerificationError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(mix, dict) or mix.get("format") != FORMAT:
+        raise VerificationError(f"{path} is not a {FORMAT} file")
+    if mix.get("fingerprint") != fingerprint(mix):
+        raise VerificationError(
+            f"{path} does not match its fingerprint: change mixtures with `mixcpt mix`, not by hand"
+        )
+    return path.parent, mix
 
 
-def _write_pairs(
-    out: Path, source: Source, corpus: Corpus, chosen: np.ndarray, split: str, dtype: np.dtype
-) -> dict[str, Any] | None:
-    if len(chosen) == 0:
-        return None
-    stem = f"{source.name}-pairs-{split}"
-    entry = write_pairs(out / f".{stem}", corpus, chosen, dtype)
-    return {"prefix": settle(out, stem, entry["hash"]), **entry}
-
-
-def settle(out: Path, stem: str, content_hash: str) -> str:
-    """Give a freshly written prefix (`.stem`) its final name. The name holds the hash of the content: a reader that
-    caches by name (megatron-core does) can never meet other content under an old name."""
-    name = f"{stem}-{content_hash[:12]}"
-    for ours, final in ((out / f".{stem}", out / name), (flags_prefix(out / f".{stem}"), flags_prefix(out / name))):
-        for ending in (".bin", ".idx"):
-            os.replace(ours.with_name(ours.name + ending), final.with_name(final.name + ending))
-    return name
-
-
-def _set_weights(config: Config, sources: list[dict[str, Any]]) -> None:
-    counted = "tokens" if config.share_of == "tokens" else "target_tokens"
-    requests = [
-        Request(source.name, entry["train"][counted], source.weight, source.tokens, source.epochs, source.max_epochs)
-        for source, entry in zip(config.sources, sources)
-    ]
-    for entry, share in zip(sources, resolve_shares(requests, config.total_tokens)):
-        entry["weight"] = share.share
+def prefixes(mix: dict[str, Any]) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """Every prefix a mix names: (source entry, split or 'pairs/split', prefix entry)."""
+    found = []
+    for source in mix["sources"]:
+        for split in SPLITS:
+            if source[split] is not None:
+                found.append((source, split, source[split]))
+        for split, entry in (source.get("pairs") or {}).items():
+            if entry is not None:
+                found.append((source, f"pairs/{split}", entry))
+    return found

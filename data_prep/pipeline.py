@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus, load_corpus
+from megatron_mixcpt.data_prep.build import build
 from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.decontaminate import Detector, evaluation_key
 from megatron_mixcpt.data_prep.engines import FastEngine, adversarial_texts, disagreement, load_fast_engine
 from megatron_mixcpt.data_prep.format import token_dtype
 from megatron_mixcpt.data_prep.literals import literal_counter
-from megatron_mixcpt.data_prep.mix import build_mix
+from megatron_mixcpt.data_prep.neardup import Signer
 from megatron_mixcpt.data_prep.parts import part_is_good
 from megatron_mixcpt.data_prep.plan import Plan, make_plan, plan_to_json
 from megatron_mixcpt.data_prep.pool import Pool
@@ -71,7 +73,8 @@ def preprocess(
             return None
         corpora = [load_corpus(stage.plan, stage.folder, prepared.dtype) for stage in prepared.stages]
         _check_records(out, prepared, corpora)
-        return build_mix(out, config, prepared.tokenizer, prepared.dtype, [s.plan for s in prepared.stages], corpora)
+        plans = [stage.plan for stage in prepared.stages]
+        return build(out, config, prepared.tokenizer, prepared.dtype, plans, corpora, out / PARTS_FOLDER)
 
 
 def prepare(config: Config, out: Path) -> Prepared:
@@ -83,9 +86,12 @@ def prepare(config: Config, out: Path) -> Prepared:
     add_bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
     if add_bos and tokenizer.bos_id is None:
         raise ConfigError(f"add_bos: the tokenizer {config.tokenizer} has no bos token")
+    evaluation = evaluation_key(config.decontaminate) if config.decontaminate else None
     stages = []
     for source in config.sources:
-        plan = make_plan(source, config, tokenizer.hash, add_bos=add_bos, eos_id=tokenizer.eos_id)
+        plan = make_plan(
+            source, config, tokenizer.hash, add_bos=add_bos, eos_id=tokenizer.eos_id, evaluation=evaluation
+        )
         folder = out / PARTS_FOLDER / f"{source.name}-{plan.key[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"plan.json.{os.getpid()}.tmp"  # shards on several machines write the same plan
@@ -169,6 +175,7 @@ class Workbench:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self._fast: FastEngine | str | None = None
+        self._detector: Detector | None = None
         self._jobs: dict[tuple[int, bool], Job] = {}
 
     @property
@@ -177,6 +184,13 @@ class Workbench:
         if self._fast is None:
             self._fast = load_fast_engine(self.prepared.tokenizer.definition)
         return self._fast
+
+    @property
+    def detector(self) -> Detector | None:
+        """What looks for evaluation text, if that is asked for."""
+        if self._detector is None and self.prepared.config.decontaminate is not None:
+            self._detector = Detector(self.prepared.config.decontaminate)
+        return self._detector
 
     def job(self, number: int, fast: bool) -> Job:
         """The job of source `number`."""
@@ -196,6 +210,8 @@ class Workbench:
                 max_tokens=None if stage.source.kind == "domain" else p.config.seq_length,
                 max_record_bytes=p.config.max_record_bytes,
                 count_literals=literal_counter(p.tokenizer.control),
+                detector=self.detector,
+                signer=Signer(p.config.near_duplicates) if p.config.near_duplicates else None,
             )
         return self._jobs[number, fast]
 

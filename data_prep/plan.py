@@ -15,6 +15,7 @@ import xxhash
 
 from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
+from megatron_mixcpt.data_prep.neardup import algorithm as neardup_algorithm
 from megatron_mixcpt.data_prep.streams import compression
 from megatron_mixcpt.errors import ConfigError
 
@@ -71,15 +72,20 @@ def _is_byte_range(file: InputFile) -> bool:
     return file.format in (JSON_LINES, TEXT) and not file.compression
 
 
-def make_plan(source: Source, config: Config, tokenizer_hash: str, *, add_bos: bool, eos_id: int) -> Plan:
-    """Scan the inputs of `source` once (hash, newlines) and cut them. Raises ConfigError for unusable inputs."""
+def make_plan(
+    source: Source, config: Config, tokenizer_hash: str, *, add_bos: bool, eos_id: int, evaluation: list[Any] | None
+) -> Plan:
+    """Scan the inputs of `source` once (hash, newlines) and cut them. Raises ConfigError for unusable inputs.
+
+    `evaluation` is decontaminate.evaluation_key, so that other evaluation files lead to other parts.
+    """
     paths = resolve_paths(source.paths, source.name)
     total = sum(path.stat().st_size for path in paths)
     target = max(CHUNK_BYTES, -(-total // MAX_CHUNKS))
     files: list[InputFile] = []
     spans: list[Span] = []
     for index, path in enumerate(paths):
-        file, cuts = _scan(path, index, target, source)
+        file, cuts = scan_file(path, index, target, text_allowed=source.kind == "domain")
         files.append(file)
         spans.extend(cuts)
     # What shapes the tokens of a document, and nothing that only shapes the mixture.
@@ -87,6 +93,12 @@ def make_plan(source: Source, config: Config, tokenizer_hash: str, *, add_bos: b
         include={"kind", "text", "prompt", "response", "chosen", "rejected", "messages", "tools"}
         | {"format", "separator", "loss"}
     )
+    shaping["near_duplicates"] = config.near_duplicates and [
+        neardup_algorithm(),
+        config.near_duplicates.ngram,
+        config.near_duplicates.permutations,
+    ]
+    shaping["decontaminate"] = evaluation
     shaping["max_tokens"] = None if source.kind == "domain" else config.seq_length
     key = xxhash.xxh3_128_hexdigest(
         orjson.dumps(
@@ -97,11 +109,12 @@ def make_plan(source: Source, config: Config, tokenizer_hash: str, *, add_bos: b
     return Plan(source.name, key, files, _group(spans, files, target))
 
 
-def _scan(path: Path, index: int, target: int, source: Source) -> tuple[InputFile, list[Span]]:
+def scan_file(path: Path, index: int, target: int, *, text_allowed: bool) -> tuple[InputFile, list[Span]]:
+    """Hash a file and cut it into spans of about `target` bytes; plain text only where `text_allowed` is set."""
     form = file_format(path)
     assert form is not None
-    if form == TEXT and source.kind != "domain":
-        raise ConfigError(f"source {source.name}: {path} is plain text; a {source.kind} source needs records with keys")
+    if form == TEXT and not text_allowed:
+        raise ConfigError(f"{path} is plain text; only a domain source can use it, others need records with keys")
     packed = compression(path) if form in (JSON_LINES, TEXT) else None
     stat = path.stat()
     cut = form in (JSON_LINES, TEXT) and packed is None

@@ -9,16 +9,19 @@ import numpy as np
 import xxhash
 
 from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.decontaminate import Detector
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.engines import Engine
 from megatron_mixcpt.data_prep.format import KIND_DOMAIN, ROLE_MASK, TARGET
 from megatron_mixcpt.data_prep.joining import Joining
+from megatron_mixcpt.data_prep.neardup import Signer
 from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.readers import read_span
 from megatron_mixcpt.data_prep.records import Renderer
 from megatron_mixcpt.data_prep.template import BadRecord
 
+COLUMNS = ("hash_high", "hash_low", "line", "file", "kind", "contaminated")
 BATCH_CHARACTERS = 1 << 19  # encoded in one call
 BLOCK_TOKENS = 1 << 22  # held in memory before a block is written
 
@@ -37,6 +40,8 @@ class Job:
     max_tokens: int | None  # longest document that may not be split; None: any length
     max_record_bytes: int
     count_literals: Callable[[str], int]
+    detector: Detector | None = None
+    signer: Signer | None = None
 
 
 def process_chunk(job: Job, chunk: int) -> dict[str, Any]:
@@ -54,11 +59,13 @@ class _Part:
     def __init__(self, job: Job, chunk: int) -> None:
         self._job, self._chunk = job, chunk
         self._batch = Batch(job.joining)
-        self._rows: list[tuple[int, int, int, int, int]] = []  # hash high, hash low, line, file, kind
+        self._rows: list[tuple[int, int, int, int, int, bool]] = []  # of DOCUMENT_DTYPE: COLUMNS
         self._records: list[int] = []  # number of documents of each record in the batch
         self._tokens: list[np.ndarray] = []
         self._flags: list[np.ndarray] = []
         self._documents: list[np.ndarray] = []
+        self._texts: list[str] = []  # only where something looks at them
+        self._signatures: list[np.ndarray] = []
         self._num_tokens = 0
         self._blocks: list[dict[str, Any]] = []
         self._bad: list[dict[str, Any]] = []
@@ -77,9 +84,14 @@ class _Part:
             return
         digest = _content_hash(documents)
         high, low = digest >> 64, digest & 0xFFFFFFFFFFFFFFFF
+        contaminated = False
+        if self._job.detector is not None or self._job.signer is not None:
+            text = _plain_text(documents)
+            contaminated = self._job.detector is not None and self._job.detector.contaminated(text)
+            self._texts += [text] * len(documents)
         for document in documents:
             self._batch.add(document.pieces)
-            self._rows.append((high, low, line, file, document.kind))
+            self._rows.append((high, low, line, file, document.kind, contaminated))
             for content, _ in document.pieces:
                 if isinstance(content, str):
                     self._num_literals += self._job.count_literals(content)
@@ -110,22 +122,26 @@ class _Part:
             return
         tokens, flags, lengths = self._batch.encode(self._job.engine)
         documents = np.zeros(len(lengths), dtype=DOCUMENT_DTYPE)
-        for name, column in zip(("hash_high", "hash_low", "line", "file", "kind"), zip(*self._rows)):
+        for name, column in zip(COLUMNS, zip(*self._rows)):
             documents[name] = np.array(column, dtype=DOCUMENT_DTYPE[name])
         documents["tokens"] = lengths
         ends = np.cumsum(lengths)
         targets = np.concatenate([[0], np.cumsum(flags & TARGET, dtype=np.int64)])
         documents["targets"] = targets[ends] - targets[ends - lengths]
+        signatures = self._job.signer.signatures(self._texts) if self._job.signer else None
         limit = self._job.max_tokens
         if limit is not None and lengths.max() > limit:
             keep = self._without_long_records(documents, limit)
             chosen = np.repeat(keep, lengths)
             tokens, flags, documents = tokens[chosen], flags[chosen], documents[keep]
+            signatures = None if signatures is None else signatures[keep]
         self._tokens.append(tokens.astype(self._job.dtype))
         self._flags.append(flags)
         self._documents.append(documents)
+        if signatures is not None:
+            self._signatures.append(signatures)
         self._num_tokens += len(tokens)
-        self._batch, self._rows, self._records = Batch(self._job.joining), [], []
+        self._batch, self._rows, self._records, self._texts = Batch(self._job.joining), [], [], []
         if self._num_tokens >= BLOCK_TOKENS:
             self._write_block()
 
@@ -151,8 +167,13 @@ class _Part:
             return
         name = f"{self._chunk:06d}-{len(self._blocks):03d}.part"
         arrays = (np.concatenate(each) for each in (self._tokens, self._flags, self._documents))
-        self._blocks.append(write_block(self._job.folder, name, *arrays))
-        self._tokens, self._flags, self._documents, self._num_tokens = [], [], [], 0
+        signatures = np.concatenate(self._signatures) if self._signatures else None
+        self._blocks.append(write_block(self._job.folder, name, *arrays, signatures=signatures))
+        self._tokens, self._flags, self._documents, self._signatures, self._num_tokens = [], [], [], [], 0
+
+
+def _plain_text(documents: list[Document]) -> str:
+    return " ".join(content for document in documents for content, _ in document.pieces if isinstance(content, str))
 
 
 def _content_hash(documents: list[Document]) -> int:

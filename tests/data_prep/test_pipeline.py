@@ -222,10 +222,8 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("line, reason", BAD_LINES, ids=[reason + str(i) for i, (_, reason) in enumerate(BAD_LINES)])
 def test_a_bad_line_is_quarantined_with_its_place_and_the_rest_survives(config_values, corpus, line, reason):
-    good = b'{"text": "a good line"}\n'
-    corpus["domain"].write_bytes(
-        b"\xef\xbb\xbf" + good + line + b"\r\n" + b"\n" + good.replace(b"\n", b"\r\n") + good[:-1]
-    )
+    first, second, third = (b'{"text": "a good line %d"}' % i for i in range(3))
+    corpus["domain"].write_bytes(b"\xef\xbb\xbf" + first + b"\n" + line + b"\r\n" + b"\n" + second + b"\r\n" + third)
     config_values.update(valid_fraction=0.0, max_record_bytes=4000)
     config_values["sources"][0]["max_bad_fraction"] = 0.25
     out, mix = run(config_values)

@@ -1,0 +1,179 @@
+"""The last stages: select, place, write prefixes, provenance, mixture and manifest."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from megatron_mixcpt.data_prep.assemble import (
+    Corpus,
+    Placement,
+    flags_prefix,
+    is_validation,
+    place,
+    trained_rows,
+    write_pairs,
+    write_prefix,
+)
+from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.format import KIND_CHOSEN
+from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
+from megatron_mixcpt.data_prep.mix import FILE_NAME, SPLITS, describe_tokenizer, set_weights, write_mix
+from megatron_mixcpt.data_prep.plan import Plan
+from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
+from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
+from megatron_mixcpt.data_prep.tokenizer import Tokenizer
+from megatron_mixcpt.errors import MixcptError
+
+ENDINGS = (".bin", ".idx", ".flags.bin", ".flags.idx")
+
+
+@dataclass
+class Builder:
+    """What the steps of a build share. `files` collects the description of every file written."""
+
+    out: Path
+    config: Config
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    receipts: Path  # folder of receipts of finished prefixes
+    files: dict[str, dict[str, Any]]
+
+
+def build(
+    out: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    plans: list[Plan],
+    corpora: list[Corpus],
+    receipts: Path,
+) -> Path:
+    """Write everything that follows from the parts. Returns the path of mix.json, which is written last."""
+    builder = Builder(out, config, tokenizer, dtype, receipts, {})
+    tokenizer.copy_to(out / "tokenizer")
+    statuses = select(config, corpora)
+    sources, counts = [], []
+    for source, plan, corpus, status in zip(config.sources, plans, corpora, statuses):
+        sources.append(_build_source(builder, source, plan, corpus, status))
+        counts.append(_count(source, corpus, status))
+    set_weights(config, sources)
+    mix = {
+        "seq_length": config.seq_length,
+        "seed": config.seed,
+        "tokenizer": describe_tokenizer(tokenizer),
+        "sources": sources,
+    }
+    for name in ("quarantine.jsonl", *(provenance_path(Path(), source.name).as_posix() for source in config.sources)):
+        builder.files[name] = describe_file(out / name)
+    write_manifest(out, config, plans, builder.files, counts)
+    return write_mix(out / FILE_NAME, mix)
+
+
+def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:
+    config, documents = builder.config, corpus.documents
+    keep = status == KEPT
+    valid = is_validation(documents, config.valid_fraction, config.seed)
+    sides = dict(zip(SPLITS, (keep & ~valid, keep & valid)))
+    entry: dict[str, Any] = {"name": source.name, "kind": source.kind, "weight": 0.0, "layout": source.layout}
+    placements: dict[str, Placement | None] = {}
+    pairs: dict[str, np.ndarray] = {}
+    for split, side in sides.items():
+        rows = np.flatnonzero(trained_rows(documents, side, source.responses))
+        entry[split], placements[split] = _text_prefix(builder, source, corpus, rows, split)
+    if entry["train"] is None:
+        raise MixcptError(f"source {source.name} has no training documents; give it more data or leave it out")
+    if source.kind == "preference":
+        entry["pairs"] = {}
+        for split, side in sides.items():
+            pairs[split] = np.flatnonzero(side & (documents["kind"] == KIND_CHOSEN))
+            entry["pairs"][split] = _pair_prefix(builder, source, corpus, pairs[split], split)
+    write_provenance(provenance_path(builder.out, source.name), plan, corpus, status, valid, placements, pairs)
+    return entry
+
+
+def _text_prefix(
+    builder: Builder, source: Source, corpus: Corpus, rows: np.ndarray, split: str
+) -> tuple[dict[str, Any] | None, Placement | None]:
+    if len(rows) == 0:
+        return None, None
+    config = builder.config
+    placement = place(corpus, rows, source, config.seq_length, config.seed, split)
+    stem = f"{source.name}-{split}"
+
+    def write(prefix: Path) -> dict[str, Any]:
+        return write_prefix(
+            prefix,
+            corpus,
+            placement,
+            seq_length=config.seq_length,
+            dtype=builder.dtype,
+            pad_id=builder.tokenizer.pad_id,
+        )
+
+    key = [config.seed, config.seq_length, source.layout, builder.tokenizer.pad_id]
+    return _finished(builder, corpus, rows, stem, key, write), placement
+
+
+def _pair_prefix(
+    builder: Builder, source: Source, corpus: Corpus, chosen: np.ndarray, split: str
+) -> dict[str, Any] | None:
+    if len(chosen) == 0:
+        return None
+
+    def write(prefix: Path) -> dict[str, Any]:
+        return write_pairs(prefix, corpus, chosen, builder.dtype)
+
+    return _finished(builder, corpus, chosen, f"{source.name}-pairs-{split}", ["pairs"], write)
+
+
+def _finished(
+    builder: Builder, corpus: Corpus, rows: np.ndarray, stem: str, key: list[Any], write: Any
+) -> dict[str, Any]:
+    """The entry of a prefix; it is written unless its receipt says that it is there, whole and from the same parts."""
+    state = xxhash.xxh3_128(
+        orjson.dumps([stem, key, [block["hash"] for r in corpus.receipts for block in r["blocks"]]])
+    )
+    state.update(np.ascontiguousarray(rows, dtype=np.int64).data)
+    receipt = builder.receipts / f"{stem}-{state.hexdigest()}.json"
+    if receipt.is_file():
+        known = orjson.loads(receipt.read_bytes())
+        paths = {name: builder.out / name for name in known["files"]}
+        if all(path.is_file() and describe_file(path) == known["files"][name] for name, path in paths.items()):
+            builder.files.update(known["files"])
+            return known["entry"]
+    temporary = builder.out / f".{stem}"
+    entry = write(temporary)
+    hashes = dict(zip((".bin", ".flags.bin"), entry.pop("bin_hashes")))
+    name = f"{stem}-{entry['hash'][:12]}"
+    entry = {"prefix": name, **entry}
+    files = {}
+    # The name holds the hash of the content: a reader that caches by name (megatron-core does) never meets other
+    # content under an old name.
+    for prefix, final in ((temporary, builder.out / name), (flags_prefix(temporary), flags_prefix(builder.out / name))):
+        for ending in (".bin", ".idx"):
+            os.replace(prefix.with_name(prefix.name + ending), final.with_name(final.name + ending))
+    for ending in ENDINGS:
+        files[name + ending] = describe_file(builder.out / (name + ending), hashes.get(ending))
+    builder.files.update(files)
+    unfinished = receipt.with_name(receipt.name + ".tmp")
+    unfinished.write_bytes(orjson.dumps({"entry": entry, "files": files}))
+    os.replace(unfinished, receipt)
+    return entry
+
+
+def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:
+    """What became of the records of a source."""
+    documents = {name: int(np.count_nonzero(status == code)) for code, name in enumerate(STATUS_NAMES)}
+    return {
+        "name": source.name,
+        "records": corpus.num_records,
+        "quarantined": sum(len(receipt["bad"]) for receipt in corpus.receipts),
+        "documents": documents,
+        "flagged as contaminated": int(np.count_nonzero(corpus.documents["contaminated"])),
+        "control strings in text": sum(receipt["literals"] for receipt in corpus.receipts),
+    }
