@@ -96,7 +96,7 @@ def variants(kernels: tuple[str, ...] = KERNELS) -> Iterator[Variant]:
             ):
                 teacher_flags = flags if target == "swap" else (True,)  # without a teacher the target has no part
                 for teacher in teacher_flags:
-                    yield _variant(
+                    yield make_variant(
                         kernel, TARGET=target, HAS_TEACHER=teacher, SEPARATE=separate, PER_TOKEN=per_token,
                         DETAILS=details,
                     )  # fmt: skip
@@ -107,10 +107,12 @@ def variants(kernels: tuple[str, ...] = KERNELS) -> Iterator[Variant]:
         ):
             if has_teacher or student == teacher:
                 constants = dict(HAS_TEACHER=has_teacher, SEPARATE=separate, **weight)
-                yield _variant(kernel, student=student, teacher=teacher, aligned=aligned, **constants)
+                yield make_variant(kernel, student=student, teacher=teacher, aligned=aligned, **constants)
 
 
-def _variant(kernel: str, student: str = "fp32", teacher: str = "fp32", aligned: bool = True, **constants) -> Variant:
+def make_variant(
+    kernel: str, student: str = "fp32", teacher: str = "fp32", aligned: bool = True, **constants
+) -> Variant:
     return Variant(kernel, tuple(constants.items()), student, teacher, aligned)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.lssd_memory import PeakMemory
 from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss, topk_lssd_loss
-from tests.kernels.memory import PeakMemory
 
 VOCAB, FLAT, BYTES_PER_TOKEN = 4096, 8 * 2**20, 200
 

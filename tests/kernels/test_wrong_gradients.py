@@ -23,7 +23,7 @@ def plain_all_reduce(student, teacher, labels, *, group, vocab_start):
 
 
 def all_reduce_of_the_loss(student, teacher, labels, *, group, vocab_start):
-    """KL whose shards' parts are summed by an all_reduce under autograd: its backward sums the upstream gradients too."""
+    """KL whose parts are summed by an all_reduce under autograd: its backward sums the upstream gradients too."""
     log_p, p = _teacher_log_p(teacher, group)
     total = differentiable.all_reduce(student.exp().sum(-1), group=group)
     return differentiable.all_reduce((p * (log_p - student + total.log().unsqueeze(-1))).sum(-1), group=group)

@@ -1,0 +1,90 @@
+"""Ahead-of-time compilation for GPUs that are not here: no spills, wide accesses; CI compiles all variants apart."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mixcpt.kernels import aot
+
+VARIANTS = [
+    aot.make_variant("stats", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False),
+    aot.make_variant("stats", student="fp32", teacher="bf16", HAS_TEACHER=True, SEPARATE=True),
+    aot.make_variant("stats", student="bf16", teacher="bf16", aligned=False, HAS_TEACHER=True, SEPARATE=False),
+    aot.make_variant(
+        "combine", TARGET="mft", HAS_TEACHER=True, SEPARATE=True, PER_TOKEN=True, DETAILS=True
+    ),
+    aot.make_variant("gradient", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False, PER_TOKEN=True),
+    aot.make_variant("gradient", student="fp32", teacher="fp32", HAS_TEACHER=False, SEPARATE=True, PER_TOKEN=False),
+]  # fmt: skip
+COMPILE = """
+import json, sys
+from megatron_mixcpt.kernels import aot
+from tests.kernels.test_aot import VARIANTS
+reports = [aot.compile_variant(variant, arch) for arch in (80, 90, 100) for variant in VARIANTS]
+counts = [(r.problems, r.registers, r.wide_loads, r.narrow_loads, r.wide_stores) for r in reports]
+print(json.dumps([(*count, aot.table([r])) for count, r in zip(counts, reports)]))
+"""
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Compiled in a process of its own: this one may have the interpreter in place of the compiler."""
+    pytest.importorskip("triton")
+    environment = clean_environment() | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return list(zip([(arch, v) for arch in (80, 90, 100) for v in VARIANTS], json.loads(result.stdout)))
+
+
+def test_no_spills_and_wide_accesses_on_three_architectures(reports):
+    for (arch, variant), (problems, registers, wide_loads, narrow_loads, wide_stores, table) in reports:
+        assert not problems, (arch, variant.label, problems)
+        assert 0 < registers <= 128
+        assert f"| {variant.kernel} | {variant.label} | {arch} | {registers} | 0 |" in table
+        if variant.kernel != "combine" and variant.aligned:
+            assert wide_loads > 0 and narrow_loads == variant.scalar_loads
+            assert (wide_stores > 0) == (variant.kernel == "gradient")
+
+
+def test_the_load_check_can_fail(reports):
+    """Rows that are not aligned are read in small pieces: that shows, and would be a problem if they were."""
+    (variant, report), *_ = [(v, r) for (_, v), r in reports if not v.aligned]
+    _, registers, wide_loads, narrow_loads, wide_stores, _ = report
+    assert wide_loads == 0 and narrow_loads > variant.scalar_loads
+    aligned = aot.make_variant("stats", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False)
+    as_if = aot.Report(aligned, 90, registers, 0, 0, wide_loads, narrow_loads, wide_stores, 9, 1000)
+    assert as_if.problems == [f"{narrow_loads - 4} loads of logits are under 16 bytes"]
+
+
+def test_spills_and_narrow_stores_are_problems():
+    variant = aot.make_variant(
+        "gradient", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False, PER_TOKEN=False
+    )
+    report = aot.Report(variant, 90, 255, 16, 0, 6, variant.scalar_loads, 0, 3, 1000)
+    assert report.problems == ["spills 16 bytes", "3 stores of gradients are under 16 bytes"]
+
+
+def test_every_launch_has_its_variant():
+    """The list covers what fused.py can ask for: logits, teacher, temperature, weights, targets, details."""
+    variants = list(aot.variants())
+    assert len(variants) == len(set(variants))
+    count = {kernel: sum(v.kernel == kernel for v in variants) for kernel in aot.KERNELS}
+    # With a teacher 5 pairs of dtypes, without 3 dtypes; two of each flag.
+    assert count == {"stats": (5 + 3) * 2 * 2, "gradient": (5 + 3) * 2 * 2 * 2, "combine": (3 + 1) * 2 * 2 * 2}
+
+
+def test_interpreter_in_place_of_the_compiler_is_a_usage_error():
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_mixcpt.kernels.aot", "--arch", "90"],
+        capture_output=True, text=True, env=clean_environment() | {"TRITON_INTERPRET": "1"}, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and "unset it" in result.stderr
