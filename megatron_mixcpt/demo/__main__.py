@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_mixcpt.demo.settings import MODELS
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.evaluate.loading import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)  # so that a running command is stopped with us
+    quiet_libraries()  # before any library is imported: some read the environment only then
     from megatron_mixcpt.demo.driver import run_demo
 
     try:

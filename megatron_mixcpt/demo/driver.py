@@ -180,9 +180,6 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False) -> dict[s
     console.say(f"Mix-CPT demo: teach {settings.title} facts that exist nowhere, and see what it forgets.")
     console.say(f"Output: {folder}. Stop it whenever you like: the same command goes on where it stopped.")
     try:
-        from megatron_mixcpt.evaluate.loading import quiet_libraries
-
-        quiet_libraries()
         import torch
 
         torch.set_num_threads(threads)
