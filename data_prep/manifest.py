@@ -41,6 +41,18 @@ def write_manifest(
         "sources": sources,
         "files": dict(sorted(files.items())),
     }
+    return _write(out, manifest)
+
+
+def write_view_manifest(out: Path, files: dict[str, dict[str, Any]], fingerprint: str) -> Path:
+    """Write the manifest of a folder of views over the mix with `fingerprint`."""
+    for name in sorted(path.relative_to(out).as_posix() for path in out.glob("tokenizer/*")):
+        files[name] = describe_file(out / name)
+    manifest = {"format": FORMAT, "version": __version__, "view_of": fingerprint, "files": dict(sorted(files.items()))}
+    return _write(out, manifest)
+
+
+def _write(out: Path, manifest: dict[str, Any]) -> Path:
     path = out / FILE_NAME
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
