@@ -14,6 +14,9 @@ from megatron_mixcpt.errors import MixcptError
 # Imported only when asked for: `mixcpt --help` must not wait for torch.
 COMMANDS = {
     "preprocess": ("megatron_mixcpt.data_prep.cli", "tokenize and pack raw text into a mixed dataset"),
+    "mix": ("megatron_mixcpt.data_prep.mix_cli", "re-mix prepared data without tokenizing or copying"),
+    "verify": ("megatron_mixcpt.data_prep.verify_cli", "check prepared data down to its source"),
+    "inspect": ("megatron_mixcpt.data_prep.inspect_cli", "show stored sequences as coloured text"),
     "train": ("megatron_mixcpt.train.cli", "train on a mixture, or resume the run"),
     "convert": ("megatron_mixcpt.model.convert_cli", "import a Hugging Face model as a checkpoint"),
     "export": ("megatron_mixcpt.model.export_cli", "write a run or checkpoint as a Hugging Face directory"),
