@@ -45,7 +45,7 @@ def save_smollm2(out: Path) -> dict[str, int]:
 
 
 def save_tiny_tokenizer(texts: list[str], out: Path) -> dict[str, int]:
-    """Train a byte-level BPE of 1,024 entries on `texts` and write it to `out`. Returns its size."""
+    """Train a byte-level BPE of at most 1,024 entries on `texts` and write it to `out`. Returns its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

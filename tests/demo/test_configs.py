@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from megatron_mixcpt.data_prep.config import load_config as load_preprocess
-from megatron_mixcpt.data_prep.template import compile_template
 
 from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.data_prep.template import compile_template
 from megatron_mixcpt.demo.configs import ask, preprocess_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS
 
