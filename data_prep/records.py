@@ -33,12 +33,10 @@ ROLES = {
     "system": ROLE_TEXT,
     "developer": ROLE_TEXT,
     "user": ROLE_USER,
-    "human": ROLE_USER,
     "assistant": ROLE_ASSISTANT,
-    "gpt": ROLE_ASSISTANT,
     "tool": ROLE_TOOL,
-    "function": ROLE_TOOL,
 }
+OTHER_NAMES = {"human": "user", "gpt": "assistant", "function": "tool"}
 
 
 def make_renderer(source: Source, tokenizer: Tokenizer, *, add_bos: bool) -> Renderer:
@@ -212,6 +210,8 @@ def check_messages(value: Any, key: str) -> list[Message]:
         if "from" in message and "role" not in message:
             message["role"], message["content"] = message.pop("from"), message.pop("value", None)
         role, content = message.get("role"), message.get("content")
+        if isinstance(role, str):
+            role = message["role"] = OTHER_NAMES.get(role, role)
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecord("unknown role", f"{key}[{index}] has role {role!r}; known: {', '.join(ROLES)}")
         if message.get("tool_calls") and content is None:

@@ -53,20 +53,24 @@ class Tokenizer:
 
     @property
     def hash(self) -> str:
-        """xxh3-128 over the names and bytes of the tokenizer's files."""
+        """xxh3-128 over the names and bytes of the tokenizer's files, as they lie beside the data."""
         state = xxhash.xxh3_128()
         for path in self.files:
             data = path.read_bytes()
-            state.update(f"{path.name}\0{len(data)}\0".encode())
+            state.update(f"{self._final_name(path)}\0{len(data)}\0".encode())
             state.update(data)
         return state.hexdigest()
+
+    def _final_name(self, path: Path) -> str:
+        if len(self.files) > 1:
+            return path.name
+        return "tokenizer.model" if self.kind == "sentencepiece" else "tokenizer.json"
 
     def copy_to(self, folder: Path) -> None:
         """Copy the tokenizer's files beside the data."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files:
-            name = "tokenizer.model" if self.kind == "sentencepiece" else path.name
-            shutil.copyfile(path, folder / name)
+            shutil.copyfile(path, folder / self._final_name(path))
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
