@@ -7,14 +7,14 @@ is taken once, by the trainer, over the global number of target tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_INSTRUCTION, KIND_REJECTED
-from megatron_mixcpt.kernels import lssd_loss
+from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss
 
 KIND_NAMES = {
     KIND_DOMAIN: "domain",
@@ -79,21 +79,59 @@ class MixCPTLoss:
                 logits,
                 teacher,
                 labels.t(),
-                temperature=self.config.temperature,
-                ce_weight=self._ce_by_kind[kinds].t(),
-                kd_weight=self._kd_by_kind[kinds].t(),
-                target="swap" if self.config.target == "none" else self.config.target,
-                margin=self.config.margin,
-                group=self.group,
-                vocab_start=self.vocab_start,
-                valid_vocab=self.vocab_size,
                 grad_buffer="teacher" if teacher is not None and logits.requires_grad else "new",
-                return_details=True,
+                **self._options(kinds),
             )
-            if statistics is not None:
-                counted = (labels != -100).t()
-                columns = (counted, loss.detach(), details["ce"], details["kl"], details["swapped"])
-                statistics.copy_(torch.stack([column.double().sum(0) for column in columns], dim=1))
+            _record(statistics, labels, loss, details)
             return loss.t()
 
         return token_loss
+
+    def bind_hidden(
+        self, kinds: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, statistics: Tensor | None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`bind`, from hidden states and output heads: the logits exist a chunk of tokens at a time.
+
+        Args:
+            teacher_hidden: `[s(/tp), b, h]`, sharded over the sequence where the student's are.
+            teacher_head: `[v/tp, h]`.
+
+        Returns:
+            `(hidden [s(/tp), b, h], head [v/tp, h], labels [b, s]) -> loss [b, s]` fp32.
+        """
+
+        def hidden_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+            loss, details = linear_lssd_loss(
+                hidden,
+                head,
+                teacher_hidden,
+                teacher_head,
+                labels.t(),
+                sequence_parallel=hidden.shape[0] != labels.shape[1],
+                **self._options(kinds),
+            )
+            _record(statistics, labels, loss, details)
+            return loss.t()
+
+        return hidden_loss
+
+    def _options(self, kinds: Tensor) -> dict[str, Any]:
+        """What the kernels' losses have in common, for the tokens of one micro-batch."""
+        return {
+            "temperature": self.config.temperature,
+            "ce_weight": self._ce_by_kind[kinds].t(),
+            "kd_weight": self._kd_by_kind[kinds].t(),
+            "target": "swap" if self.config.target == "none" else self.config.target,
+            "margin": self.config.margin,
+            "group": self.group,
+            "vocab_start": self.vocab_start,
+            "valid_vocab": self.vocab_size,
+            "return_details": True,
+        }
+
+
+def _record(statistics: Tensor | None, labels: Tensor, loss: Tensor, details: dict[str, Tensor]) -> None:
+    """Fill each sample's sums of the columns named in STATISTICS. labels `[b, s]`; loss and details `[s, b]`."""
+    if statistics is not None:
+        columns = ((labels != -100).t(), loss.detach(), details["ce"], details["kl"], details["swapped"])
+        statistics.copy_(torch.stack([column.double().sum(0) for column in columns], dim=1))

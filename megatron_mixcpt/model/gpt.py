@@ -21,6 +21,8 @@ from megatron_mixcpt.model.specs import block_spec, transformer_config
 
 # (logits [s, b, v/tp], labels [b, s]) -> loss of every token [b, s] fp32, 0 where ignored
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
+# (hidden [s(/tp), b, h], head weight [v/tp, h], labels [b, s]) -> loss of every token [b, s] fp32
+HiddenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MixGPTModel(GPTModel):
@@ -33,6 +35,7 @@ class MixGPTModel(GPTModel):
     Attributes:
         arch: the whole model's architecture.
         token_loss: what is minimised; the trainer sets it before the first forward with labels.
+        hidden_loss: where set, it is minimised in place of `token_loss`, without logits in between.
         vocab_start: global id of this rank's first vocabulary row.
     """
 
@@ -52,6 +55,7 @@ class MixGPTModel(GPTModel):
         )
         self.arch = arch
         self.token_loss: TokenLoss | None = None
+        self.hidden_loss: HiddenLoss | None = None
         self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
         self.rotary = Rotary(arch)
 
@@ -72,6 +76,17 @@ class MixGPTModel(GPTModel):
         if self.token_loss is None:
             raise RuntimeError("model.token_loss is not set")
         return self.token_loss(logits, labels)
+
+    def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor:
+        if self.hidden_loss is not None and self.post_process and labels is not None:
+            return self.hidden_loss(hidden_states, self.head_weight(), labels)
+        return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+
+    def head_weight(self) -> Tensor:
+        """Last stage only: weight `[v/tp, h]` of the output head, tied or not."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def hidden(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What `output_logits` takes on the last stage (after the final norm), `[s(/tp), b, h]`; no output head."""

@@ -54,9 +54,21 @@ class InitialTeacher:
     def logits(self, index: int, batch: Batch) -> Tensor:
         """Logits `[s, b, v/tp]` of micro-batch `index` of the step; last pipeline stage only, once an index."""
         if self._pipelined:
-            hidden, self._hidden[index] = self._hidden[index], None  # type: ignore[call-overload]
-            return self.model.output_logits(hidden)
+            return self.model.output_logits(self.hidden(index, batch))
         return self.model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+
+    @torch.no_grad()
+    def hidden(self, index: int, batch: Batch) -> Tensor:
+        """Last hidden states `[s(/tp), b, h]`, as `logits`; with `head` they give the logits."""
+        if self._pipelined:
+            hidden, self._hidden[index] = self._hidden[index], None  # type: ignore[call-overload]
+            return hidden
+        return self.model.hidden(batch.tokens, batch.position_ids, batch.attention_mask)
+
+    @property
+    def head(self) -> Tensor:
+        """Weight `[v/tp, h]` of the output head; last pipeline stage only."""
+        return self.model.head_weight()
 
     @staticmethod
     def _keep_hidden(batches: Iterator[Batch], model: MixGPTModel) -> tuple[Tensor, Any]:
