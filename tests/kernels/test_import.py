@@ -39,10 +39,9 @@ assert not [name for name in sys.modules if name.startswith('megatron_mixcpt.') 
     [
         (
             "import sys; sys.modules['triton'] = None",
-            {},
             "ImportError: MIXCPT_LSSD=triton, but triton is not installed",
         ),
-        ("", {}, "ValueError: MIXCPT_LSSD=triton, but the logits are on cpu: that needs TRITON_INTERPRET=1"),
+        ("", "ValueError: MIXCPT_LSSD=triton, but the logits are on cpu: that needs TRITON_INTERPRET=1"),
     ],
     ids=["no triton", "no interpreter"],
 )

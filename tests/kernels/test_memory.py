@@ -6,7 +6,7 @@ import torch
 from benchmarks.lssd_memory import PeakMemory
 from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss, topk_lssd_loss
 
-VOCAB, FLAT, BYTES_PER_TOKEN = 4096, 8 * 2**20, 200
+VOCAB, FLAT, BYTES_PER_TOKEN = 4096, 14 * 2**20, 200
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_linear_loss_never_holds_the_logits(dtype):
 
     small, large = used(256), used(4096)
     assert large - small < (4096 - 256) * (BYTES_PER_TOKEN + 4 * hidden)
-    two_chunks, scratch = 2 * chunk * VOCAB * 4, 3 * 2**21
+    two_chunks, scratch = 2 * chunk * VOCAB * 4, 3 * 2**22
     gradients = 3 * VOCAB * hidden * 4  # fp32 sum, one product, what is returned; 16-bit heads are also read in fp32
     assert small < two_chunks + scratch + 2 * gradients + 256 * (BYTES_PER_TOKEN + 4 * hidden)
 
