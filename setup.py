@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED},
-    package_data={"megatron_mixcpt": ["py.typed"], "megatron_mixcpt.demo": ["data/*"]},
+    package_data={"megatron_mixcpt": ["py.typed"], "megatron_mixcpt.demo": ["data/*"], "megatron_mixcpt.evaluate": ["tasks/*"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
@@ -57,6 +57,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
+        "eval": ["lm-eval[hf]>=0.4.5"],
     },
     entry_points={"console_scripts": ["mixcpt = megatron_mixcpt.cli:main"]},
     classifiers=[

@@ -20,6 +20,8 @@ COMMANDS = {
     "train": ("megatron_mixcpt.train.cli", "train on a mixture, or resume the run"),
     "convert": ("megatron_mixcpt.model.convert_cli", "import a Hugging Face model as a checkpoint"),
     "export": ("megatron_mixcpt.model.export_cli", "write a run or checkpoint as a Hugging Face directory"),
+    "eval": ("megatron_mixcpt.evaluate.eval_cli", "measure what was learned and what was forgotten"),
+    "generate": ("megatron_mixcpt.evaluate.generate_cli", "continue prompts, for a quick look"),
 }
 
 

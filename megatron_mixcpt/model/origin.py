@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mixcpt.checkpoint.store import find_checkpoint, read_info
+from megatron_mixcpt.checkpoint import find_checkpoint, read_info
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import Architecture
 

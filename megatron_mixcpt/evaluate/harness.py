@@ -1,0 +1,102 @@
+"""Hand-over to the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), with local task files.
+
+The bundled tasks, 120 questions written for this project, need no network: they are a smoke alarm for forgetting, not
+a benchmark to publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mixcpt.errors import ConfigError
+
+BUNDLED = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task; `stderr` is None where the harness has no estimate."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+def bundled_tasks() -> list[str]:
+    """Names of the tasks that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def resolve_task(task: str) -> str | dict[str, Any]:
+    """A bundled task's name or a YAML file -> its definition with absolute data files; other names are the harness's.
+
+    Raises:
+        ConfigError: a file that is missing or is no task definition.
+    """
+    path = BUNDLED / f"{task}.yaml" if task in bundled_tasks() else Path(task)
+    if path.suffix not in (".yaml", ".yml"):
+        return task
+    try:
+        definition = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--tasks: {path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--tasks: {path}: not plain YAML (functions are not supported here): {error}") from error
+    if not isinstance(definition, dict) or "task" not in definition:
+        raise ConfigError(f"--tasks: {path}: has no key `task`, so it is no task of the lm-evaluation-harness")
+    files = definition.get("dataset_kwargs", {}).get("data_files", {})
+    for split, name in files.items():
+        if isinstance(name, str) and (path.parent / name).exists():
+            files[split] = str((path.parent / name).resolve())
+    return definition
+
+
+def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype: str) -> list[TaskScore]:
+    """Score the model of a Hugging Face directory.
+
+    Raises:
+        ConfigError: the harness is not installed, or does not know a task.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise ConfigError("--tasks needs the lm-evaluation-harness: pip install 'megatron-mixcpt[eval]'") from None
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = [resolve_task(task) for task in tasks]
+    try:
+        output = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(hf_dir), "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]},
+            tasks=resolved,
+            device=device,
+            limit=limit,
+            bootstrap_iters=0,
+            batch_size=8,
+            random_seed=0,
+            numpy_random_seed=0,
+            torch_random_seed=0,
+            fewshot_random_seed=0,
+        )
+    except KeyError as error:
+        bundled = ", ".join(bundled_tasks())
+        raise ConfigError(f"--tasks: the harness does not know {error}; bundled: {bundled}") from error
+    scores = []
+    for task, results in output["results"].items():
+        better = output["higher_is_better"].get(task, {})
+        for key, value in results.items():
+            metric, _, variant = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, int | float) or not variant:
+                continue
+            stderr = results.get(f"{metric}_stderr,{variant}")
+            known = stderr if isinstance(stderr, float) else None
+            scores.append(TaskScore(task, metric, float(value), known, better.get(metric, True)))
+    return scores

@@ -1,0 +1,35 @@
+"""What `mixcpt eval` and `mixcpt generate` are pointed at: a run, a checkpoint, or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_mixcpt.errors import ConfigError
+
+
+def is_hf_directory(path: Path) -> bool:
+    """Whether transformers itself can open `path`."""
+    return (path / "config.json").is_file()
+
+
+@contextlib.contextmanager
+def as_hf_directory(path: Path) -> Iterator[Path]:
+    """`path` as a Hugging Face directory; a run or checkpoint is exported to a temporary one.
+
+    Raises:
+        ConfigError: it is none of the three.
+    """
+    if is_hf_directory(path):
+        yield path
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face directory")
+    from megatron_mixcpt.model.export_cli import export
+
+    with tempfile.TemporaryDirectory(prefix="mixcpt-") as folder:
+        out = Path(folder) / path.resolve().name
+        export(path, out)
+        yield out

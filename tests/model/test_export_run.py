@@ -1,0 +1,172 @@
+"""A trained run becomes a Hugging Face directory with its card; `eval` and `generate` look at it."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.evaluate.generate_cli import NAME as GENERATE
+from megatron_mixcpt.parallel import parallel_context
+from tests.helpers.corpus import write_mix
+from tests.model.families import make
+from tests.model.test_convert import make_tokenizer
+from tests.model.test_hf import read_all
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, a mixture for its tokenizer, and a run of two steps on one from the other."""
+    folder = tmp_path_factory.mktemp("run")
+    size = make_tokenizer(folder / "base")
+    make("qwen2", folder / "base", vocab_size=size, initializer_range=0.1)
+    mix = write_mix(folder / "data", vocab_size=size)
+    shutil.copytree(folder / "base", folder / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "*config.json"))
+    shutil.copy(folder / "base/tokenizer_config.json", folder / "data/tokenizer")
+    config = {
+        "model": {"hf": str(folder / "base")},
+        "data": {"mix": str(mix)},
+        "train": {"steps": STEPS, "global_batch_size": 2, "lr": 1e-2, "schedule": "constant", "dtype": "fp32"},
+        "run_dir": str(folder / "run"),
+    }
+    (folder / "train.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(folder / "train.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    assert main(["export", str(folder / "run"), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_export_holds_the_trained_weights(folder, exported):
+    from megatron_mixcpt.model.hf_names import hf_names, split
+    from megatron_mixcpt.model.layout import unshard
+
+    with parallel_context():
+        from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.model.architecture import architecture_from_hf
+        from megatron_mixcpt.model.gpt import build_gpt
+
+        arch = architecture_from_hf(exported)
+        model = build_gpt(arch, seed=None)
+        load_model_weights(model, folder / "run")
+        tensors = read_all(exported)
+        base = read_all(folder / "base")
+        for slot in model.slots():
+            whole = unshard(slot.name, [slot.parameter.detach()], arch.vocab_size)
+            for name, part in zip(hf_names(slot.name), split(slot.name, whole, arch)):
+                assert torch.equal(tensors[name], part), name
+                assert not torch.equal(base[name], part), f"{name} was not trained"
+    config = json.loads((folder / "base/config.json").read_text())
+    assert json.loads((exported / "config.json").read_text()) == {
+        **config,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    transformers.AutoTokenizer.from_pretrained(exported)
+
+
+def test_the_card_tells_data_training_gain_and_loss(folder, exported):
+    card = (exported / "README.md").read_text()
+    mix = json.loads((folder / "data/mix.json").read_text())
+    assert mix["fingerprint"] in card and str(folder / "base") in card and "target `swap`" in card
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    validations = [row for row in rows if any(key.startswith("val/") for key in row)]
+    for source in mix["sources"]:
+        before, after = (row[f"val/{source['name']}/ppl"] for row in (validations[0], validations[-1]))
+        change = f"{after / before - 1:+.1%}"
+        assert f"| {source['name']} | {source['kind']} | {before:.3f} | {after:.3f} | {change} |" in card
+
+
+def test_a_run_whose_base_is_gone_says_so(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["hf"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
+def test_eval_repeats_the_runs_own_validation_and_agrees_with_the_export(folder, exported, tmp_path):
+    assert main(["eval", str(folder / "run"), "--out", str(tmp_path / "run")]) == 0
+    arguments = ["--mix", str(folder / "data/mix.json"), "--base", str(folder / "base"), "--out", str(tmp_path / "hf")]
+    assert main(["eval", str(exported), *arguments]) == 0
+    from_run, from_hf = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("run", "hf"))
+    assert from_run["base"]["path"] == str(folder / "base")
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    validations = [row for row in rows if any(key.startswith("val/") for key in row)]
+    for side, row in (("base", validations[0]), ("model", validations[-1])):
+        assert from_run[side]["sources"] == from_hf[side]["sources"]
+        for source in from_run[side]["sources"]:
+            assert source["value"] == pytest.approx(row[f"val/{source['name']}/ppl"], rel=1e-6)
+    losses = {
+        (side, source["kind"]): math.log(source["value"])
+        for side in ("base", "model")
+        for source in from_run[side]["sources"]
+    }
+    gain = losses["base", "domain"] - losses["model", "domain"]
+    forgetting = losses["model", "instruction"] - losses["base", "instruction"]
+    assert from_run["change"]["domain_gain"] == pytest.approx(gain)
+    assert from_run["change"]["general_forgetting"] == pytest.approx(forgetting)
+    report = (tmp_path / "run/eval.md").read_text()
+    assert f"{gain:+.4f} nats" in report and f"{forgetting:+.4f} nats" in report
+
+
+def test_generate_says_what_transformers_says(folder, exported, capsys):
+    capsys.readouterr()
+    for model in (folder / "run", exported):
+        assert main([GENERATE, str(model), "--prompt", "abc", "--prompt", "hello", "--max-new-tokens", "5"]) == 0
+    from_run, from_hf = (text for text in _halves(capsys.readouterr().out))
+    assert from_run == from_hf
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    tokens = tokenizer("abc", return_tensors="pt")["input_ids"]
+    expected = model.generate(tokens, max_new_tokens=5, do_sample=False)[0]
+    assert from_hf.startswith(tokenizer.decode(expected, skip_special_tokens=True))
+
+
+def _halves(output):
+    lines = [line for line in output.splitlines() if not line.startswith("export")]
+    assert len(lines) % 2 == 0
+    return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
+
+
+def test_sampling_follows_the_seed_and_chat_needs_a_template(folder, exported, tmp_path, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        capsys.readouterr()
+        options = ["--temperature", "5", "--max-new-tokens", "20", "--seed", seed, "--chat"]
+        assert main([GENERATE, str(exported), "--prompt", "abc", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    plain = tmp_path / "plain"
+    shutil.copytree(exported, plain, ignore=shutil.ignore_patterns("chat_template*"))
+    assert main([GENERATE, str(plain), "--prompt", "abc", "--chat"]) == 2
+    assert "chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "{base}", "--out", "{tmp}"], "nothing to measure"),
+        (["eval", "{base}", "--out", "{tmp}", "--tasks", "{tmp}/no.yaml"], "cannot be read"),
+        (["eval", "{tmp}/none", "--out", "{tmp}", "--mix", "{mix}"], "neither"),
+        (["generate", "{tmp}/none", "--prompt", "x"], "no such directory"),
+    ],
+)
+def test_mistakes_are_told(folder, tmp_path, capsys, arguments, message):
+    if "--tasks" in arguments:
+        pytest.importorskip("lm_eval")
+    places = {"base": folder / "base", "tmp": tmp_path, "mix": folder / "data/mix.json"}
+    assert main([argument.format(**places) for argument in arguments]) in (2, 3)
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
