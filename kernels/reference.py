@@ -69,10 +69,10 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             shifted_t = torch.sub(t, finite(out[M_T]).view(*t.shape[:-1], 1), out=scratch[1])
             weight = torch.mul(shifted_t, 1.0 / objective.temperature, out=scratch[2]).exp_()
             out[L_T] = weight.sum(-1).flatten()
-            difference = shifted_t.sub_(shifted_s)
-            cross = torch.linalg.vecdot(weight, difference)
+            product = shifted_t.sub_(shifted_s).mul_(weight)
+            cross = product.sum(-1)
             if not cross.isfinite().all():  # a logit of -inf: 0 * inf must count as 0
-                cross = weight.mul(difference).masked_fill_(weight == 0, 0).sum(-1)
+                cross = product.masked_fill_(weight == 0, 0).sum(-1)
             out[CROSS] = cross.flatten()
         if objective.separate_ce:
             out[L_1] = torch.exp(shifted_s, out=scratch[1]).sum(-1).flatten()
