@@ -37,7 +37,7 @@ def _summary(section: type[BaseModel]) -> str:
 
 
 def _table(prefix: str, section: type[BaseModel]) -> str:
-    rows = [_row(f"{prefix}.{name}", field) for name, field in section.model_fields.items()]
+    rows = [_row(f"{prefix}.{field.alias or name}", field) for name, field in section.model_fields.items()]
     return _head() + "\n".join(rows)
 
 

@@ -52,6 +52,8 @@ class DataConfig(Section):
     """Tokens a sample; None takes the data's own, any other value than the data's is refused."""
     num_workers: NonNegative = 0
     """Loader processes a rank."""
+    weights: dict[str, Weight] = {}
+    """Share of each source in place of the mixture's own; may change when a run is resumed. Names all sources."""
 
 
 class LayoutConfig(Section):
@@ -110,6 +112,14 @@ class TrainConfig(Section):
     """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward still runs."""
+    spike_sigmas: Weight = 6.0
+    """Skip a step whose loss or gradient norm lies this many standard deviations above the recent mean; 0: never."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Steps that the recent mean is taken over; nothing is skipped before so many were taken."""
+    max_skipped: Positive = 5
+    """Stop after so many skipped steps in a row (non-finite, or spikes)."""
+    timeout_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    """End all ranks, with their stacks in run_dir/stacks, when a step, validation batch or save makes no progress."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -186,6 +196,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves only at the end and when stopped."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
+    keep_every: NonNegative = 0
+    """Of the older ones, those of every n-th step are kept too; 0 keeps none."""
+    background: bool = Field(default=False, alias="async")
+    """Copy the values and write them while training goes on, one checkpoint at a time."""
 
 
 class Config(Section):
@@ -253,7 +267,7 @@ def validate(schema: type[C], values: Any, origin: str) -> C:
 
 def save_config(config: BaseModel, path: Path) -> None:
     """Write the resolved configuration, every default included."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    path.write_text(yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False))
 
 
 def _explain(schema: type[BaseModel], problem: Any) -> str:
@@ -280,5 +294,5 @@ def _keys_of(schema: type[BaseModel], location: list[str]) -> list[str]:
         else:  # a mapping or list of sections
             section = next((arg for arg in reversed(get_args(section))), None)
     if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
+        return [field.alias or name for name, field in section.model_fields.items()]
     return []

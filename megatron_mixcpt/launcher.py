@@ -42,6 +42,8 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
                 rank.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    # Ranks begin with these signals blocked and take them when they have handlers: none dies of one while it loads.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
         for rank in range(nproc):
             environment = os.environ | {
@@ -55,6 +57,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
             command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
             # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return _wait(ranks)
     finally:
         for process in ranks:

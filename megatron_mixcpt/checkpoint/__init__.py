@@ -1,19 +1,25 @@
-"""Checkpoints: written so that they are whole or absent, read in any TP x PP x DP layout."""
+"""Checkpoints: written so that they are whole or absent, verified before use, read in any TP x PP x DP layout."""
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_mixcpt.checkpoint.store import find_checkpoint, list_checkpoints, read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info, seal
+from megatron_mixcpt.checkpoint.verify import find_checkpoint, newest_good
 
 if TYPE_CHECKING:
+    from megatron_mixcpt.checkpoint.saver import Outcome, Saver
     from megatron_mixcpt.checkpoint.state import load_checkpoint, load_model_weights, save_checkpoint
 
 __all__ = [
+    "Outcome",
+    "Saver",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_model_weights",
+    "newest_good",
     "read_info",
     "save_checkpoint",
+    "seal",
 ]
 
 
@@ -23,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from megatron_mixcpt.checkpoint import state
 
         return getattr(state, name)
+    if name in ("Outcome", "Saver"):
+        from megatron_mixcpt.checkpoint import saver
+
+        return getattr(saver, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

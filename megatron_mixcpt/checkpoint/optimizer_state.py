@@ -67,8 +67,7 @@ def optimizer_sharded_state(
     """
     sharded_params = _sharded_by_param(model_state)
     state: dict[str, dict[str, Any]] = {}
-    for single in _singles(optimizer):
-        _allocate_moments(single)
+    allocate_state(optimizer)
     for number, (single, param, slot) in enumerate(_slots(optimizer)):
         group = single.data_parallel_group if isinstance(single, DistributedOptimizer) else None
         sharded = sharded_params[id(param)]
@@ -78,6 +77,25 @@ def optimizer_sharded_state(
                 tensor = make_sharded_optimizer_tensor(sharded, whole, prefix=f"optimizer.{name}")
                 state.setdefault(str(number), {})[name] = tensor
     return state
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has taken no step its zero moments, as its own first step would."""
+    for single in _singles(optimizer):
+        _allocate_moments(single)
+
+
+def assert_steps_are_separate(optimizer: MegatronOptimizer) -> None:
+    """Raise RuntimeError where parameters share one step count: Adam would count every step many times."""
+    counts = [
+        single.optimizer.state[main]["step"]
+        for single in _singles(optimizer)
+        for group in single.optimizer.param_groups
+        for main in group["params"]
+        if isinstance(single.optimizer.state[main].get("step"), Tensor)
+    ]
+    if len({count.data_ptr() for count in counts}) != len(counts):
+        raise RuntimeError("parameters share the storage of their optimizer step")
 
 
 @torch.no_grad()
@@ -173,7 +191,6 @@ def _sharded_by_param(model_state: dict[str, Any]) -> dict[int, ShardedTensor]:
 
 
 def _allocate_moments(single: Any) -> None:
-    """Give the inner optimizer its zero moments before the first step, as its own first step would."""
     for group in single.optimizer.param_groups:
         for main in group["params"]:
             if not single.optimizer.state.get(main):

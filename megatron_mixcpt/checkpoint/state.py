@@ -1,12 +1,12 @@
-"""What a checkpoint holds, and how it is written to and read from any layout.
+"""What a checkpoint holds, and how it comes back in any layout.
 
-Saved: weights, optimizer state (fp32 master weights, moments, step) and `checkpoint.json`. Not saved, because they are
-functions of the step and the configuration: learning rate, data position, random numbers (training draws none).
+Saved: weights, optimizer state (fp32 master weights, moments, step) and `checkpoint.json`, in which the trainer keeps
+counters, data position and mixture. Not saved, because they are functions of the step and the configuration: learning
+rate, random numbers (training draws none).
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
-from megatron_mixcpt import __version__
 from megatron_mixcpt.checkpoint.optimizer_state import (
+    assert_steps_are_separate,
     load_optimizer_state,
     optimizer_sharded_state,
     optimizer_step_count,
 )
-from megatron_mixcpt.checkpoint.store import FORMAT, commit, find_checkpoint, new_directory, read_info
-from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.checkpoint.saver import Saver
+from megatron_mixcpt.checkpoint.store import read_info
+from megatron_mixcpt.checkpoint.verify import find_checkpoint
+from megatron_mixcpt.errors import MixcptError, VerificationError
 from megatron_mixcpt.model.architecture import Architecture
 
 
@@ -36,44 +38,24 @@ def save_checkpoint(
     info: dict[str, Any] | None = None,
     keep: int | None = None,
 ) -> Path:
-    """Write `<parent>/step_<step>`, collectively; returns when it is complete and visible.
+    """Write `<parent>/step_<step>`, collectively; returns when it is complete and visible. Arguments: see Saver.
 
-    Args:
-        model: this rank's stage, bare or wrapped.
-        optimizer: None saves weights alone.
-        info: entries added to `checkpoint.json` (JSON types).
-        keep: afterwards remove all but the newest `keep` checkpoints of `parent`.
+    Raises MixcptError, on every rank, where it could not be written.
     """
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-    rank = torch.distributed.get_rank()
-    names = [str(new_directory(parent, step)) if rank == 0 else None]
-    torch.distributed.broadcast_object_list(names, src=0)
-    temporary = Path(str(names[0]))
-
-    state = unwrap_model(model).sharded_state_dict()
-    sharded: dict[str, Any] = {"model": state}
-    if optimizer is not None:
-        sharded["optimizer"] = optimizer_sharded_state(optimizer, state, loading=False)
-    dist_checkpointing.save(sharded, str(temporary))
-    final = temporary.with_name(temporary.name.split(".tmp.")[0])
-    if rank == 0:
-        description = {
-            "format": FORMAT,
-            "version": __version__,
-            "step": step,
-            "architecture": arch.to_dict(),
-            "optimizer_step": None if optimizer is None else optimizer_step_count(optimizer),
-            **(info or {}),
-        }
-        commit(temporary, description, keep)
-    torch.distributed.barrier()
-    return final
+    saver = Saver(parent, keep=keep)
+    saver.begin(step, model, arch, optimizer, info)
+    outcome = saver.finish()
+    assert outcome is not None
+    if outcome.path is None:
+        raise MixcptError(f"the checkpoint of step {step} was not saved: {outcome.error}")
+    return outcome.path
 
 
 def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Restore weights and optimizer state in place, collectively and in any layout; returns `checkpoint.json`.
 
-    Raises VerificationError where the checkpoint holds no optimizer state or its step count does not come back.
+    The caller has verified the checkpoint (`newest_good`, `find_checkpoint`). Raises VerificationError where it holds
+    no optimizer state or its step count does not come back.
     """
     info = read_info(checkpoint)
     step = info["optimizer_step"]
@@ -84,15 +66,28 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
     unwrap_model(model).load_state_dict(loaded["model"])
     load_optimizer_state(optimizer, loaded["optimizer"], step)
+    assert_steps_are_separate(optimizer)
     restored = optimizer_step_count(optimizer)
     if restored != step:
         raise VerificationError(f"{checkpoint}: optimizer step {step} was restored as {restored}")
     return info
 
 
-def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path) -> dict[str, Any]:
-    """Fill this rank's shard from a checkpoint or the newest one of a run, in any layout; returns `checkpoint.json`."""
-    checkpoint = find_checkpoint(run_or_checkpoint)
+def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Fill this rank's shard from a checkpoint or the newest one of a run, in any layout; returns `checkpoint.json`.
+
+    Collective. Verifies first; `trust` and errors as in `find_checkpoint`.
+    """
+    message: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            message = [find_checkpoint(run_or_checkpoint, trust=trust)]
+        except VerificationError as error:
+            message = [error]
+    torch.distributed.broadcast_object_list(message, src=0)
+    checkpoint = message[0]
+    if isinstance(checkpoint, VerificationError):
+        raise checkpoint
     stage = unwrap_model(model)
     loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
     stage.load_state_dict(loaded["model"])

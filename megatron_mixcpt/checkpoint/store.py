@@ -1,7 +1,12 @@
-"""Checkpoint directories: written under a temporary name, renamed when complete, listed newest first.
+"""Checkpoint directories: written under a temporary name, renamed when complete, kept or removed.
 
-A checkpoint is `<parent>/step_<N>/`: the sharded state in megatron-core's distributed format, and `checkpoint.json`
-with everything a reader needs before it opens that.
+    checkpoints/
+      step_00000020/         a complete checkpoint: sharded state, checkpoint.json, manifest.json
+      step_00000040.tmp.1f/  being written, or left by a run that died; removed by the next save
+      step_00000030.bad.07/  set aside because it did not verify
+      latest.json            name of the newest complete checkpoint, for other programs
+
+A name without suffix appears by one rename, after every file under it is on disk.
 """
 
 from __future__ import annotations
@@ -11,74 +16,134 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
+from megatron_mixcpt.errors import MixcptError, VerificationError
 
 INFO = "checkpoint.json"
 FORMAT = "mixcpt-checkpoint/1"  # INFO says so
+LATEST = "latest.json"
 _NAME = re.compile(r"step_(\d+)")
 
 
 def new_directory(parent: Path, step: int) -> Path:
-    """A fresh temporary directory in which to write the checkpoint of `step`. Rank 0 only."""
+    """A fresh temporary directory in which to write the checkpoint of `step`; leftovers of dead runs go. One rank."""
     parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob("step_*.tmp.*"):  # left by a run that died while saving
+    final = parent / f"step_{step:08d}"
+    if final.exists():
+        raise MixcptError(f"{final} exists already; a checkpoint is never overwritten")
+    for stale in parent.glob("step_*.tmp.*"):
         shutil.rmtree(stale, ignore_errors=True)
-    path = parent / f"step_{step:08d}.tmp.{uuid.uuid4().hex[:8]}"
+    path = _suffixed(final, "tmp")
     path.mkdir()
     return path
 
 
-def commit(temporary: Path, info: dict[str, Any], keep: int | None) -> Path:
-    """Make a finished checkpoint visible under its final name, then remove all but the newest `keep`. Rank 0 only."""
-    (temporary / INFO).write_text(json.dumps(info, indent=2))
-    _sync(temporary)
+def commit(temporary: Path, info: dict[str, Any], known: dict[str, Entry] | None = None) -> Path:
+    """Describe a finished checkpoint and make it visible under its final name, durably. One rank.
+
+    Args:
+        info: content of checkpoint.json.
+        known: see `write_manifest`.
+    """
+    seal(temporary, info, known)
     final = temporary.with_name(temporary.name.split(".tmp.")[0])
-    if final.exists():  # the same step saved again, after a resume
-        replaced = final.with_name(f"{final.name}.tmp.replaced")
-        final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(final)
-    _sync(final.parent)
-    if keep is not None:
-        for old in list_checkpoints(final.parent)[keep:]:
-            shutil.rmtree(old)
+    temporary.rename(final)
+    sync(final.parent)
+    latest = final.with_name(f"{LATEST}.{uuid.uuid4().hex[:8]}")
+    latest.write_text(json.dumps({"checkpoint": final.name, "step": step_of(final)}) + "\n")
+    sync(latest)
+    latest.replace(final.with_name(LATEST))
+    sync(final.parent)
     return final
 
 
+def seal(folder: Path, info: dict[str, Any], known: dict[str, Entry] | None = None) -> None:
+    """Write checkpoint.json and manifest.json into a folder of finished files, and flush all of them to disk."""
+    (folder / INFO).write_text(json.dumps(info, indent=2))
+    write_manifest(folder, info, known)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def prune(parent: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns the removed."""
+    removed = []
+    for old in list_checkpoints(parent)[keep:]:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        doomed = old.rename(_suffixed(old, "tmp"))  # so that a kill here leaves no half of a checkpoint behind
+        shutil.rmtree(doomed)
+        removed.append(old)
+    return removed
+
+
+def quarantine(checkpoint: Path) -> Path:
+    """Set a damaged checkpoint aside; returns its new name."""
+    return checkpoint.rename(_suffixed(checkpoint, "bad"))
+
+
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """Checkpoints by name, newest first. Whether they are whole, `find_damage` tells."""
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and (path / INFO).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one of a run directory. Raises VerificationError."""
-    if (path / INFO).is_file():
-        return path
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise VerificationError(f"{path}: neither a checkpoint nor a run directory with a complete checkpoint")
-    return found[0]
+def list_quarantined(parent: Path) -> list[Path]:
+    return sorted(parent.glob("step_*.bad.*")) if parent.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's description: architecture, step, data fingerprint and so on."""
+    """The checkpoint's description: architecture, step, data position and so on."""
     try:
         return json.loads((checkpoint / INFO).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise VerificationError(f"{checkpoint / INFO}: cannot be read: {error}") from None
 
 
-def _sync(path: Path) -> None:
-    """Flush a directory (and the files directly in it) to disk."""
-    for entry in [*(p for p in path.iterdir() if p.is_file()), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
+def is_checkpoint(path: Path) -> bool:
+    return (path / INFO).is_file()
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes on disk."""
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
+def require_space(parent: Path, needed: int) -> None:
+    """Raise MixcptError unless `needed` bytes are free where `parent` is."""
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MixcptError(
+            f"{parent}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
+            "free some space, lower checkpoint.keep, or set another run_dir"
+        )
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
         os.close(descriptor)
+
+
+def describe(damage: Sequence[str], limit: int = 3) -> str:
+    """The first lines of what `find_damage` found."""
+    more = f"; and {len(damage) - limit} more" if len(damage) > limit else ""
+    return "; ".join(damage[:limit]) + more
+
+
+def _suffixed(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}.{uuid.uuid4().hex[:8]}")

@@ -6,11 +6,14 @@ Shapes: b micro-batch size, s sequence length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_mixcpt.data.dataset import Mixture
+from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, TARGET
 from megatron_mixcpt.model.attention import document_mask
 
@@ -27,6 +30,7 @@ class Batch:
     position_ids: torch.Tensor  # [b, s] int64, counted within each packed document
     attention_mask: torch.Tensor | None  # [b, 1, s, s] bool, true = may attend; None: causal
     source: torch.Tensor  # [b] int64, index of the source each sample came from
+    digest: int = 0  # sum of the samples' digests (see data.dataset.Mixture), modulo 2^64
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -37,7 +41,8 @@ class Batch:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: value if value is None else function(value) for name, value in values.items()})
+        changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
 
 
 def collate(samples: list[dict]) -> Batch:
@@ -53,42 +58,43 @@ def collate(samples: list[dict]) -> Batch:
         kinds=((flags[:, 1:] & KIND_MASK) >> KIND_SHIFT).long(),
         position_ids=position_ids,
         attention_mask=attention_mask,
-        source=torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples]),
+        source=torch.tensor([sample.get("source", 0) for sample in samples]),
+        digest=sum(sample.get("digest", 0) for sample in samples) % 2**64,
     )
 
 
 class RankSampler:
-    """Batches of sample indices for one data-parallel rank.
+    """The draws of one data-parallel rank's micro-batches, from `position` on, without end.
 
-    Global batch k is samples `[k * global_batch_size, (k + 1) * global_batch_size)`; its micro-batches are dealt to the
-    ranks in turn. Which samples a step trains on thus depends neither on the data-parallel nor the micro-batch size.
+    The ranks take the mixture's samples in turn, a micro-batch each. Which samples a step trains on thus depends
+    neither on the data-parallel nor on the micro-batch size.
     """
 
-    def __init__(self, total: int, consumed: int, micro_batch_size: int, data_rank: int, data_size: int) -> None:
-        self.total, self.consumed = total, consumed
+    def __init__(self, position: Position, micro_batch_size: int, data_rank: int, data_size: int) -> None:
+        self.position = position.copy()
         self.micro_batch_size, self.data_rank, self.data_size = micro_batch_size, data_rank, data_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.micro_batch_size * self.data_size
-        for start in range(self.consumed + self.data_rank * self.micro_batch_size, self.total, stride):
-            yield list(range(start, start + self.micro_batch_size))
+    def __iter__(self) -> Iterator[list[Draw]]:
+        position, size = self.position.copy(), self.micro_batch_size
+        while True:
+            round_ = position.draw(size * self.data_size)
+            yield round_[self.data_rank * size : (self.data_rank + 1) * size]
 
 
 def train_batches(
-    dataset: Dataset,
+    dataset: Mixture,
+    position: Position,
     *,
-    consumed: int,
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
     num_workers: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from sample `consumed` (counted over all ranks) on."""
-    sampler = RankSampler(len(dataset), consumed, micro_batch_size, data_rank, data_size)  # type: ignore[arg-type]
+    """This rank's micro-batches from `position` on, which is left as it is: drawing is the trainer's to count."""
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=RankSampler(position, micro_batch_size, data_rank, data_size),  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",

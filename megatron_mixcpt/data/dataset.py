@@ -1,27 +1,31 @@
-"""Megatron's GPTDataset and BlendedDataset, with the flags sidecar replayed beside the tokens."""
+"""Megatron's GPTDataset with the flags sidecar replayed beside the tokens, and the mixture of several.
+
+Megatron's own BlendedDataset fixes, when it is built, how many samples will ever be drawn of each source; another
+number of steps or another weight shuffles everything anew. Here a source is one epoch of GPTDataset, gone through again
+and again in orders that follow from the epoch's number (see position.py).
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
+import xxhash
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.data.mix import Split as MixSplit
+from megatron_mixcpt.data.permutation import permuted
+from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, PAD
-
-# The blend draws whole samples, so a source can be asked for slightly more than its share; the margin is Megatron's.
-OVERSAMPLE = 1.005
+from megatron_mixcpt.errors import ConfigError
 
 
 class TokenFlagsDataset(GPTDataset):
@@ -34,7 +38,7 @@ class TokenFlagsDataset(GPTDataset):
         self._flags_view.dataset = IndexedDataset(f"{dataset_path}.flags", multimodal=False, mmap=True)
         self._flags_view._pad_token_id = PAD | DOC_START
         if not np.array_equal(self._flags_view.dataset.sequence_lengths, self.dataset.sequence_lengths):
-            raise ValueError(f"{dataset_path}: tokens and flags disagree about the sequence lengths; preprocess again")
+            raise ConfigError(f"{dataset_path}: tokens and flags disagree about the sequence lengths; preprocess again")
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Sample `idx`: `tokens` int64 and `flags` uint8, `[seq_length + 1]`; None is a sample of padding only."""
@@ -46,43 +50,57 @@ class TokenFlagsDataset(GPTDataset):
         return {"tokens": torch.from_numpy(tokens), "flags": torch.from_numpy(flags.astype(np.uint8))}
 
 
-def train_dataset(mix: Mix, num_samples: int, seed: int, cache_dir: Path) -> BlendedDataset:
-    """The blend of all sources' training splits by their weights, `num_samples` samples in a seeded order.
+class Mixture(torch.utils.data.Dataset):
+    """All sources' training splits, indexed by Draw."""
 
-    Items: `dataset_id` (index into `mix.train_sources`), `tokens` and `flags` as in TokenFlagsDataset.
-    """
-    sources = mix.train_sources
-    total = sum(source.weight for source in sources)
-    weights = [source.weight / total for source in sources]
+    def __init__(self, names: list[str], datasets: list[TokenFlagsDataset], seed: int) -> None:
+        self.datasets, self.seed = datasets, seed
+        self._keys = [f"{seed} {name}" for name in names]
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """`tokens` and `flags` as in TokenFlagsDataset, `source`, and `digest`, a hash of the sample and its order."""
+        dataset = self.datasets[draw.source]
+        epoch, number = divmod(draw.number, len(dataset))
+        key = xxhash.xxh3_64_intdigest(f"{self._keys[draw.source]} {epoch}".encode())
+        sample: dict[str, Any] = dataset[permuted(number, len(dataset), key)]
+        # The last token is the next sequence's first, which nothing learns from.
+        digest = xxhash.xxh3_64(sample["tokens"][:-1].numpy(), seed=draw.order)
+        digest.update(sample["flags"][:-1].numpy())
+        return {**sample, "source": draw.source, "digest": digest.intdigest()}
+
+
+def train_dataset(mix: Mix, seed: int, cache_dir: Path) -> Mixture:
+    """All sources' training splits, in the order of `mix.train_sources`."""
     config = _dataset_config(mix, seed, cache_dir)
-
-    def build() -> BlendedDataset:
-        datasets = [
-            _dataset(source.train, math.ceil(num_samples * weight * OVERSAMPLE), Split.train, config)
-            for source, weight in zip(sources, weights)
-        ]
-        return BlendedDataset(datasets, weights, num_samples, config)
-
-    return _built_once(build)
+    sources = mix.train_sources
+    return _built_once(lambda: Mixture([s.name for s in sources], [_dataset(s.train, config) for s in sources], seed))
 
 
 def valid_datasets(mix: Mix, seed: int, cache_dir: Path) -> dict[str, TokenFlagsDataset]:
     """Each source's whole validation split, by source name; sources without one are left out."""
     config = _dataset_config(mix, seed, cache_dir)
-    return _built_once(
-        lambda: {
-            source.name: _dataset(source.valid, None, Split.valid, config) for source in mix.sources if source.valid
-        }
-    )
+    return _built_once(lambda: {source.name: _dataset(source.valid, config) for source in mix.sources if source.valid})
 
 
-def _dataset(
-    split: MixSplit | None, num_samples: int | None, index: Split, config: GPTDatasetConfig
-) -> TokenFlagsDataset:
+def _dataset(split: MixSplit | None, config: GPTDatasetConfig) -> TokenFlagsDataset:
     assert split is not None
     indexed = TokenFlagsDataset.build_low_level_dataset(str(split.prefix), config)
+    _check_size(split.prefix, indexed)
     indices = np.arange(TokenFlagsDataset.numel_low_level_dataset(indexed), dtype=np.int32)
-    return TokenFlagsDataset(indexed, str(split.prefix), indices, num_samples, index, config)
+    # Split.valid: one whole epoch, the last partial sample included.
+    return TokenFlagsDataset(indexed, str(split.prefix), indices, None, Split.valid, config)
+
+
+def _check_size(prefix: Path, indexed: IndexedDataset) -> None:
+    """Megatron's reader does not compare a .bin with its .idx: a truncated one would end a run in the middle."""
+    expected = int(indexed.sequence_lengths.sum(dtype=np.int64)) * np.dtype(indexed.index.dtype).itemsize
+    for suffix, size in ((".bin", expected), (".flags.bin", int(indexed.sequence_lengths.sum(dtype=np.int64)))):
+        found = Path(f"{prefix}{suffix}").stat().st_size
+        if found < size:
+            raise ConfigError(
+                f"data.mix: {prefix}{suffix} has {found} bytes, its index asks for {size}: it is truncated; "
+                "copy it again or preprocess again"
+            )
 
 
 def _dataset_config(mix: Mix, seed: int, cache_dir: Path) -> GPTDatasetConfig:

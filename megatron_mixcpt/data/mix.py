@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ class Split:
     prefix: Path
     sequences: int
     tokens: int
+    content: str
+    """Hash of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,26 @@ def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:
     return mix
 
 
+def reweighted(mix: Mix, weights: dict[str, float]) -> Mix:
+    """The mixture with `data.weights` in place of its own; all training sources must be named, 0 leaves one out.
+
+    Raises ConfigError.
+    """
+    if not weights:
+        return mix
+    names = [source.name for source in mix.train_sources]
+    if set(weights) != set(names):
+        raise ConfigError(
+            f"data.weights names {', '.join(weights)}; {mix.path} has {', '.join(names)}: name each of them, 0 leaves "
+            "one out"
+        )
+    sources = tuple(replace(source, weight=weights.get(source.name, source.weight)) for source in mix.sources)
+    mix = replace(mix, sources=tuple(source for source in sources if source.weight > 0))
+    if not mix.train_sources:
+        raise ConfigError("data.weights: all are 0, so there is nothing to train on")
+    return mix
+
+
 def _read_source(path: Path, entry: dict[str, Any]) -> Source:
     def split(name: str) -> Split | None:
         content = entry.get(name)
@@ -95,6 +117,6 @@ def _read_source(path: Path, entry: dict[str, Any]) -> Source:
         for suffix in (".bin", ".idx", ".flags.bin", ".flags.idx"):
             if not Path(f"{prefix}{suffix}").is_file():
                 raise ConfigError(f"data.mix: {path}: {prefix}{suffix} is missing; preprocess again")
-        return Split(prefix, int(content["sequences"]), int(content["tokens"]))
+        return Split(prefix, int(content["sequences"]), int(content["tokens"]), content["hash"])
 
     return Source(entry["name"], entry["kind"], float(entry["weight"]), split("train"), split("valid"))

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def convert(
         VerificationError: the weights do not fit their configuration.
     """
     from megatron_mixcpt import __version__
-    from megatron_mixcpt.checkpoint.store import FORMAT, INFO
+    from megatron_mixcpt.checkpoint.store import FORMAT, seal
     from megatron_mixcpt.model.architecture import architecture_from_hf
     from megatron_mixcpt.model.hf_metadata import claim, write_metadata
     from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
@@ -82,6 +81,6 @@ def convert(
         "optimizer_step": None,
         "source": {"hf": hf_dir.resolve().name},
     }
-    (partial / INFO).write_text(json.dumps(info, indent=2))
+    seal(partial, info)
     out.rmdir()
     partial.rename(out)

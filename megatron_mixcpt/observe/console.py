@@ -34,7 +34,8 @@ class TrainConsole:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """`step`: steps done; `metrics`: names as in metrics.jsonl."""
         loss = metrics["train/loss"]
-        self._ema = loss if self._ema is None else EMA_DECAY * self._ema + (1 - EMA_DECAY) * loss
+        if loss is not None:  # of a step that was not finite, and not taken
+            self._ema = loss if self._ema is None else EMA_DECAY * self._ema + (1 - EMA_DECAY) * loss
         line = self._line(step, metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=line)
@@ -51,12 +52,13 @@ class TrainConsole:
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         parts = [
             f"step {step}/{self.steps} ({step / self.steps:.1%})",
-            f"loss {metrics['train/loss']:.3f} (ema {self._ema:.3f})",
-            f"ce {metrics['train/ce']:.3f}" + (f" kd {metrics['train/kd']:.3f}" if "train/kd" in metrics else ""),
+            f"loss {_fixed(metrics['train/loss'])} (ema {_fixed(self._ema)})",
+            f"ce {_fixed(metrics['train/ce'])}"
+            + (f" kd {_fixed(metrics['train/kd'])}" if "train/kd" in metrics else ""),
         ]
         if "train/swap_rate" in metrics:
             parts.append(f"swap {metrics['train/swap_rate']:.0%}")
-        parts += [f"lr {metrics['optim/lr']:.1e}", f"gnorm {metrics['optim/grad_norm']:.2f}"]
+        parts += [f"lr {metrics['optim/lr']:.1e}", f"gnorm {_fixed(metrics['optim/grad_norm'], 2)}"]
         parts.append(f"{_thousands(metrics['speed/tok_per_s_gpu'])} tok/s/rank")
         if "speed/mfu" in metrics:
             parts.append(f"MFU {metrics['speed/mfu']:.1%}")
@@ -72,6 +74,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _fixed(number: float | None, digits: int = 3) -> str:
+    """None stands for what is not finite: JSON has no word for it."""
+    return "nan" if number is None else f"{number:.{digits}f}"
 
 
 def _thousands(number: float) -> str:

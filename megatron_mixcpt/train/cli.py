@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.launcher import is_distributed, launch
+from megatron_mixcpt.train.signals import StopRequest
 
 NAME = "train"
 HELP = """Train on a mixture with Mix-CPT's loss, on one process or many. Running the same command again resumes from
-the newest checkpoint of the run directory. SIGTERM, SIGUSR1 or ^C stop after the step in flight, save, and exit 75."""
+the newest checkpoint of the run directory that verifies. SIGTERM, SIGUSR1 or ^C stop after the step in flight, save,
+and exit 75."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +27,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ranks to start on this machine (default 1; not under srun, torchrun)",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="resume even from a checkpoint without a manifest: loading it may run any program it carries",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(Config, args.config, args.overrides)
-    from megatron_mixcpt.train.loop import train
-    from megatron_mixcpt.train.setup import check
+    from megatron_mixcpt.launcher import is_distributed, launch
 
-    # Mistakes are told before any process or group starts.
-    check(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
+    with StopRequest():  # a stop while the libraries load is a stop like any other
+        from megatron_mixcpt.config import Config, load_config
+
+        config = load_config(Config, args.config, args.overrides)
+        from megatron_mixcpt.train.loop import train
+        from megatron_mixcpt.train.setup import check
+
+        # Mistakes are told before any process or group starts.
+        check(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
     if args.nproc > 1 and not is_distributed():
-        return launch(args.nproc, ["train", args.config, *args.overrides])
+        trust = ["--trust"] if args.trust else []
+        return launch(args.nproc, ["train", args.config, *args.overrides, *trust])
 
-    train(config)
+    train(config, trust=args.trust)
     return 0

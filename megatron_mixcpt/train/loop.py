@@ -2,138 +2,144 @@
 
 from __future__ import annotations
 
-import math
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from megatron_mixcpt.checkpoint import list_checkpoints, load_checkpoint, read_info, save_checkpoint
+from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
-from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
+from megatron_mixcpt.errors import MixcptError, StoppedError
 from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.train.agreement import agree
+from megatron_mixcpt.train.dry_run import dry_run
+from megatron_mixcpt.train.failures import explained
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.setup import Parts, build
+from megatron_mixcpt.train.resume import resume
+from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.validate import validate
+from megatron_mixcpt.train.watchdog import Watchdog
 
-MAX_SKIPPED_IN_A_ROW = 5
+GROUP_EXTRA_MINUTES = 1.0  # the watchdogs, which write stacks, come before the process group's own timeout
 
 
-def train(config: Config) -> None:
-    """Train to `config.train.steps`, resuming from the newest checkpoint of the run directory.
+def train(config: Config, *, trust: bool = False) -> None:
+    """Train to `config.train.steps`, resuming from the newest checkpoint of the run directory that verifies.
 
-    Raises StoppedError (exit code 75) when stopped by a signal, with everything saved; MixcptError when gradients stay
-    non-finite.
+    Args:
+        trust: resume even from a checkpoint without a manifest.
+
+    Raises StoppedError (exit code 75) when stopped by a signal, with everything saved; MixcptError when steps keep
+    being skipped, a rank is lost, or the last checkpoint cannot be written.
     """
-    with (
-        StopRequest() as stop,
-        parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state,
-    ):
-        _train(config, state, stop)
+    grid, minutes = config.parallel, config.train.timeout_minutes
+    with StopRequest() as stop, explained(stop):
+        with parallel_context(
+            grid.tensor, grid.pipeline, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
+        ) as state:
+            with Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog:
+                _train(config, state, stop, watchdog, trust)
 
 
-def _train(config: Config, state: ParallelState, stop: StopRequest) -> None:
-    run_dir = Path(config.run_dir)
+def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Watchdog, trust: bool) -> None:
+    run_dir, settings = Path(config.run_dir), config.train
     if state.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
     parts = build(config, state)
-    step, tokens_by_source = _resume(config, parts)
-    progress = Progress(config, state, parts, step, tokens_by_source)
+    step, position, guard, saved, notes = resume(config, parts, trust=trust)
+    progress = Progress(config, state, parts, position, guard, saved)
+    for note in notes:
+        progress.message(note)
+    dry_run(config, parts, state)
 
-    batch_size = config.train.global_batch_size
     cache = run_dir / "index_cache"
-    dataset = train_dataset(parts.mix, config.train.steps * batch_size, config.train.seed, cache)
-    valid = valid_datasets(parts.mix, config.train.seed, cache)
-    micro_batches = batch_size // (config.train.micro_batch_size * state.data_size)
+    dataset = train_dataset(parts.mix, settings.seed, cache)
+    valid = valid_datasets(parts.mix, settings.seed, cache)
+    micro_batches = settings.global_batch_size // (settings.micro_batch_size * state.data_size)
     batches = train_batches(
         dataset,
-        consumed=step * batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        position,
+        micro_batch_size=settings.micro_batch_size,
         data_rank=state.data_rank,
         data_size=state.data_size,
         num_workers=config.data.num_workers,
         device=state.device,
     )
+    saver = Saver(
+        run_dir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        background=config.checkpoint.background,
+    )
 
-    def save(step: int) -> None:
-        began = time.monotonic()
-        path = save_checkpoint(
-            run_dir / "checkpoints",
-            step,
-            parts.model,
-            parts.arch,
-            parts.optimizer,
-            info=progress.checkpoint_info(),
-            keep=config.checkpoint.keep,
-        )
-        progress.saved(step, path, time.monotonic() - began)
+    def settle(outcome: Outcome | None, *, last: bool = False) -> None:
+        if outcome is None:
+            return
+        if last and outcome.path is None:
+            raise MixcptError(
+                f"the checkpoint of step {outcome.step} was not saved ({outcome.error}); what was saved before is "
+                "intact: make room and run the same command again"
+            )
+        progress.saved(outcome)
+
+    def save(step: int, *, last: bool) -> None:
+        watchdog.beat(f"saving step {step}")
+        settle(saver.finish())
+        saver.begin(step, parts.model, parts.arch, parts.optimizer, progress.checkpoint_info())
+        if last or not saver.background:
+            settle(saver.finish(), last=last)
+
+    def stop_requested() -> bool:
+        watchdog.beat(f"validation after step {step}")
+        return stop.agreed(state.device)
 
     def evaluate(step: int) -> bool:
         metrics, stopping = validate(
             valid,
             parts.validation,
             state=state,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=settings.micro_batch_size,
             max_samples=config.eval.max_samples,
-            stop_requested=lambda: stop.agreed(state.device),
+            stop_requested=stop_requested,
         )
         progress.validated(step, metrics)
         return stopping
 
-    stopping = evaluate(step) if step == 0 else False  # what the model knew before
-    skipped_in_a_row = 0
-    while step < config.train.steps and not stopping:
+    stop.defer()
+    stopping = evaluate(step) if step == 0 else stop_requested()  # the former: what the model knew before
+    while step < settings.steps and not stopping:
+        watchdog.beat(f"step {step + 1}")
         began = time.monotonic()
         step_batches = [next(batches) for _ in range(micro_batches)]
         data_seconds = time.monotonic() - began
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
-        totals = parts.run(step_batches)
-        grad_norm = optimizer_step(parts.optimizer, step, config.train)
+        sums = parts.run(step_batches)
+        digest = sum(batch.digest for batch in step_batches) if parts.run.contributes else 0
+        totals = agree(sums, digest % 2**64, stop=stop.received is not None)
+        grad_norm = optimizer_step(parts.optimizer, step, settings, partial(guard.admits, totals.loss))
+        position.draw(settings.global_batch_size)
         step += 1
 
-        stopping = progress.stepped(step, totals, grad_norm, data_seconds, time.monotonic() - began, stop.received)
-        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
-        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise MixcptError(
-                f"step {step}: the gradient has not been finite for {skipped_in_a_row} steps in a row; they changed no "
-                "weight, and the last checkpoint is intact. Lower train.lr, or look at the data of these steps"
-            )
-        last = step == config.train.steps
+        progress.stepped(step, totals, grad_norm, data_seconds, time.monotonic() - began)
+        guard.check(step)
+        settle(saver.poll())
+        last, stopping = step == settings.steps, totals.stopping
         if not stopping and (last or _due(step, config.eval.every)):
             stopping = evaluate(step)
         if stopping or last or _due(step, config.checkpoint.every):
-            save(step)
+            save(step, last=stopping or last)
+    settle(saver.finish())
     progress.close()
-    if step < config.train.steps:
+    if step < settings.steps:
         raise StoppedError(
-            f"stopped at step {step} of {config.train.steps} as asked, and saved: run the same command to go on"
+            f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _resume(config: Config, parts: Parts) -> tuple[int, dict[str, int]]:
-    """Load the newest checkpoint of the run, if there is one: (steps done, tokens trained on by source)."""
-    found = list_checkpoints(Path(config.run_dir) / "checkpoints")
-    # All ranks decide on the same checkpoint, before any of them writes a new one.
-    torch.distributed.barrier()
-    if not found:
-        return 0, {}
-    info = read_info(found[0])
-    if info["data_fingerprint"] != parts.mix.fingerprint:
-        raise ConfigError(
-            f"{found[0]} was trained on another mixture than {parts.mix.path}: restore that, or set another run_dir"
-        )
-    for key, now in (("dtype", config.train.dtype), ("global_batch_size", config.train.global_batch_size)):
-        if info[key] != now:
-            raise ConfigError(f"{found[0]} was trained with train.{key}={info[key]}, not {now}: set it back")
-    load_checkpoint(found[0], parts.model, parts.optimizer)
-    return info["step"], info["tokens_by_source"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -31,15 +32,17 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
     return get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
 
 
-def optimizer_step(optimizer: MegatronOptimizer, step: int, config: TrainConfig) -> float:
+def optimizer_step(
+    optimizer: MegatronOptimizer, step: int, config: TrainConfig, admits: Callable[[float], bool] = math.isfinite
+) -> float:
     """Clip and apply the finished gradients at step `step`'s learning rate; returns the gradient norm before clipping.
 
-    A norm that is not finite changes no weight: every rank of the data- and model-parallel group sees the same norm, so
-    all decide alike.
+    Where `admits(norm)` is false, no weight changes. Every rank of the data- and model-parallel group sees the same
+    norm, so all decide alike.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not admits(norm):
         return norm
     if config.clip_grad > 0.0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=config.clip_grad, total_norm=norm)

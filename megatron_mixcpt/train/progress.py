@@ -6,35 +6,46 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
+import xxhash
 
+from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.losses.mixcpt import STATISTICS
+from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.observe.console import TrainConsole, duration
 from megatron_mixcpt.observe.metrics import MetricsFile
 from megatron_mixcpt.observe.throughput import flops_per_token, peak_flops, peak_memory_gib
 from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.train.agreement import CE, KD, LOSS, SWAPPED, TOKENS, StepTotals
+from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
-
-TOKENS, LOSS, CE, KD, SWAPPED = range(len(STATISTICS))
 
 
 class Progress:
     """Bookkeeping of a run. All ranks keep the counters; rank 0 alone prints and writes.
 
     Args:
-        step: steps already done by earlier runs.
-        tokens_by_source: target tokens trained on by them.
+        position: how much of the data has been drawn.
+        guard: which steps are skipped.
+        saved: `checkpoint.json` of the checkpoint that is resumed, if any.
     """
 
     def __init__(
-        self, config: Config, state: ParallelState, parts: Parts, step: int, tokens_by_source: dict[str, int]
+        self,
+        config: Config,
+        state: ParallelState,
+        parts: Parts,
+        position: Position,
+        guard: StepGuard,
+        saved: dict[str, Any] | None,
     ) -> None:
-        self.config, self.state, self.parts = config, state, parts
+        self.config, self.state, self.parts, self.position, self.guard = config, state, parts, position, guard
+        saved = saved or {"step": 0, "tokens_by_source": {}, "sample_stream": ""}
+        step = saved["step"]
         self.sources = [source.name for source in parts.mix.train_sources]
-        self.tokens = {name: tokens_by_source.get(name, 0) for name in self.sources}
-        self.skipped = 0
+        self.tokens = dict.fromkeys(self.sources, 0) | saved["tokens_by_source"]
+        self.stream: str = saved["sample_stream"]
+        """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
         self._flops = flops_per_token(parts.arch, parts.mix.seq_length, with_teacher=config.uses_teacher)
         self._peak = peak_flops(state.device)
         self._console: TrainConsole | None = None
@@ -43,31 +54,17 @@ class Progress:
             self._console = TrainConsole(config.train.steps, step)
             self._introduce(step)
 
-    def stepped(
-        self,
-        step: int,
-        totals: torch.Tensor,
-        grad_norm: float,
-        data_seconds: float,
-        seconds: float,
-        stop_signal: int | None,
-    ) -> bool:
-        """Collective: account for a finished step; True where any rank was asked to stop.
-
-        `totals`: this rank's `[num_sources, len(STATISTICS)]` sums. The stop flag travels in the same all-reduce.
-        """
-        flag = torch.tensor([float(stop_signal is not None)], dtype=totals.dtype, device=totals.device)
-        message = torch.cat([totals.flatten(), flag])
-        torch.distributed.all_reduce(message)
-        rows = message[:-1].view_as(totals).tolist()
-        for name, row in zip(self.sources, rows):
+    def stepped(self, step: int, totals: StepTotals, grad_norm: float, data_seconds: float, seconds: float) -> None:
+        """Account for a finished step."""
+        for name, row in zip(self.sources, totals.rows):
             self.tokens[name] += int(row[TOKENS])
-        self.skipped += not math.isfinite(grad_norm)
+        self.stream = xxhash.xxh3_64_hexdigest(f"{self.stream} {totals.digest:016x}".encode())
         if self._console is not None:
-            metrics = self._metrics(step, rows, grad_norm, data_seconds, seconds)
+            metrics = self._metrics(step, totals, grad_norm, data_seconds, seconds)
             self._file.write(step, metrics)
             self._console.step(step, metrics)
-        return message[-1].item() > 0
+            if self.guard.reason:
+                self._console.message(f"step {step}: skipped, its {self.guard.reason}")
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
         if self._console is not None and metrics:
@@ -79,20 +76,38 @@ class Progress:
             ]
             self._console.message(f"step {step}: validation perplexity | " + " | ".join(parts))
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
+    def saved(self, outcome: Outcome) -> None:
+        if self._console is None:
+            return
+        if outcome.path is None:
+            self._file.write(outcome.step, {"ckpt/failed": 1})
+            self._console.message(
+                f"warning: the checkpoint of step {outcome.step} was not saved, training goes on with the one before: "
+                f"{outcome.error}"
+            )
+            return
+        self._file.write(outcome.step, {"ckpt/seconds": outcome.seconds, "ckpt/blocked_seconds": outcome.blocked})
+        self._console.message(f"step {outcome.step}: saved {outcome.path} in {duration(outcome.seconds)}")
+
+    def message(self, text: str) -> None:
         if self._console is not None:
-            self._file.write(step, {"ckpt/seconds": seconds})
-            self._console.message(f"step {step}: saved {path} in {duration(seconds)}")
+            self._console.message(text)
 
     def checkpoint_info(self) -> dict[str, Any]:
         """What a later run, export or report needs to know, for `checkpoint.json`."""
+        config = self.config
         return {
+            "config_hash": xxhash.xxh3_128_hexdigest(config.model_dump_json(by_alias=True).encode()),
             "data_fingerprint": self.parts.mix.fingerprint,
             "tokenizer_hash": self.parts.mix.tokenizer_hash,
+            "seq_length": self.parts.mix.seq_length,
+            "data": self.position.state(),
             "tokens_by_source": self.tokens,
-            "dtype": self.config.train.dtype,
-            "global_batch_size": self.config.train.global_batch_size,
-            "layout": {"world_size": self.state.world_size, **self.config.parallel.model_dump()},
+            "sample_stream": self.stream,
+            "guard": self.guard.state(),
+            "dtype": config.train.dtype,
+            "global_batch_size": config.train.global_batch_size,
+            "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},
         }
 
     def close(self) -> None:
@@ -101,8 +116,9 @@ class Progress:
             self._file.close()
 
     def _metrics(
-        self, step: int, rows: list[list[float]], grad_norm: float, data_seconds: float, seconds: float
+        self, step: int, totals: StepTotals, grad_norm: float, data_seconds: float, seconds: float
     ) -> dict[str, Any]:
+        rows = totals.rows
         total = [sum(column) for column in zip(*rows)]
         targets = max(total[TOKENS], 1.0)
         all_tokens = sum(self.tokens.values())
@@ -110,21 +126,22 @@ class Progress:
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
-            "train/loss": total[LOSS] / targets,
-            "train/ce": total[CE] / targets,
+            "train/loss": _finite(total[LOSS] / targets),
+            "train/ce": _finite(total[CE] / targets),
         }
         if self.config.uses_teacher:
-            metrics["train/kd"] = total[KD] / targets
+            metrics["train/kd"] = _finite(total[KD] / targets)
             metrics["train/swap_rate"] = total[SWAPPED] / targets
         for name, row in zip(self.sources, rows):
             if row[TOKENS] > 0:
-                metrics[f"train/ce/{name}"] = row[CE] / row[TOKENS]
+                metrics[f"train/ce/{name}"] = _finite(row[CE] / row[TOKENS])
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
         metrics |= {
             "optim/lr": learning_rate(step - 1, self.config.train),
-            "optim/grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no NaN
-            "optim/skipped": self.skipped,
+            "optim/grad_norm": _finite(grad_norm),
+            "optim/skipped": self.guard.skipped,
+            "data/stream": self.stream,
             "speed/tok_per_s_gpu": rate,
             "speed/step_seconds": seconds,
             "speed/data_pct": 100.0 * data_seconds / seconds,
@@ -156,3 +173,8 @@ class Progress:
             lines.append(f"resume  at step {step} of {config.train.steps}")
         for line in lines:
             self._console.message(line)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

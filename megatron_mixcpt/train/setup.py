@@ -15,7 +15,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.mix import Mix, read_mix
+from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
@@ -47,7 +47,7 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
 
     Raises ConfigError naming the key to change.
     """
-    mix = read_mix(config.data.mix, config.data.seq_length)
+    mix = reweighted(read_mix(config.data.mix, config.data.seq_length), config.data.weights)
     if config.model.hf is not None:
         arch = architecture_from_hf(config.model.hf)
     else:

@@ -1,41 +1,69 @@
-"""Stop requests: SIGTERM, SIGUSR1 and SIGINT end training after the step in flight, on all ranks alike."""
+"""Stop requests: SIGTERM, SIGUSR1 and SIGINT.
+
+While a run is being set up there is nothing to save: they end it at once. From the first step on they become a flag
+that all ranks agree on after the step, validation batch or save in flight.
+"""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
+from megatron_mixcpt.errors import StoppedError
+
+if TYPE_CHECKING:  # this module is imported before anything heavy: a signal may come in the first second
+    import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Context that turns stop signals into a flag.
+    """Context that turns stop signals into StoppedError until `defer()`, and into a flag afterwards.
 
     A second SIGINT interrupts at once, for the user who does not want to wait.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._deferred = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
+        # A launcher may have blocked them until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def defer(self) -> None:
+        """From now on stop at the end of a step."""
+        self._deferred = True
+
+    @property
+    def early(self) -> bool:
+        """Whether a stop was asked for before there was anything to save."""
+        return self.received is not None and not self._deferred
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if not self._deferred:
+            raise stopped_early()
 
     def agreed(self, device: torch.device) -> bool:
         """Collective: whether any rank was asked to stop."""
+        import torch
+
         flag = torch.tensor([self.received is not None], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+
+def stopped_early() -> StoppedError:
+    return StoppedError("stopped as asked before the first step; nothing is lost: run the same command to go on")

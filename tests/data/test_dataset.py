@@ -1,5 +1,7 @@
 """What the trainer reads is what the files hold: against the indexed files themselves, read by numpy."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from megatron_mixcpt.data.batch import IGNORE_INDEX, RankSampler, collate, valid_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.data.mix import read_mix
+from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_INSTRUCTION, PAD, TARGET, open_indexed
 from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.corpus import write_mix
@@ -16,7 +19,7 @@ SEQ = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
-    """BlendedDataset asks torch.distributed for its rank."""
+    """Index caches are built by rank 0."""
     with parallel_context():
         yield
 
@@ -28,7 +31,9 @@ def mix(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def blend(mix, tmp_path_factory):
-    return train_dataset(mix, 100, 7, tmp_path_factory.mktemp("cache"))
+    """The first 100 samples of the mixture."""
+    dataset = train_dataset(mix, 7, tmp_path_factory.mktemp("cache"))
+    return [dataset[draw] for draw in Position.start(mix, 7).draw(100)]
 
 
 def stored(mix, name):
@@ -42,28 +47,33 @@ def stored(mix, name):
 
 def test_every_sample_is_one_stored_sequence_with_its_own_flags(mix, blend):
     by_source = [stored(mix, source.name) for source in mix.train_sources]
-    for sample in (blend[i] for i in range(len(blend))):
+    for sample in blend:
         tokens, flags = sample["tokens"].numpy(), sample["flags"].numpy()
         assert tokens.shape == flags.shape == (SEQ + 1,)
-        expected = by_source[int(sample["dataset_id"])][tokens[:-1].tobytes()]
+        expected = by_source[sample["source"]][tokens[:-1].tobytes()]
         np.testing.assert_array_equal(flags[:-1], expected)
         assert flags[-1] & DOC_START and not flags[-1] & TARGET  # nothing is predicted across sequences
 
 
 def test_the_blend_has_the_weights_of_the_mixture(mix, blend):
-    counts = np.bincount([int(blend[i]["dataset_id"]) for i in range(len(blend))], minlength=2)
+    counts = np.bincount([sample["source"] for sample in blend], minlength=2)
     weights = np.array([source.weight for source in mix.train_sources])
-    assert len(blend) == 100
     np.testing.assert_allclose(counts / 100, weights, atol=0.01)
 
 
-def test_two_epochs_show_each_sequence_twice(mix, tmp_path):
-    """But for the one at the seam, where Megatron's extra label token has no successor."""
-    dataset = train_dataset(mix, 80, 7, tmp_path)
-    seen = [dataset[i]["tokens"][:-1].numpy().tobytes() for i in range(80) if int(dataset[i]["dataset_id"]) == 0]
-    counts = [seen.count(key) for key in stored(mix, "facts")]
-    assert len(seen) == sum(counts) == 2 * len(counts)
-    assert sum(count != 2 for count in counts) <= 2
+def test_each_epoch_shows_each_sequence_once_in_another_order(mix, tmp_path):
+    dataset = train_dataset(mix, 7, tmp_path)
+    size = len(stored(mix, "facts"))
+    epochs = [
+        [
+            dataset[Draw(0, number, 0)]["tokens"][:-1].numpy().tobytes()
+            for number in range(epoch * size, (epoch + 1) * size)
+        ]
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(stored(mix, "facts"))
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_validation_covers_each_split_once(mix, tmp_path):
@@ -97,20 +107,23 @@ def test_positions_restart_with_every_document(blend):
         assert batch.position_ids[row].tolist() == expected
 
 
-def test_padding_samples_hold_no_target(blend):
-    batch = collate([blend.datasets[0][None]])
+def test_padding_samples_hold_no_target(mix, tmp_path):
+    batch = collate([next(iter(valid_datasets(mix, 7, tmp_path).values()))[None]])
     assert (batch.labels == IGNORE_INDEX).all()
     assert torch.equal(batch.tokens, torch.zeros_like(batch.tokens))
 
 
 @pytest.mark.parametrize(("micro", "size"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
-def test_a_step_trains_on_the_same_samples_for_any_number_of_ranks(micro, size):
+def test_a_step_trains_on_the_same_samples_for_any_number_of_ranks(mix, micro, size):
     """Global batch of 8, from sample 16 on."""
-    ranks = [list(RankSampler(48, 16, micro, rank, size)) for rank in range(size)]
-    per_step = 8 // (micro * size)
+    position = Position.start(mix, 7)
+    position.draw(16)
+    ranks = [itertools.islice(RankSampler(position, micro, rank, size), 32 // (micro * size)) for rank in range(size)]
+    drawn = [[draw for batch in rank for draw in batch] for rank in ranks]
+    per_step = 8 // size
     for step in range(4):
-        samples = sorted(i for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step] for i in batch)
-        assert samples == list(range(16 + 8 * step, 24 + 8 * step))
+        samples = {draw for rank in drawn for draw in rank[step * per_step : (step + 1) * per_step]}
+        assert samples == set(position.draw(8))
 
 
 @pytest.mark.parametrize(("total", "limit", "micro", "size"), [(5, None, 2, 2), (7, 3, 1, 2), (1, None, 4, 3)])

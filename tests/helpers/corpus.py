@@ -47,8 +47,9 @@ def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, gen
                 tokens_file.add(tokens)
                 flags_file.add(flags)
             flags_file.finish()
-        tokens_file.finish()
-    return {"prefix": name, "sequences": sequences, "documents": sequences, "tokens": sequences * seq_length}
+        digest = tokens_file.finish()
+    counts = {"sequences": sequences, "documents": sequences, "tokens": sequences * seq_length}
+    return {"prefix": name, **counts, "hash": digest}
 
 
 def write_mix(folder: Path, *, seq_length=32, vocab_size=250, train=24, valid=5, seed=0, weights=(0.6, 0.4)) -> Path:

@@ -1,5 +1,6 @@
 """`mixcpt convert` and `mixcpt export` from the command line: bits, layouts, tokenizers, and every refusal."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, make
+from tests.model.grid import TIED, TINY
 from tests.model.test_hf import assert_same_bits, read_all
 
 
@@ -52,7 +54,7 @@ def test_convert_and_export_keep_every_bit(name, tmp_path, capsys):
     assert not any(info.values()) and model.dtype == torch.bfloat16
 
 
-def load_whole(rank, world_size, checkpoint, source, tensor, pipeline):
+def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.checkpoint import load_model_weights
@@ -74,14 +76,51 @@ def load_whole(rank, world_size, checkpoint, source, tensor, pipeline):
         return all(same) and len(same) > 0
 
 
+def load_wholes(rank, world_size, cases):
+    return [load_whole(*case) for case in cases]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["llama-tied-llama3", "qwen2"])
-def test_a_converted_checkpoint_loads_into_any_layout(name, tmp_path):
-    make(name, tmp_path / "in")
-    assert main(["convert", "--hf", str(tmp_path / "in"), "--out", str(tmp_path / "ckpt")]) == 0
-    assert load_whole(0, 1, tmp_path / "ckpt", tmp_path / "in", 1, 1)
-    for tensor, pipeline in ((2, 1), (1, 2)):
-        assert all(run_distributed(load_whole, 2, tmp_path / "ckpt", tmp_path / "in", tensor, pipeline))
+def test_a_converted_checkpoint_loads_into_any_layout(tmp_path):
+    cases = []
+    for name in ("llama-tied-llama3", "qwen2"):
+        source, checkpoint = tmp_path / name / "in", tmp_path / name / "ckpt"
+        make(name, source)
+        assert main(["convert", "--hf", str(source), "--out", str(checkpoint)]) == 0
+        assert load_whole(checkpoint, source, 1, 1)
+        cases += [(checkpoint, source, 2, 1), (checkpoint, source, 1, 2)]
+    assert run_distributed(load_wholes, 2, cases) == [[True] * 4] * 2
+
+
+def save_random(rank, world_size, parent, archs, tensor, pipeline):
+    with parallel_context(tensor=tensor, pipeline=pipeline):
+        from megatron_mixcpt.checkpoint import save_checkpoint
+        from megatron_mixcpt.model.gpt import build_gpt
+
+        for number, arch in enumerate(archs):
+            save_checkpoint(parent, number + 1, build_gpt(arch), arch)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
+    """Random weights are the same on every grid, so one process's export tells what four processes' must be."""
+    with parallel_context():
+        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.hf import save_hf
+
+        archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]
+        for number, arch in enumerate(archs):
+            save_hf(build_gpt(arch), arch, tmp_path / f"expected{number + 1}")
+    parent = tmp_path / "run/checkpoints"
+    run_distributed(save_random, 4, parent, archs, 2, 2)
+    (tmp_path / "run/config.yaml").write_text(
+        "model: {preset: tiny}\ndata: {mix: gone.json}\nloss: {target: none}\n"
+        "train: {steps: 2, global_batch_size: 1, lr: 1.0, schedule: constant, dtype: fp32, seed: 0}\n"
+    )
+    for number in (1, 2):
+        checkpoint = parent / f"step_{number:08d}"
+        assert main(["export", str(checkpoint), "--out", str(tmp_path / f"out{number}")]) == 0
+        assert_same_bits(tmp_path / f"expected{number}", tmp_path / f"out{number}")
 
 
 def test_metadata_is_carried_over(source, tmp_path):
@@ -284,7 +323,7 @@ def test_a_damaged_checkpoint_is_told(source, tmp_path, capsys):
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     assert main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 3
     assert "damaged" in capsys.readouterr().err
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "out2")]) == 3
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset
+from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.losses.mixcpt import STATISTICS
 from megatron_mixcpt.model.layout import unshard
 from megatron_mixcpt.parallel import parallel_context
@@ -61,10 +62,9 @@ def run_steps(values):
     with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
         parts = build(config, state)
         batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
-        dataset = train_dataset(parts.mix, config.train.steps * batch_size, 1234, _cache(config))
         batches = train_batches(
-            dataset,
-            consumed=0,
+            train_dataset(parts.mix, 1234, _cache(config)),
+            Position.start(parts.mix, 1234),
             micro_batch_size=micro,
             data_rank=state.data_rank,
             data_size=state.data_size,

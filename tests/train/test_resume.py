@@ -164,9 +164,9 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, mix, number):
     assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == max(losses(tmp_path / "run"))
 
 
-def test_another_mixture_is_refused_on_resume(tmp_path, mix):
+def test_other_data_under_the_same_name_is_refused_on_resume(tmp_path, mix):
     config = write_config(tmp_path / "train.yaml", settings(mix, tmp_path / "run", train={"steps": 2}))
     mixcpt("train", config)
     other = write_mix(tmp_path / "other", seed=9)
     errors = mixcpt("train", config, "train.steps=4", f"data.mix={other}", expect=2).stderr
-    assert "trained on another mixture" in errors and "Traceback" not in errors
+    assert "source facts has other training data than when 10 of its samples" in errors and "Traceback" not in errors

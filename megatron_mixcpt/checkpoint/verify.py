@@ -1,0 +1,108 @@
+"""Which checkpoint to load: the newest whose every byte is as it was written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
+from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
+from megatron_mixcpt.errors import VerificationError
+
+TRUST_HINT = "if you know where it comes from, --trust loads it without a manifest (its .metadata can run any program)"
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def find_checkpoint(path: Path, *, trust: bool = False, tell: Callable[[str], None] = warn) -> Path:
+    """`path` itself if it is a checkpoint, or the newest one of a run directory that verifies. Changes nothing on disk.
+
+    Args:
+        trust: accept checkpoints without a manifest, unverified.
+        tell: called with a line for each newer checkpoint that was passed over.
+
+    Raises VerificationError where there is none.
+    """
+    if is_checkpoint(path) or (path / MANIFEST).exists():
+        damage = _damage(path, trust)
+        if damage:
+            raise VerificationError(_refusal(path, damage))
+        return path
+    candidates = list_checkpoints(path / "checkpoints")
+    if not candidates:
+        raise VerificationError(f"{path}: neither a checkpoint nor a run directory with a complete checkpoint")
+    return _first_good(candidates, trust, tell)[0]
+
+
+def newest_good(parent: Path, *, trust: bool, tell: Callable[[str], None]) -> Path | None:
+    """Collective: the newest checkpoint of `parent` that verifies, or None where there never was any.
+
+    Newer ones that do not verify are set aside. Reading is spread over the ranks. Raises VerificationError where there
+    are checkpoints but none is good: starting anew then is the user's decision.
+    """
+    import torch
+
+    rank = torch.distributed.get_rank()
+    # All ranks walk the same list: rank 0's, taken before any of them writes.
+    candidates = _from_first(list_checkpoints(parent))
+    if not candidates:
+        bad = _from_first(list_quarantined(parent))
+        if bad:
+            raise VerificationError(
+                f"{parent}: no good checkpoint is left, only {', '.join(path.name for path in bad)}, set aside because "
+                "they did not verify: restore one from a backup, or move run_dir away to start anew"
+            )
+        return None
+    good, bad_ones = _first_good(candidates, trust, tell if rank == 0 else _silent, together=True)
+    if rank == 0:
+        for path in bad_ones:
+            tell(f"{path.name}: set aside as {quarantine(path).name}")
+    torch.distributed.barrier()
+    return good
+
+
+def _first_good(
+    candidates: list[Path], trust: bool, tell: Callable[[str], None], together: bool = False
+) -> tuple[Path, list[Path]]:
+    refused: list[tuple[Path, list[str]]] = []
+    for index, path in enumerate(candidates):
+        damage = _damage(path, trust, together)
+        if not damage:
+            return path, [bad for bad, _ in refused]
+        following = candidates[index + 1].name if index + 1 < len(candidates) else "nothing, it is the oldest"
+        tell(f"warning: {path.name} is damaged, falling back to {following}: {describe(damage)}")
+        refused.append((path, damage))
+    path, damage = refused[0]
+    raise VerificationError(f"none of {len(refused)} checkpoints verifies; the newest: " + _refusal(path, damage))
+
+
+def _damage(path: Path, trust: bool, together: bool = False) -> list[str]:
+    if trust and not (path / MANIFEST).exists():
+        return []
+    if not together:
+        return find_damage(path)
+    import torch
+
+    parts: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, find_damage(path, torch.distributed.get_rank(), len(parts)))
+    return list(dict.fromkeys(line for part in parts for line in part))
+
+
+def _refusal(path: Path, damage: list[str]) -> str:
+    hint = f". {TRUST_HINT}" if not (path / MANIFEST).exists() else ""
+    return f"{path} is damaged: {describe(damage)}{hint}"
+
+
+def _from_first(value: list[Path]) -> list[Path]:
+    import torch
+
+    message = [value]
+    torch.distributed.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def _silent(line: str) -> None:
+    pass

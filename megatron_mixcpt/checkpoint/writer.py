@@ -1,0 +1,120 @@
+"""Writes one rank's share of a checkpoint: planned together, written alone, finished together.
+
+megatron-core's own writer forks the training process, gloo and CUDA threads included, and waits on queues that a killed
+child never fills. Here a share is written by a thread (or the main thread) into one file, hashed as it passes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_mixcpt.checkpoint.manifest import Entry
+
+
+class ShareWriter(FileSystemWriterAsync):
+    """This rank's items, and how they get into `<folder>/__<rank>_0.distcp`.
+
+    Args:
+        snapshot: copy the values now, so that training may go on while they are written.
+    """
+
+    def __init__(self, folder: Path, *, snapshot: bool) -> None:
+        super().__init__(folder, thread_count=1)
+        self._snapshot = snapshot
+        self._items: list[tuple[WriteItem, Any]] = []
+        self.metadata: Metadata | None = None  # on rank 0
+        self.num_bytes = 0
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Called at the end of planning, with the items that fall to this rank."""
+        self._prefix = plan.storage_data.prefix
+        for item in plan.items:
+            value = planner.resolve_data(item)
+            if item.type != WriteItemType.BYTE_IO:
+                assert isinstance(value, torch.Tensor)
+                self.num_bytes += value.numel() * value.element_size()
+                value = value.detach()
+                if self._snapshot:
+                    value = value.to("cpu", copy=True)
+            self._items.append((item, value))
+
+    def write(self) -> tuple[list[WriteResult], dict[str, Entry]]:
+        """Write and flush the file; needs no other rank. Raises OSError and RuntimeError of a full or broken disk."""
+        results: list[WriteResult] = []
+        if not self._items:
+            return results, {}
+        name = f"{self._prefix}0.distcp"
+        with open(Path(self.checkpoint_dir) / name, "wb") as file:
+            stream: Any = _Hashing(file)
+            for item, value in self._items:
+                if item.type != WriteItemType.BYTE_IO:
+                    value = value.cpu()
+                    if value.untyped_storage().size() != value.numel() * value.element_size():
+                        value = value.clone()  # a view would drag its whole storage along
+                results.append(_write_item(self.transforms, stream, value, item, name, SerializationFormat.TORCH_SAVE))
+            file.flush()
+            os.fsync(file.fileno())
+        self._items.clear()
+        return results, {name: stream.entry()}
+
+
+class _Hashing:
+    """A file for writing that hashes what passes, in the order in which it passes."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._state, self._size = file, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        self._state.update(data)
+        self._file.write(data)
+        count = memoryview(data).nbytes
+        self._size += count
+        return count
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def entry(self) -> Entry:
+        return {"size": self._size, "xxh3_128": self._state.hexdigest()}
+
+
+def plan_share(sharded_state: dict[str, Any], folder: Path, *, snapshot: bool) -> ShareWriter:
+    """Collective: decide which rank writes what. Touches no disk but for the folder's existence."""
+    sharded, common = save_preprocess(sharded_state)
+    assert not any(common.values()), f"not sharded, so it would not be saved: {list(common)}"
+    sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+    writer = ShareWriter(folder, snapshot=snapshot)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    (_, writer.metadata, _), *_ = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(sharded, False), writer, None, 0, planner=planner
+    )
+    return writer
+
+
+def write_index(writer: ShareWriter, results: list[list[WriteResult]]) -> None:
+    """Rank 0, after all shares: the files that say what is where."""
+    assert writer.metadata is not None
+    writer.finish(writer.metadata, results)
+    torch.save({}, Path(writer.checkpoint_dir) / "common.pt")  # megatron-core's place for what is not sharded
+    save_config(CheckpointingConfig("torch_dist", 1), str(writer.checkpoint_dir))

@@ -1,0 +1,47 @@
+"""What all ranks know about a step before any of them acts on it, by one all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mixcpt.losses.mixcpt import STATISTICS
+
+TOKENS, LOSS, CE, KD, SWAPPED = range(len(STATISTICS))
+LANES, LANE_BITS = 4, 16  # a 64-bit sum travels in fp64 as four exact pieces
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """The global batch's sums, the same on every rank."""
+
+    rows: list[list[float]]
+    """By source, then STATISTICS."""
+    digest: int
+    """Sum of the samples' digests modulo 2^64: which samples these were, whatever rank read them."""
+    stopping: bool
+    """Some rank was asked to stop."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over target tokens."""
+        return sum(row[LOSS] for row in self.rows) / max(sum(row[TOKENS] for row in self.rows), 1.0)
+
+
+def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
+    """Collective.
+
+    Args:
+        totals: this rank's `[num_sources, len(STATISTICS)]` fp64 sums, zeros where another rank counts.
+        digest: of this rank's samples; 0 where another rank counts.
+    """
+    lanes = [float(digest >> LANE_BITS * lane & (1 << LANE_BITS) - 1) for lane in range(LANES)]
+    extra = torch.tensor([*lanes, float(stop)], dtype=totals.dtype, device=totals.device)
+    message = torch.cat([totals.flatten(), extra])
+    torch.distributed.all_reduce(message)
+    values = message.tolist()
+    count = totals.numel()
+    rows = [values[i : i + len(STATISTICS)] for i in range(0, count, len(STATISTICS))]
+    total = sum(int(lane) << LANE_BITS * index for index, lane in enumerate(values[count : count + LANES]))
+    return StepTotals(rows, total % 2**64, values[-1] > 0)

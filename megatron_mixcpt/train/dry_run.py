@@ -1,0 +1,53 @@
+"""One step on made-up data before the real data: what does not fit in memory shows in the first minute."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mixcpt.checkpoint.optimizer_state import allocate_state
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.train.setup import Parts
+
+
+def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
+    """Forward and backward over as many micro-batches as are in flight at once; leaves no trace in the model.
+
+    Raises ConfigError, naming what to change, where memory runs out.
+    """
+    size = config.train.micro_batch_size
+    count = min(config.train.global_batch_size // (size * state.data_size), state.pipeline_size)
+    try:
+        allocate_state(parts.optimizer)
+        parts.model.zero_grad_buffer()
+        parts.run([_fullest_batch(size, parts.mix.seq_length, state.device) for _ in range(count)])
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"rank {state.rank}: out of memory in a trial step with train.micro_batch_size={size} x "
+            f"{parts.mix.seq_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes how "
+            "much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or a "
+            "larger parallel.tensor or parallel.pipeline"
+        ) from None
+    finally:
+        parts.model.zero_grad_buffer()
+        parts.optimizer.zero_grad()
+
+
+def _fullest_batch(size: int, seq_length: int, device: torch.device) -> Batch:
+    """Every token a target, and two documents a row, so that there is an attention mask."""
+    tokens = torch.zeros(size, seq_length, dtype=torch.int64)
+    doc_start = torch.zeros(size, seq_length, dtype=torch.bool)
+    doc_start[:, [0, seq_length // 2]] = True
+    position_ids, attention_mask = document_mask(doc_start)
+    kinds, source = torch.zeros_like(tokens), torch.zeros(size, dtype=torch.int64)
+    return Batch(tokens, tokens.clone(), kinds, position_ids, attention_mask, source).to(device)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "not enough memory" in text

@@ -1,0 +1,45 @@
+"""Failures that reach the trainer as RuntimeErrors of the libraries below it, in words that say what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.train.signals import StopRequest, stopped_early
+
+# What gloo and nccl say when the other end of a connection is gone.
+LOST_PEER = re.compile(
+    r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|connectFullMesh|"
+    r"Timed out waiting|remote process exited|NCCL error|Socket Timeout|failed to recv|failed to send|wait timeout",
+    re.IGNORECASE,
+)
+LOST_WORKER = re.compile(r"DataLoader worker .*(killed|exited)")
+
+
+class LostRankError(MixcptError):
+    """Another rank ended. It has its own message; this one says only how the loss was noticed."""
+
+
+@contextlib.contextmanager
+def explained(stop: StopRequest) -> Iterator[None]:
+    """Turn the loss of a peer or of a data worker into MixcptErrors, and early stops into StoppedErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if stop.early:  # the peers stopped first, and their end was noticed before our own signal
+            raise stopped_early() from None
+        if LOST_WORKER.search(text):
+            raise MixcptError(
+                f"a data loader process died ({text.splitlines()[0]}): most often /dev/shm or memory is full; see "
+                "`mixcpt doctor`, or set data.num_workers=0. Run the same command to resume"
+            ) from error
+        if LOST_PEER.search(text):
+            raise LostRankError(
+                f"lost contact with another rank ({text.splitlines()[0][:200]}): it ended or cannot be reached, and "
+                "its own output says why; stacks are in run_dir/stacks. Run the same command to resume from the newest "
+                "checkpoint"
+            ) from error
+        raise

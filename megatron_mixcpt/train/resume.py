@@ -1,0 +1,62 @@
+"""Going on from the newest good checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.train.guard import StepGuard
+from megatron_mixcpt.train.setup import Parts
+
+
+def resume(
+    config: Config, parts: Parts, *, trust: bool
+) -> tuple[int, Position, StepGuard, dict[str, Any] | None, list[str]]:
+    """Load what the run directory holds, or start. Collective.
+
+    Returns:
+        steps done, position in the data, guard, `checkpoint.json` or None, and what the user should know.
+
+    Raises:
+        VerificationError: there are checkpoints, but none verifies.
+        ConfigError: the checkpoint belongs to other settings; names the key.
+    """
+    notes: list[str] = []
+    checkpoint = newest_good(Path(config.run_dir) / "checkpoints", trust=trust, tell=notes.append)
+    seed = config.train.seed
+    if checkpoint is None:
+        return 0, Position.start(parts.mix, seed), StepGuard(config.train), None, notes
+    info = read_info(checkpoint)
+    _check(checkpoint, info, config, parts)
+    position, changes = Position.resume(info["data"], parts.mix, seed)
+    guard = StepGuard(config.train, info["guard"])
+    if changes:
+        guard.forget()
+        notes.append(f"mixture changed at step {info['step']}: " + ", ".join(changes))
+    load_checkpoint(checkpoint, parts.model, parts.optimizer)
+    notes.append(f"resumed from {checkpoint}")
+    return info["step"], position, guard, info, notes
+
+
+def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:
+    if "data" not in info:
+        raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
+    if info["architecture"] != parts.arch.to_dict():
+        raise ConfigError(f"{checkpoint} holds another model than `model` describes: set it back, or another run_dir")
+    if info["tokenizer_hash"] != parts.mix.tokenizer_hash:
+        raise ConfigError(
+            f"{checkpoint} was trained on data of another tokenizer than {parts.mix.path}: restore that data.mix, or "
+            "set another run_dir"
+        )
+    same = (
+        ("train.dtype", info["dtype"], config.train.dtype),
+        ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),
+        ("data.seq_length", info["seq_length"], parts.mix.seq_length),
+    )
+    for key, before, now in same:
+        if before != now:
+            raise ConfigError(f"{checkpoint} was trained with {key}={before}, not {now}: set it back")

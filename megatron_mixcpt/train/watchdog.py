@@ -1,0 +1,65 @@
+"""Ends a rank that makes no progress, and leaves behind where it stood.
+
+A rank that hangs makes all others wait for it, so the watchdogs of all ranks fire at the same time and every rank's
+stacks are written. They run before the process group's own timeout, which would end the waiting ranks only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+GRACE_SECONDS = 3.0  # between writing the stacks and ending: peers that lose contact could not write theirs
+
+
+class Watchdog:
+    """Context. `beat(phase)` says that this rank is alive and what it does next.
+
+    Args:
+        folder: where `rank_<rank>.txt` is written; made when there is something to write.
+        seconds: longest time between two beats.
+    """
+
+    def __init__(self, folder: Path, rank: int, seconds: float) -> None:
+        self._path, self._rank, self._seconds = folder / f"rank_{rank:05d}.txt", rank, seconds
+        self._phase, self._beat = "setup", time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._closed.set()
+        if isinstance(error, RuntimeError):  # of a collective whose peer is gone, most of all
+            self._dump("".join(traceback.format_exception(error)))
+
+    def beat(self, phase: str) -> None:
+        self._phase, self._beat = phase, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._seconds / 4)):
+            idle = time.monotonic() - self._beat
+            if idle <= self._seconds:
+                continue
+            reason = f"no progress for {idle:.0f} s in {self._phase} (train.timeout_minutes)"
+            self._dump(reason)
+            print(f"rank {self._rank}: {reason}; stacks in {self._path}", file=sys.stderr, flush=True)
+            time.sleep(GRACE_SECONDS)
+            os._exit(1)
+
+    def _dump(self, reason: str) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank}: {reason}\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as error:
+            print(f"rank {self._rank}: {self._path} cannot be written: {error}", file=sys.stderr, flush=True)
