@@ -27,7 +27,11 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED},
-    package_data={"megatron_mixcpt": ["py.typed"], "megatron_mixcpt.demo": ["data/*"], "megatron_mixcpt.evaluate": ["tasks/*"]},
+    package_data={
+        "megatron_mixcpt": ["py.typed"],
+        "megatron_mixcpt.demo": ["data/*"],
+        "megatron_mixcpt.evaluate": ["tasks/*"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
