@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             times_table(options.tokens, options.vocab, options.repeats),
             f"Aim: fp32 at temperature 1 in at most {AIM} of the eager time.",
             memory_table(options.tokens, options.vocab),
-            "Over the teacher: with `grad_buffer='teacher'`. From hidden states: `linear_lssd_loss`, 128 tokens a chunk; "
-            "its gradients of hidden states and head are counted too.",
+            "Over the teacher: with `grad_buffer='teacher'`. From hidden states: `linear_lssd_loss` with 128 tokens a "
+            "chunk; its gradients of hidden states and head are counted too.",
             "Made by `python -m benchmarks.lssd_cpu --write`.",
         ]
     )
