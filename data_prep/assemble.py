@@ -84,16 +84,22 @@ class Placement:
     position: np.ndarray  # int64 [P], of the first token within its sequence
 
 
-def place(corpus: Corpus, rows: np.ndarray, source: Source, seq_length: int, seed: int, split: str) -> Placement:
-    """Shuffle the documents `rows` and lay them into sequences of `seq_length` tokens."""
+def place(
+    corpus: Corpus, rows: np.ndarray, source: Source, seq_length: int, seed: int, split: str, *, shuffle: bool = True
+) -> Placement:
+    """Shuffle the documents `rows` and lay them into sequences of `seq_length` tokens.
+
+    Without `shuffle` documents and sequences keep their order, which only serves to measure what shuffling costs.
+    """
     rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(f"{source.name}/{split}".encode())]))
-    rows = rows[rng.permutation(len(rows))]
+    rows = rows[rng.permutation(len(rows))] if shuffle else rows
     lengths = corpus.documents["tokens"][rows].astype(np.int64)
     if source.layout == "concat":
         return _concatenated(rows, lengths, seq_length)
     item, offset, length = split_lengths(lengths, seq_length)
     bins, num_bins = best_fit(length, seq_length)
-    bins = rng.permutation(num_bins)[bins]  # best-fit groups by length: shuffle the sequences
+    if shuffle:  # best-fit groups by length
+        bins = rng.permutation(num_bins)[bins]
     order = np.argsort(bins, kind="stable")
     bins, length = bins[order], length[order]
     before = np.cumsum(length) - length

@@ -25,6 +25,7 @@ from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
 from megatron_mixcpt.data_prep.mix import FILE_NAME, SPLITS, describe_tokenizer, set_weights, write_mix
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
+from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import MixcptError
@@ -68,7 +69,12 @@ def build(
         "tokenizer": describe_tokenizer(tokenizer),
         "sources": sources,
     }
-    for name in ("quarantine.jsonl", *(provenance_path(Path(), source.name).as_posix() for source in config.sources)):
+    reports = write_report(out, mix, counts, plans, corpora)
+    for name in (
+        "quarantine.jsonl",
+        *reports,
+        *(provenance_path(Path(), source.name).as_posix() for source in config.sources),
+    ):
         builder.files[name] = describe_file(out / name)
     write_manifest(out, config, plans, builder.files, counts)
     return write_mix(out / FILE_NAME, mix)

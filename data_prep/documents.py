@@ -28,44 +28,48 @@ class Batch:
 
     def __init__(self, joining: Joining | None = None) -> None:
         self._joining = joining
-        self._texts: list[str] = []
-        self._continues: list[bool] = []  # for each text
-        self._ids: list[int] = []  # -1: the next text
-        self._flags: list[int] = []
+        self._pieces: list[Piece] = []
         self._ends: list[int] = []  # pieces up to the end of each document
         self.num_characters = 0
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def texts(self) -> list[str]:
+        """All pieces that are text."""
+        return [content for content, _ in self._pieces if type(content) is str]
+
     def add(self, pieces: Sequence[Piece]) -> None:
         """Append one document."""
-        before: str | int | None = None
-        for content, flags in pieces:
-            if isinstance(content, str):
-                self._texts.append(content)
-                if self._joining is not None:
-                    after = self._joining.after_control and before is not None
-                    self._continues.append(after or isinstance(before, str))
-                self._ids.append(-1)
+        self._pieces.extend(pieces)
+        self._ends.append(len(self._pieces))
+        for content, _ in pieces:
+            if type(content) is str:
                 self.num_characters += len(content)
-            else:
-                self._ids.append(content)
-            self._flags.append(flags)
-            before = content
-        self._ends.append(len(self._ids))
+
+    def _continues(self) -> list[bool]:
+        """For each text, whether it continues what stands before it (see joining)."""
+        assert self._joining is not None
+        found = []
+        begins = {0, *self._ends}
+        for index, (content, _) in enumerate(self._pieces):
+            if type(content) is str:
+                follows_text = index not in begins and type(self._pieces[index - 1][0]) is str
+                found.append(follows_text or (self._joining.after_control and index not in begins))
+        return found
 
     def encode(self, engine: Engine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns tokens (uint32 [T]), flags (uint8 [T]) and the number of tokens of each document (int64 [D]).
 
         The first token of a document is marked as its start and is no target.
         """
-        ids = np.array(self._ids, dtype=np.int64)
+        ids = np.array([-1 if type(content) is str else content for content, _ in self._pieces], dtype=np.int64)
         is_text = ids < 0
         piece_lengths = np.ones(len(ids), dtype=np.int64)
-        encoded, offsets = encode_joined(engine, self._texts, self._continues, self._joining)
+        encoded, offsets = encode_joined(engine, self.texts, self._continues() if self._joining else [], self._joining)
         piece_lengths[is_text] = np.diff(offsets)
-        flags = np.repeat(np.array(self._flags, dtype=np.uint8), piece_lengths)
+        flags = np.repeat(np.array([flags for _, flags in self._pieces], dtype=np.uint8), piece_lengths)
         from_text = np.repeat(is_text, piece_lengths)
         tokens = np.empty(len(flags), dtype=np.uint32)
         tokens[from_text] = encoded

@@ -71,10 +71,19 @@ def preprocess(
         tokenize(prepared, workers=workers, shard=shard, only_check=assemble_only)
         if shard is not None:
             return None
-        corpora = [load_corpus(stage.plan, stage.folder, prepared.dtype) for stage in prepared.stages]
+        corpora = _load(prepared)
         _check_records(out, prepared, corpora)
         plans = [stage.plan for stage in prepared.stages]
         return build(out, config, prepared.tokenizer, prepared.dtype, plans, corpora, out / PARTS_FOLDER)
+
+
+def load_parts(config: Config) -> list[Corpus]:
+    """The documents of every source from finished parts, without writing anything more."""
+    return _load(prepare(config, Path(config.out)))
+
+
+def _load(prepared: Prepared) -> list[Corpus]:
+    return [load_corpus(stage.plan, stage.folder, prepared.dtype) for stage in prepared.stages]
 
 
 def prepare(config: Config, out: Path) -> Prepared:

@@ -39,7 +39,7 @@ class Job:
     dtype: np.dtype
     max_tokens: int | None  # longest document that may not be split; None: any length
     max_record_bytes: int
-    count_literals: Callable[[str], int]
+    count_literals: Callable[[list[str]], int]
     detector: Detector | None = None
     signer: Signer | None = None
 
@@ -92,9 +92,6 @@ class _Part:
         for document in documents:
             self._batch.add(document.pieces)
             self._rows.append((high, low, line, file, document.kind, contaminated))
-            for content, _ in document.pieces:
-                if isinstance(content, str):
-                    self._num_literals += self._job.count_literals(content)
         self._records.append(len(documents))
         if self._batch.num_characters >= BATCH_CHARACTERS:
             self._encode()
@@ -120,6 +117,7 @@ class _Part:
     def _encode(self) -> None:
         if not self._rows:
             return
+        self._num_literals += self._job.count_literals(self._batch.texts)
         tokens, flags, lengths = self._batch.encode(self._job.engine)
         documents = np.zeros(len(lengths), dtype=DOCUMENT_DTYPE)
         for name, column in zip(COLUMNS, zip(*self._rows)):
@@ -179,8 +177,9 @@ def _plain_text(documents: list[Document]) -> str:
 def _content_hash(documents: list[Document]) -> int:
     """128 bits over the kind, roles and text of a record; neither the tokenizer nor the loss mask changes it."""
     if len(documents) == 1 and documents[0].kind == KIND_DOMAIN:
-        text = next(content for content, _ in documents[0].pieces if isinstance(content, str))
-        return xxhash.xxh3_128_intdigest(text.encode())
+        for content, _ in documents[0].pieces:
+            if type(content) is str:
+                return xxhash.xxh3_128_intdigest(content.encode())
     state = xxhash.xxh3_128()
     for document in documents:
         for content, flags in document.pieces:
