@@ -182,7 +182,7 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False) -> dict[s
     try:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, threads // settings.tensor))  # as many as a process of the training has
         return Demo(settings, folder, console, Stages(folder, console), threads).run()
     finally:
         console.close()

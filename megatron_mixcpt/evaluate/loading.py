@@ -14,11 +14,11 @@ def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries out of our own output. Call before transformers is imported."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
 
 
 def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
