@@ -18,22 +18,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNELS = ("stats", "combine", "gradient")
+FLAGS = (False, True)
 POINTERS = {"labels": "*i64", "swapped_out": "*i1"}
 FLOATS = ("scale", "inverse_tau", "margin")
 STRIDES = ("s_outer", "s_inner", "t_outer", "t_inner", "out_outer", "out_inner")
 UNALIGNED_IF_ODD = (*STRIDES, "valid", "width")
+ONES = (
+    "num_inner", "s_outer", "s_inner", "t_outer", "t_inner", "out_outer", "out_inner", "word_stride", "record_stride",
+    "num_tokens", "num_shards", "vocab_start", "valid", "width",
+)  # fmt: skip
 ALIGNED = (*UNALIGNED_IF_ODD, "student", "teacher", "out", "split_columns")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of one kernel; `aligned`: rows start at multiples of 16 bytes."""
+    """One specialisation of one kernel.
+
+    aligned: rows start at multiples of 16 bytes. ones: every size and stride is 1, which Triton compiles in.
+    """
 
     kernel: str
     constants: tuple[tuple[str, object], ...]
     student: str = "fp32"
     teacher: str = "fp32"
     aligned: bool = True
+    ones: bool = False
 
     @property
     def options(self) -> dict:
@@ -43,7 +52,9 @@ class Variant:
     def label(self) -> str:
         flags = [str(value).lower() if value is not True else name.lower() for name, value in self.constants if value]
         logits = "" if self.kernel == "combine" else self.student + (f"/{self.teacher}" if self._mixed else "")
-        return " ".join(filter(None, [logits, *flags, "" if self.aligned else "unaligned"]))
+        return " ".join(
+            filter(None, [logits, *flags, "" if self.aligned else "unaligned", "ones" if self.ones else ""])
+        )
 
     @property
     def _mixed(self) -> bool:
@@ -76,7 +87,7 @@ class Report:
     @property
     def problems(self) -> list[str]:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
-        if self.variant.kernel == "combine" or not self.variant.aligned:
+        if self.variant.kernel == "combine" or self.variant.ones or not self.variant.aligned:
             return found
         if self.narrow_loads > self.variant.scalar_loads or not self.wide_loads:
             found.append(f"{self.narrow_loads - self.variant.scalar_loads} loads of logits are under 16 bytes")
@@ -87,33 +98,40 @@ class Report:
 
 def variants(kernels: tuple[str, ...] = KERNELS) -> Iterator[Variant]:
     """Every specialisation that the launches in fused.py can ask for, with the usual alignment."""
-    logits = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")]
-    flags = (False, True)
     for kernel in kernels:
-        if kernel == "combine":
-            for target, separate, per_token, details in itertools.product(
-                ("swap", "plain", "mft"), flags, flags, flags
-            ):
-                teacher_flags = flags if target == "swap" else (True,)  # without a teacher the target has no part
-                for teacher in teacher_flags:
-                    yield make_variant(
-                        kernel, TARGET=target, HAS_TEACHER=teacher, SEPARATE=separate, PER_TOKEN=per_token,
-                        DETAILS=details,
-                    )  # fmt: skip
-            continue
-        weights: list[dict] = [{"PER_TOKEN": flag} for flag in flags] if kernel == "gradient" else [{}]
-        for (student, teacher), has_teacher, separate, weight, aligned in itertools.product(
-            logits, flags, flags, weights, flags
-        ):
+        yield from _combine_variants() if kernel == "combine" else _logits_variants(kernel)
+
+
+def _logits_variants(kernel: str) -> Iterator[Variant]:
+    logits = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")]
+    weights: list[dict] = [{"PER_TOKEN": flag} for flag in FLAGS] if kernel == "gradient" else [{}]
+    for has_teacher, separate, weight in itertools.product(FLAGS, FLAGS, weights):
+        constants = dict(HAS_TEACHER=has_teacher, SEPARATE=separate, **weight)
+        for (student, teacher), aligned in itertools.product(logits, FLAGS):
             if has_teacher or student == teacher:
-                constants = dict(HAS_TEACHER=has_teacher, SEPARATE=separate, **weight)
-                yield make_variant(kernel, student=student, teacher=teacher, aligned=aligned, **constants)
+                yield make_variant(kernel, constants, student, teacher, aligned)
+        yield make_variant(kernel, constants, "bf16", "bf16", ones=True)
+
+
+def _combine_variants() -> Iterator[Variant]:
+    targets = [("swap", True), ("plain", True), ("mft", True), ("swap", False)]  # without a teacher it has no part
+    for (target, has_teacher), separate, per_token in itertools.product(targets, FLAGS, FLAGS):
+        constants = dict(TARGET=target, HAS_TEACHER=has_teacher, SEPARATE=separate, PER_TOKEN=per_token)
+        yield make_variant("combine", constants | {"DETAILS": False}, ones=True)
+        for details in FLAGS:
+            yield make_variant("combine", constants | {"DETAILS": details})
 
 
 def make_variant(
-    kernel: str, student: str = "fp32", teacher: str = "fp32", aligned: bool = True, **constants
+    kernel: str,
+    constants: dict,
+    student: str = "fp32",
+    teacher: str = "fp32",
+    aligned: bool = True,
+    ones: bool = False,
 ) -> Variant:
-    return Variant(kernel, tuple(constants.items()), student, teacher, aligned)
+    """The variant of `kernel` with these compile-time constants; types in Triton's spelling."""
+    return Variant(kernel, tuple(constants.items()), student, teacher, aligned, ones)
 
 
 def compile_variant(variant: Variant, arch: int) -> Report:
@@ -127,12 +145,14 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     function = getattr(triton_kernels, f"{variant.kernel}_kernel")
     constants = variant.options | {"BLOCK": fused.COMBINE_BLOCK if variant.kernel == "combine" else fused.BLOCK}
     if variant.kernel == "stats":
-        constants["STAGES"] = fused.NUM_STAGES
+        constants["STAGES"] = fused.NUM_STAGES if variant.aligned else 1
+    if variant.ones:
+        constants |= {name: 1 for name in ONES if name in function.arg_names}
     signature = {name: _type(name, variant, constants) for name in function.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
-        if name in ALIGNED and (variant.aligned or name not in UNALIGNED_IF_ODD)
+        if name in ALIGNED and name not in constants and (variant.aligned or name not in UNALIGNED_IF_ODD)
     }
     options = {} if variant.kernel == "combine" else {"num_warps": fused.NUM_WARPS}
     source = ASTSource(function, signature, constants, attributes)

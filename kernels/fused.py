@@ -41,8 +41,8 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             s.shape[1], *s.stride()[:2], *t.stride()[:2], *words.stride()[:2],
             objective.vocab_start, objective.valid, _split_columns(objective.valid, splits), objective.ignore_index,
             math.log2(math.e) / objective.temperature,
-            HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce, BLOCK=BLOCK, STAGES=NUM_STAGES,
-            num_warps=NUM_WARPS,
+            HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce, BLOCK=BLOCK,
+            STAGES=NUM_STAGES if _aligned(s) and _aligned(t) else 1, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -99,6 +99,12 @@ def gradient(
             HAS_TEACHER=objective.has_teacher, SEPARATE=objective.separate_ce, PER_TOKEN=per_token, BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )  # fmt: skip
+
+
+def _aligned(grid: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes; others are read in pieces too small to copy ahead."""
+    steps = (grid.data_ptr(), *(stride * grid.element_size() for stride in grid.stride()[:2]))
+    return all(step % 16 == 0 for step in steps)
 
 
 def _split_columns(width: int, splits: int) -> int:

@@ -149,11 +149,12 @@ class _LinearLSSD(torch.autograd.Function):
     def forward(ctx, hidden, head, t_hidden, t_head, labels, objective, plan, head_grad, with_details):
         backend = choose_backend(hidden.device)
         words = torch.empty(1, objective.num_words, labels.numel(), device=hidden.device, dtype=torch.float32)
-        for local, tokens in plan.chunks():
-            student = _product(plan.gather(hidden[local]), head.t())
-            teacher = _product(plan.gather(t_hidden[local]), t_head.t())
-            backend.stats(student, teacher, labels[tokens], objective, words[..., tokens])
-            del student, teacher  # before the next chunk's are made
+        with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
+            for local, tokens in plan.chunks():
+                student = _product(plan.gather(hidden[local]), head.t())
+                teacher = _product(plan.gather(t_hidden[local]), t_head.t())
+                backend.stats(student, teacher, labels[tokens], objective, words[..., tokens])
+                del student, teacher  # before the next chunk's are made
         results = backend.combine(all_gather(words, plan.group), words[0], labels, objective, with_details)
         ctx.save_for_backward(hidden, head, t_hidden, t_head, labels, words[0])
         ctx.objective, ctx.plan, ctx.head_grad, ctx.backend = objective, plan, head_grad, backend

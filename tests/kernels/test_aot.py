@@ -9,16 +9,18 @@ import pytest
 
 from megatron_mixcpt.kernels import aot
 
+SWAP = dict(HAS_TEACHER=True, SEPARATE=False)
+NARROW = aot.make_variant("stats", SWAP, "bf16", "bf16", aligned=False)
 VARIANTS = [
-    aot.make_variant("stats", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False),
-    aot.make_variant("stats", student="fp32", teacher="bf16", HAS_TEACHER=True, SEPARATE=True),
-    aot.make_variant("stats", student="bf16", teacher="bf16", aligned=False, HAS_TEACHER=True, SEPARATE=False),
-    aot.make_variant(
-        "combine", TARGET="mft", HAS_TEACHER=True, SEPARATE=True, PER_TOKEN=True, DETAILS=True
-    ),
-    aot.make_variant("gradient", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False, PER_TOKEN=True),
-    aot.make_variant("gradient", student="fp32", teacher="fp32", HAS_TEACHER=False, SEPARATE=True, PER_TOKEN=False),
-]  # fmt: skip
+    aot.make_variant("stats", SWAP, "bf16", "bf16"),
+    aot.make_variant("stats", SWAP | {"SEPARATE": True}, "fp32", "bf16"),
+    NARROW,
+    aot.make_variant("combine", dict(TARGET="mft", HAS_TEACHER=True, SEPARATE=True, PER_TOKEN=True, DETAILS=True)),
+    aot.make_variant("combine", dict(TARGET="swap", **SWAP, PER_TOKEN=False, DETAILS=False), ones=True),
+    aot.make_variant("gradient", SWAP | {"PER_TOKEN": True}, "bf16", "bf16"),
+    aot.make_variant("gradient", SWAP | {"PER_TOKEN": True}, "bf16", "bf16", ones=True),
+    aot.make_variant("gradient", dict(HAS_TEACHER=False, SEPARATE=True, PER_TOKEN=False)),
+]
 COMPILE = """
 import json, sys
 from megatron_mixcpt.kernels import aot
@@ -50,25 +52,21 @@ def test_no_spills_and_wide_accesses_on_three_architectures(reports):
         assert not problems, (arch, variant.label, problems)
         assert 0 < registers <= 128
         assert f"| {variant.kernel} | {variant.label} | {arch} | {registers} | 0 |" in table
-        if variant.kernel != "combine" and variant.aligned:
+        if variant.kernel != "combine" and variant.aligned and not variant.ones:
             assert wide_loads > 0 and narrow_loads == variant.scalar_loads
             assert (wide_stores > 0) == (variant.kernel == "gradient")
 
 
 def test_the_load_check_can_fail(reports):
     """Rows that are not aligned are read in small pieces: that shows, and would be a problem if they were."""
-    (variant, report), *_ = [(v, r) for (_, v), r in reports if not v.aligned]
-    _, registers, wide_loads, narrow_loads, wide_stores, _ = report
-    assert wide_loads == 0 and narrow_loads > variant.scalar_loads
-    aligned = aot.make_variant("stats", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False)
-    as_if = aot.Report(aligned, 90, registers, 0, 0, wide_loads, narrow_loads, wide_stores, 9, 1000)
+    _, registers, wide_loads, narrow_loads, wide_stores, _ = next(r for (_, v), r in reports if v == NARROW)
+    assert wide_loads == 0 and narrow_loads > NARROW.scalar_loads
+    as_if = aot.Report(VARIANTS[0], 90, registers, 0, 0, wide_loads, narrow_loads, wide_stores, 9, 1000)
     assert as_if.problems == [f"{narrow_loads - 4} loads of logits are under 16 bytes"]
 
 
 def test_spills_and_narrow_stores_are_problems():
-    variant = aot.make_variant(
-        "gradient", student="bf16", teacher="bf16", HAS_TEACHER=True, SEPARATE=False, PER_TOKEN=False
-    )
+    variant = VARIANTS[5]
     report = aot.Report(variant, 90, 255, 16, 0, 6, variant.scalar_loads, 0, 3, 1000)
     assert report.problems == ["spills 16 bytes", "3 stores of gradients are under 16 bytes"]
 
@@ -78,8 +76,9 @@ def test_every_launch_has_its_variant():
     variants = list(aot.variants())
     assert len(variants) == len(set(variants))
     count = {kernel: sum(v.kernel == kernel for v in variants) for kernel in aot.KERNELS}
-    # With a teacher 5 pairs of dtypes, without 3 dtypes; two of each flag.
-    assert count == {"stats": (5 + 3) * 2 * 2, "gradient": (5 + 3) * 2 * 2 * 2, "combine": (3 + 1) * 2 * 2 * 2}
+    assert count == {"stats": 36, "gradient": 72, "combine": 48}
+    # (5 pairs of dtypes with a teacher, 3 dtypes without) x temperature x alignment, and 4 where all sizes are 1; the
+    # gradient also x weights. (3 targets, 1 without a teacher) x temperature x weights x (details or not, or sizes 1).
 
 
 def test_interpreter_in_place_of_the_compiler_is_a_usage_error():

@@ -85,6 +85,13 @@ def test_head_gradient_is_added_to_the_given_buffer(device):
     close(buffer - 1, reference, 1e-2)
 
 
+def test_autocast_does_not_round_the_logits(device):
+    tensors, labels, _ = inputs(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = linear_lssd_loss(*tensors, labels)
+    torch.testing.assert_close(loss, linear_lssd_loss(*tensors, labels), rtol=0, atol=0)
+
+
 def test_only_what_needs_a_gradient_gets_one(device):
     tensors, labels, upstream = inputs(device)
     hidden = tensors[0].clone().requires_grad_()

@@ -108,6 +108,11 @@ def test_odd_sizes(device, vocab, num_tokens):
     assert loss.shape == (num_tokens,) and gradient.shape == (num_tokens, vocab)
 
 
+@pytest.mark.parametrize("vocab", [16032, 18992, 32768, 128256])
+def test_vocabulary_shards_of_real_models(device, vocab):
+    check(*problem((2,), vocab, device, torch.bfloat16, seed=vocab, ignore=False))
+
+
 LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "padded columns": lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],
