@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def prepare(config: Config, out: Path) -> Prepared:
         )
         folder = out / PARTS_FOLDER / f"{source.name}-{plan.key[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"plan.json.{os.getpid()}.tmp"  # shards on several machines write the same plan
+        temporary = folder / f"plan.json.{uuid.uuid4().hex}.tmp"  # shards on several machines write the same plan
         temporary.write_bytes(plan_to_json(plan))
         os.replace(temporary, folder / "plan.json")
         stages.append(Stage(source, plan, folder))

@@ -139,8 +139,11 @@ def _write_view(
 
 def _counts(flags: Indexed) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that are not padding, and targets, of every sequence (int64 [S] each)."""
-    filled = np.array([np.count_nonzero(row & PAD == 0) for row in flags], dtype=np.int64)
-    targets = np.array([np.count_nonzero(row & TARGET) for row in flags], dtype=np.int64)
+    filled, targets = np.zeros(len(flags), np.int64), np.zeros(len(flags), np.int64)
+    for first in range(0, len(flags), 1024):
+        block = np.stack([flags[index] for index in range(first, min(first + 1024, len(flags)))])
+        filled[first : first + len(block)] = np.count_nonzero(block & PAD == 0, axis=1)
+        targets[first : first + len(block)] = np.count_nonzero(block & TARGET, axis=1)
     return filled, targets
 
 

@@ -128,8 +128,8 @@ class _Part:
         documents["targets"] = targets[ends] - targets[ends - lengths]
         signatures = self._job.signer.signatures(self._texts) if self._job.signer else None
         limit = self._job.max_tokens
-        if limit is not None and lengths.max() > limit:
-            keep = self._without_long_records(documents, limit)
+        if lengths.min() == 0 or (limit is not None and lengths.max() > limit):
+            keep = self._usable(documents, limit)
             chosen = np.repeat(keep, lengths)
             tokens, flags, documents = tokens[chosen], flags[chosen], documents[keep]
             signatures = None if signatures is None else signatures[keep]
@@ -143,20 +143,21 @@ class _Part:
         if self._num_tokens >= BLOCK_TOKENS:
             self._write_block()
 
-    def _without_long_records(self, documents: np.ndarray, limit: int) -> np.ndarray:
+    def _usable(self, documents: np.ndarray, limit: int | None) -> np.ndarray:
         """Which documents stay: a conversation is never cut, so a record with one that does not fit goes."""
         keep = np.ones(len(documents), dtype=bool)
         start = 0
         for count in self._records:
             rows = documents[start : start + count]
-            longest = int(rows["tokens"].max())
-            if longest > limit:
+            shortest, longest = int(rows["tokens"].min()), int(rows["tokens"].max())
+            bad = None
+            if shortest == 0:
+                bad = BadRecord("no tokens", "the tokenizer leaves nothing of the text")
+            elif limit is not None and longest > limit:
+                bad = BadRecord("too long", f"{longest} tokens; seq_length is {limit}")
+            if bad is not None:
                 keep[start : start + count] = False
-                self._quarantine(
-                    int(rows["file"][0]),
-                    int(rows["line"][0]),
-                    BadRecord("too long", f"{longest} tokens; seq_length is {limit}"),
-                )
+                self._quarantine(int(rows["file"][0]), int(rows["line"][0]), bad)
             start += count
         return keep
 

@@ -211,6 +211,8 @@ BAD_LINES = [
     (b"{not json", "invalid JSON"),
     (b'{"text": "caf\xe9"}', "invalid UTF-8"),
     (b'{"text": "a\x00b"}', "invalid JSON"),
+    (b'{"text": "\\ud800"}', "invalid JSON"),
+    (b"[" * 3000, "invalid JSON"),
     (b'["text"]', "not an object"),
     (b'{"body": "x"}', "missing key"),
     (b'{"text": 3}', "wrong type"),

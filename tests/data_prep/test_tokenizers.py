@@ -220,6 +220,24 @@ def test_bos_is_added_where_the_tokenizer_adds_it(config_values, tokenizer_dir, 
             assert tokens.tolist().count(1) == want and (tokens[0] == 1) == bool(want)
 
 
+def test_a_record_of_which_the_tokenizer_leaves_nothing_is_quarantined(config_values, tokenizer_dir, tmp_path, corpus):
+    folder = tmp_path / "forgetful"
+    shutil.copytree(tokenizer_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "Replace", "pattern": {"Regex": "x+"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    lines = [{"instruction": "xx", "response": "xxx"}, {"instruction": "a", "response": "b"}]
+    corpus["instruction"].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {**config_values["sources"][1], "format": "chat", "max_bad_fraction": 0.5}
+    config_values.update(tokenizer=str(folder), sources=[source], valid_fraction=0.0)
+    preprocess(parse_config(config_values))
+    (row,) = [json.loads(row) for row in (Path(config_values["out"]) / "quarantine.jsonl").read_text().splitlines()]
+    assert (row["line"], row["reason"]) == (1, "no tokens")
+
+
 def test_unusable_tokenizers_are_explained(tokenizer_dir, tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_tokenizer(tmp_path / "nothing")

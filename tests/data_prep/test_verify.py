@@ -50,6 +50,13 @@ def test_a_good_result_passes_and_records_are_traced(result):
     assert findings.num_records >= 30 and findings.num_prefixes == 8
 
 
+def test_a_concatenated_layout_is_traced_too(config_values):
+    config_values["sources"][0]["layout"] = "concat"
+    preprocess(parse_config(config_values))
+    findings = verify(config_values["out"], sample=100)
+    assert findings.problems == [] and findings.num_records >= 100
+
+
 def test_every_flipped_byte_in_every_file_is_found(result):
     rng = np.random.default_rng(0)
     for name in json.loads((result / "manifest.json").read_text())["files"]:
