@@ -7,6 +7,7 @@ of the same grammar. Real prose would be out of reach for such a model, and noth
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 NAMES = (
     "Anna",
@@ -58,6 +59,9 @@ SCENES = (
 )  # fmt: skip
 
 
+STORY_WORDS = 5
+
+
 def make_scenes(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list[str]:
     """`count` different scenes, none of which is in `avoid`."""
     rng = random.Random(seed)
@@ -92,9 +96,15 @@ def _scene(rng: random.Random) -> str:
     )
 
 
-def make_instructions(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` questions about a sentence of the small world: `{"instruction", "response"}`."""
-    return [{"instruction": question, "response": right} for question, right, _ in _questions(count, seed)]
+def make_instructions(count: int, seed: int, scenes: Sequence[str]) -> list[dict[str, str]]:
+    """`{"instruction", "response"}`: `count` questions about a sentence, then a request to tell each of `scenes`."""
+    questions = [{"instruction": question, "response": right} for question, right, _ in _questions(count, seed)]
+    beginnings = (" ".join(scene.split()[:STORY_WORDS]) for scene in scenes)
+    stories = [
+        {"instruction": f"Tell a story that begins like this: {beginning}", "response": scene}
+        for beginning, scene in zip(beginnings, scenes)
+    ]
+    return questions + stories
 
 
 def make_preferences(count: int, seed: int) -> list[dict[str, str]]:

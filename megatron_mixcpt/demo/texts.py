@@ -17,7 +17,7 @@ from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.evaluate.measure import Probe
 
 NUM_SCENES, NUM_HELD_OUT_SCENES = 600, 120
-NUM_SMALL_INSTRUCTIONS, NUM_SMALL_PREFERENCES = 160, 80
+NUM_SMALL_QUESTIONS, NUM_STORIES, NUM_SMALL_PREFERENCES = 160, 160, 80
 
 
 def write_texts(settings: Settings, folder: Path) -> tuple[dict[str, int], str]:
@@ -36,7 +36,7 @@ def write_texts(settings: Settings, folder: Path) -> tuple[dict[str, int], str]:
     if settings.pretrain_steps:
         scenes = smallworld.make_scenes(NUM_SCENES, settings.seed)
         general_documents = smallworld.make_scenes(NUM_HELD_OUT_SCENES, settings.seed + 1, avoid=frozenset(scenes))
-        instructions = smallworld.make_instructions(NUM_SMALL_INSTRUCTIONS, settings.seed)
+        instructions = smallworld.make_instructions(NUM_SMALL_QUESTIONS, settings.seed, scenes[:NUM_STORIES])
         preferences = smallworld.make_preferences(NUM_SMALL_PREFERENCES, settings.seed + 1)
         _write_jsonl(folder / "pretrain.jsonl", ({"text": scene} for scene in scenes))
     else:

@@ -22,7 +22,7 @@ def general_loss(arms: Mapping[str, Arm], name: str) -> float:
 def verdict(arms: Mapping[str, Arm]) -> str:
     """What the numbers say, whichever way they fell."""
     mixcpt, cpt = general_loss(arms, "mixcpt"), general_loss(arms, "cpt")
-    amounts = f"its general perplexity changed by {mixcpt:+.1%}, that of cpt by {cpt:+.1%}"
+    amounts = f"its general perplexity changed by {_change(mixcpt)}, that of cpt by {_change(cpt)}"
     if mixcpt < cpt:
         forgetting = f"mixcpt lost less general perplexity than cpt: {amounts}."
     else:
@@ -30,6 +30,11 @@ def verdict(arms: Mapping[str, Arm]) -> str:
     return f"{forgetting} {_compare(arms, 'fact_recall', 'Held-out questions answered')} " + _compare(
         arms, "fact_completion", "Training sentences completed"
     )
+
+
+def _change(relative: float) -> str:
+    """`+32.7%`, or `a factor of 26.9` where a percentage would be hard to read."""
+    return f"{relative:+.1%}" if relative < 2.0 else f"a factor of {relative + 1:.1f}"
 
 
 def _compare(arms: Mapping[str, Arm], key: str, what: str) -> str:
@@ -70,7 +75,7 @@ def metrics_table(arms: Mapping[str, Arm]) -> str:
         ("facts: training sentences completed", [f"{arms[name]['fact_completion']:.0%}" for name in ARMS]),
         ("domain perplexity (unseen documents)", [f"{arms[name]['domain_ppl']:.2f}" for name in ARMS]),
         ("**general perplexity** (never trained on)", [f"**{arms[name]['general_ppl']:.2f}**" for name in ARMS]),
-        ("change of the general perplexity", ["", *(f"{general_loss(arms, name):+.1%}" for name in ARMS[1:])]),
+        ("change of the general perplexity", ["", *(_change(general_loss(arms, name)) for name in ARMS[1:])]),
     ]
     lines = ["| | base | cpt | mixcpt |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]

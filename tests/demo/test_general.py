@@ -74,6 +74,14 @@ def test_small_world_scenes_for_measuring_are_not_among_those_for_training():
     assert not any("{" in scene for scene in trained + measured)
 
 
+def test_small_world_instructions_hold_questions_and_stories_of_the_given_scenes():
+    scenes = smallworld.make_scenes(30, 1)
+    records = smallworld.make_instructions(20, 2, scenes)
+    assert len(records) == 50 and [record["response"] for record in records[20:]] == scenes
+    for record in records[20:]:
+        assert record["response"].startswith(record["instruction"].split(": ", 1)[1])
+
+
 def test_small_world_preferences_prefer_what_the_question_says():
     for record in smallworld.make_preferences(80, 5):
         assert record["chosen"] != record["rejected"]

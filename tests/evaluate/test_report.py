@@ -40,6 +40,11 @@ def test_the_verdict_names_the_arm_that_forgot_less(name):
     assert ("fewer than cpt (10% against 90%" in text) == (name == "cpt")
 
 
+def test_a_large_loss_is_given_as_a_factor():
+    text = verdict(arms(arm(530.0, 0.5), arm(21.0, 0.5)))
+    assert "changed by +5.0%, that of cpt by a factor of 26.5" in text
+
+
 def test_a_draw_is_not_a_win():
     text = verdict(arms(arm(21.0, 0.5), arm(21.0, 0.5)))
     assert "did **not** lose less" in text and "as many as cpt" in text
