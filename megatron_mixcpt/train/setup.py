@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_mixcpt.model.architecture import PRESETS, Architecture, architectu
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
 from megatron_mixcpt.parallel import ParallelState, check_grid
+from megatron_mixcpt.plan import checkpoint_bytes
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
@@ -74,7 +76,7 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
 
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError, naming the key to change, unless model, data, batch and grid fit together."""
-    _, mix = read_model_and_mix(config)
+    arch, mix = read_model_and_mix(config)
     check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
@@ -88,6 +90,18 @@ def check(config: Config, world_size: int) -> None:
             f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
             "which parallel.sequence needs"
         )
+    needed, folder = checkpoint_bytes(arch, config.train.dtype), existing_parent(Path(config.run_dir))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"run_dir {config.run_dir}: one checkpoint takes {needed / 2**30:.2f} GiB, but {folder} has "
+            f"{free / 2**30:.2f} GiB left: free some space or set another run_dir"
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above (or at) `path` that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def build(config: Config, state: ParallelState) -> Parts:

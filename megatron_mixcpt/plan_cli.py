@@ -1,0 +1,79 @@
+"""`mixcpt plan CONFIG [--nproc N] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+NAME = "plan"
+HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
+what is saved where. Checks the configuration as `mixcpt train` would."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the YAML file that `mixcpt train` takes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
+    parser.add_argument("--gpu", default="H100", help="device whose bf16 peak counts: A100, H100, H200, B200")
+    parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak of another device, in TFLOP/s a rank")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.config import Config, load_config
+
+    config = load_config(Config, args.config, args.overrides)
+    from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.observe.throughput import PEAK_BF16, flops_per_token
+    from megatron_mixcpt.plan import make_plan
+    from megatron_mixcpt.train.setup import check, existing_parent, read_model_and_mix
+
+    grid, train = config.parallel, config.train
+    world_size = args.nproc or grid.tensor * grid.pipeline
+    check(config, world_size)
+    if args.peak_tflops is None and args.gpu not in PEAK_BF16:
+        raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
+    if not 0.0 < args.mfu <= 1.0:
+        raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
+    arch, mix = read_model_and_mix(config)
+    plan = make_plan(config, arch, mix, world_size)
+
+    print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
+    print(
+        f"grid        {world_size} ranks = tensor {grid.tensor} x pipeline {grid.pipeline} x data {plan.data_size}; "
+        f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {mix.seq_length} tokens a step"
+    )
+    header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
+    print(f"memory of a rank, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
+    for index, stage in enumerate(plan.stages):
+        cells = "".join(f"{getattr(stage, name) / 2**30:13.3f}" for name in header)
+        print(f"{index:<8}{stage.num_parameters:14}{cells}")
+    if config.checkpoint.background:
+        print(f"            and {max(s.snapshot for s in plan.stages) / 2**30:.3f} GiB of host memory while saving")
+    print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")
+
+    tokens = plan.tokens(train.steps)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[args.gpu]
+    work = tokens * flops_per_token(arch, mix.seq_length, with_teacher=config.uses_teacher)
+    hours = work / (world_size * peak * args.mfu) / 3600
+    device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu
+    print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
+    total = sum(source.weight for source in mix.train_sources)
+    for source in mix.train_sources:
+        assert source.train is not None
+        samples = train.steps * train.global_batch_size * source.weight / total
+        passes = samples / source.train.sequences
+        print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
+    print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
+
+    every = config.checkpoint.every
+    saves = train.steps // every if every else 1
+    kept = min(saves, config.checkpoint.keep)
+    kept += saves // max(config.checkpoint.keep_every // every, 1) if every and config.checkpoint.keep_every else 0
+    free = shutil.disk_usage(existing_parent(Path(config.run_dir))).free
+    print(
+        f"disk        {config.run_dir}/checkpoints: {plan.checkpoint / 2**30:.3f} GiB each, up to {kept} kept and one "
+        f"being written = {(kept + 1) * plan.checkpoint / 2**30:.3f} GiB; {free / 2**30:.1f} GiB are free"
+    )
+    return 0

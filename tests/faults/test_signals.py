@@ -1,0 +1,48 @@
+"""Stop signals at random moments: two ranks, all of them signalled as srun does, from the first moment on."""
+
+import random
+import signal
+import time
+
+from megatron_mixcpt.checkpoint.store import list_checkpoints, step_of
+from tests.faults.conftest import STEPS, run_settings
+from tests.faults.fleet import Fleet, count, finish, metrics, write_config
+
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def test_signals_at_random_moments_lose_no_step(tmp_path, mix, straight, record):
+    """Each stopped run is resumed and stopped again; in the end every loss is that of the run nobody stopped."""
+    run = tmp_path / "run"
+    values = run_settings(mix, run, checkpoint={"every": 3}, eval={"every": 2})
+    config = write_config(tmp_path / "train.yaml", values)
+    signals, generator, clean = count(20, 3), random.Random(3), 0
+    longest, early = 1.0, 0
+    for index in range(signals):
+        began = time.monotonic()
+        done = max(metrics(run, "train/loss"), default=0)
+        if done >= STEPS - 1:  # finished too early to be signalled: begin anew
+            assert metrics(run, "train/loss").items() <= straight[1].items()
+            values["run_dir"] = str(run := tmp_path / f"run{index}")
+            config, done = write_config(tmp_path / "train.yaml", values), 0
+        fleet = Fleet(config, ranks=2)
+        if index % 2:  # somewhere in set-up, loading, the first validation
+            time.sleep(generator.uniform(0.0, longest))
+        else:  # in the steps: forward, backward, validation, save
+            fleet.until(lambda done=done: max(metrics(run, "train/loss"), default=0) > done)
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(generator.uniform(0.0, 1.0))
+        fleet.send(NUMBERS[index % 3])
+        codes = fleet.wait()
+        assert codes in ([75, 75], [0, 0]), f"signal {index}: exit codes {codes}\n{fleet.output()}"
+        steps, saved = metrics(run, "train/loss"), list_checkpoints(run / "checkpoints")
+        assert max(steps, default=0) == (step_of(saved[0]) if saved else 0), f"signal {index}: steps were lost"
+        early += max(steps, default=0) == done
+        clean += 1
+    finish(config, ranks=2)
+    assert metrics(run, "train/loss").keys() == straight[1].keys()
+    record(
+        "SIGTERM, SIGUSR1, SIGINT at random moments of set-up, step, eval, save (2 ranks)",
+        "20/20, no step lost",
+        f"{clean}/{signals} ({early} of them before a step)",
+    )
