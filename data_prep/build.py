@@ -1,6 +1,7 @@
 """The last stages: select, place, write prefixes, provenance, mixture and manifest."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def build(
     for source, plan, corpus, status in zip(config.sources, plans, corpora, statuses):
         sources.append(_build_source(builder, source, plan, corpus, status))
         counts.append(_count(source, corpus, status))
+        _say(counts[-1])
     set_weights(config, sources)
     mix = {
         "seq_length": config.seq_length,
@@ -170,6 +172,13 @@ def _finished(
     unfinished.write_bytes(orjson.dumps({"entry": entry, "files": files}))
     os.replace(unfinished, receipt)
     return entry
+
+
+def _say(count: dict[str, Any]) -> None:
+    dropped = ", ".join(f"{number} {name}" for name, number in count["documents"].items() if number and name != "kept")
+    kept = f"{count['documents']['kept']} documents of {count['records']} records"
+    bad = f"; {count['quarantined']} records quarantined" if count["quarantined"] else ""
+    print(f"source {count['name']}: {kept}" + (f"; left out: {dropped}" if dropped else "") + bad, file=sys.stderr)
 
 
 def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:

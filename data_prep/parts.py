@@ -143,7 +143,7 @@ def part_is_good(folder: Path, chunk: int, dtype: np.dtype) -> bool:
 def hash_file(path: Path) -> str:
     """xxh3-128 (hex) of a file, in bounded memory."""
     state = xxhash.xxh3_128()
-    buffer = bytearray(1 << 22)
+    buffer = bytearray(min(1 << 22, path.stat().st_size) or 1)
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
             state.update(memoryview(buffer)[:size])
