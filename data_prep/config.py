@@ -96,6 +96,13 @@ class Source(Strict):
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         return self
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of a record that this source reads."""
+        templates = (self.text, self.prompt, self.response, self.chosen, self.rejected)
+        keys = [key for template in templates if template is not None for key in template_keys(template)]
+        return list(dict.fromkeys([*keys, *(key for key in (self.messages, self.tools) if key is not None)]))
+
 
 class NearDuplicates(Strict):
     """Removal of records that are nearly the same as an earlier one (MinHash over word n-grams)."""

@@ -231,7 +231,7 @@ def check_order(bench: Workbench, number: int) -> tuple[int, str | None]:
     if isinstance(bench.fast, str):
         return number, bench.fast
     job, reference = bench.job(number, False), bench.prepared.tokenizer
-    samples = sample_texts(job.plan, job.render, job.max_record_bytes)
+    samples = sample_texts(job.plan, job.render, job.max_record_bytes, job.source.keys)
     return number, disagreement(reference.engine, bench.fast, [*adversarial_texts(reference.control), *samples])
 
 

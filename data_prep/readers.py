@@ -15,14 +15,17 @@ from megatron_mixcpt.errors import MixcptError
 Numbered = Iterator[tuple[int, dict[str, Any] | BadRecord]]  # 1-based line (or row) and what stands there
 
 
-def read_span(file: InputFile, span: Span, max_record_bytes: int) -> Numbered:
-    """Yield (line, record) or (line, BadRecord). Raises MixcptError if the file changed since it was planned."""
+def read_span(file: InputFile, span: Span, max_record_bytes: int, keys: list[str] | None = None) -> Numbered:
+    """Yield (line, record) or (line, BadRecord). Raises MixcptError if the file changed since it was planned.
+
+    `keys`: what will be looked at; columns of parquet and arrow files that are not among them are not read.
+    """
     path = Path(file.path)
     check_unchanged(file)
     if file.format == PARQUET:
-        yield from _parquet_rows(path, span)
+        yield from _parquet_rows(path, span, keys)
     elif file.format == ARROW:
-        yield from _arrow_rows(path)
+        yield from _arrow_rows(path, keys)
     elif file.compression:
         yield from _from_blocks(file, span, decompressed_blocks(path, file.compression), max_record_bytes)
     else:
@@ -98,19 +101,21 @@ def _whole_text(span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> N
         yield span.line, BadRecord("invalid UTF-8", f"byte {span.begin + problem.start + 1} of the file is not UTF-8")
 
 
-def _parquet_rows(path: Path, span: Span) -> Numbered:
+def _parquet_rows(path: Path, span: Span, keys: list[str] | None) -> Numbered:
     import pyarrow.parquet
 
     number = span.line
-    with pyarrow.parquet.ParquetFile(path) as table:
+    # pre_buffer would hold a whole row group in memory.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         for group in range(span.begin, span.end):
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group], use_threads=False):
+            groups = {"row_groups": [group], "columns": keys}
+            for batch in table.iter_batches(batch_size=1024, use_threads=False, **groups):
                 for record in batch.to_pylist():
                     yield number, record
                     number += 1
 
 
-def _arrow_rows(path: Path) -> Numbered:
+def _arrow_rows(path: Path, keys: list[str] | None) -> Numbered:
     import pyarrow
 
     number = 1
@@ -121,6 +126,8 @@ def _arrow_rows(path: Path) -> Numbered:
             opened = pyarrow.ipc.open_file(source)
             batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
         for batch in batches:
+            if keys is not None:
+                batch = batch.select([key for key in keys if key in batch.schema.names])
             for start in range(0, len(batch), 1024):
                 for record in batch.slice(start, 1024).to_pylist():
                     yield number, record

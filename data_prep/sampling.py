@@ -11,13 +11,13 @@ SAMPLE_CHUNKS = 4
 SAMPLE_CHARACTERS = 32_000  # of each chunk
 
 
-def sample_texts(plan: Plan, render: Renderer, max_record_bytes: int) -> Iterator[str]:
+def sample_texts(plan: Plan, render: Renderer, max_record_bytes: int, keys: list[str]) -> Iterator[str]:
     """Texts from the beginnings of a few chunks spread over the source; always the same for the same plan."""
     count = len(plan.chunks)
     for chunk in sorted({count * i // SAMPLE_CHUNKS for i in range(SAMPLE_CHUNKS)} if count else ()):
         left = SAMPLE_CHARACTERS
         span = plan.chunks[chunk][0]
-        for _, record in read_span(plan.files[span.file], span, max_record_bytes):
+        for _, record in read_span(plan.files[span.file], span, max_record_bytes, keys):
             if isinstance(record, BadRecord):
                 continue
             try:

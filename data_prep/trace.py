@@ -76,7 +76,7 @@ def _trace_source(
     for path in sorted({row["file"] for row in rows}):
         wanted = {row["line"]: row for row in rows if row["file"] == path}
         file, spans = scan_file(Path(path), 0, 1 << 22, text_allowed=True)
-        for line, record in _lines(file, spans, set(wanted), config):
+        for line, record in _lines(file, spans, set(wanted), config, source.keys):
             row = wanted[line]
             kind = KIND_NAMES.index(row["kind"])
             where = f"{path}:{line}"
@@ -97,13 +97,13 @@ def _trace_source(
                 findings.problems.append(f"{where}: its flags are not those in the data")
 
 
-def _lines(file: InputFile, spans: list[Span], wanted: set[int], config: Config) -> Any:
+def _lines(file: InputFile, spans: list[Span], wanted: set[int], config: Config, keys: list[str]) -> Any:
     """(line, record) for the wanted lines of a file, without reading spans that hold none of them."""
     ends = [span.line for span in spans[1:]] + [2**63]
     for span, end in zip(spans, ends):
         here = {line for line in wanted if span.line <= line < end}
         if here:
-            for line, record in read_span(file, span, config.max_record_bytes):
+            for line, record in read_span(file, span, config.max_record_bytes, keys):
                 if line in here:
                     yield line, record
 

@@ -48,7 +48,7 @@ def process_chunk(job: Job, chunk: int) -> dict[str, Any]:
     """Write the part of `chunk`; returns its receipt."""
     part = _Part(job, chunk)
     for span in job.plan.chunks[chunk]:
-        for line, record in read_span(job.plan.files[span.file], span, job.max_record_bytes):
+        for line, record in read_span(job.plan.files[span.file], span, job.max_record_bytes, job.source.keys):
             part.take(span.file, line, record)
     return part.finish()
 
@@ -106,7 +106,7 @@ class _Part:
             "records": self._num_records,
             "literals": self._num_literals,
             "blocks": self._blocks,
-            "bad": self._bad,
+            "bad": sorted(self._bad, key=lambda item: (item["file"], item["line"])),
         }
         write_receipt(self._job.folder, self._chunk, receipt)
         return receipt

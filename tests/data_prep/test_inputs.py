@@ -14,7 +14,7 @@ from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.inputs import file_format, resolve_paths
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.streams import decompressed_blocks, split_lines
-from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.errors import BadRecordsError, ConfigError, MixcptError
 from tests.data_prep.conftest import sentences
 from tests.data_prep.helpers import documents_of, load_mix, source_of
 
@@ -26,7 +26,8 @@ def as_parquet(path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=17)
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    pyarrow.parquet.write_table(table, path, row_group_size=17)
 
 
 def as_arrow_file(path: Path) -> None:
@@ -151,6 +152,16 @@ def test_line_numbers_hold_across_chunks(config_values, corpus, monkeypatch):
     preprocess(parse_config(config_values))
     rows = [json.loads(line) for line in (Path(config_values["out"]) / "quarantine.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rows] == [3, 150, 399]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_missing_column_is_quarantined_like_a_missing_key(config_values, tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    source = {**config_values["sources"][0], "paths": [str(path)], "text": "{title} {text}"}
+    config_values["sources"] = [source]
+    with pytest.raises(BadRecordsError, match=r"missing key.*no key 'title'; the record has: text"):
+        preprocess(parse_config(config_values))
 
 
 def test_a_dataset_with_splits_asks_for_one(tmp_path):
