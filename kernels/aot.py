@@ -8,12 +8,14 @@ are aligned; with 2 if the kernels cannot be compiled here (wrong arguments, no 
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +140,6 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     """Compile for compute capability `arch` / 10 with the launch parameters of fused.py."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from megatron_mixcpt.kernels import fused, triton_kernels
 
@@ -149,13 +150,13 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     if variant.ones:
         constants |= {name: 1 for name in ONES if name in function.arg_names}
     signature = {name: _type(name, variant, constants) for name in function.arg_names}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
+    aligned = [
+        index
         for index, name in enumerate(function.arg_names)
         if name in ALIGNED and name not in constants and (variant.aligned or name not in UNALIGNED_IF_ODD)
-    }
+    ]
     options = {} if variant.kernel == "combine" else {"num_warps": fused.NUM_WARPS}
-    source = ASTSource(function, signature, constants, attributes)
+    source = _source(function, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"], Path(triton.__file__).parent)
@@ -174,6 +175,17 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         narrow_stores,
         len(ptx),
     )
+
+
+def _source(function, signature: dict, constants: dict, aligned: list[int]):
+    """What Triton compiles; `aligned` are the positions of the arguments that are multiples of 16."""
+    from triton.backends import compiler
+    from triton.compiler import ASTSource
+
+    if hasattr(compiler, "AttrsDescriptor"):  # until triton 3.2
+        types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        return ASTSource(function, types, constants, compiler.AttrsDescriptor.from_hints({i: 16 for i in aligned}))
+    return ASTSource(function, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
 
 
 def _type(name: str, variant: Variant, constants: dict) -> str:
@@ -229,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_mixcpt.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities times ten")
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 replaces the compiler by an interpreter: unset it", file=sys.stderr)
@@ -238,7 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("error: triton is not installed (pip install triton)", file=sys.stderr)
         return 2
-    reports = [compile_variant(v, arch) for arch in options.arch for v in variants(tuple(options.kernel))]
+    work = [(variant, arch) for arch in options.arch for variant in variants(tuple(options.kernel))]
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        reports = list(pool.map(compile_variant, *zip(*work), chunksize=8))
     print(table(reports))
     failures = [(report, problem) for report in reports for problem in report.problems]
     for report, problem in failures:

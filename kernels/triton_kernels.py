@@ -71,7 +71,7 @@ def _accumulate(
             l_t *= alpha
             l_s *= beta
             if SEPARATE:
-                beta_1, _ = _shrink(m_s, new_s, LOG2_E)
+                beta_1, _moved = _shrink(m_s, new_s, LOG2_E)
                 l_1 *= beta_1
             first = tl.min(tl.where(t == top_t, start + tl.arange(0, BLOCK), 2147483647), 0)
             arg = tl.where(top_t > m_t, first, arg)
@@ -82,7 +82,7 @@ def _accumulate(
             beta, _ = _shrink(m_s, top_s, scale)
             l_s *= beta
             if SEPARATE:
-                beta_1, _ = _shrink(m_s, top_s, LOG2_E)
+                beta_1, _moved = _shrink(m_s, top_s, LOG2_E)
                 l_1 *= beta_1
             m_s = top_s
     s -= tl.where(m_s == -INF, 0.0, m_s)
@@ -212,7 +212,7 @@ def combine_kernel(
     m_s = tl.full([BLOCK], -INF, tl.float32)
     m_t = tl.full([BLOCK], -INF, tl.float32)
     word = shards + token
-    for _ in range(num_shards):
+    for _shard in range(num_shards):  # not `_`: until triton 3.4 all its uses had to be of one type
         m_s = tl.maximum(m_s, tl.load(word + M_S * word_stride, mask=mask, other=0.0))
         if HAS_TEACHER:
             m_t = tl.maximum(m_t, tl.load(word + M_T * word_stride, mask=mask, other=0.0))
@@ -228,13 +228,13 @@ def combine_kernel(
     arg = zeros + INF
     scale = inverse_tau * LOG2_E
     word = shards + token
-    for _ in range(num_shards):
+    for _shard in range(num_shards):
         shard_m_s = tl.load(word + M_S * word_stride, mask=mask, other=0.0)
         beta, moved_s = _shrink(shard_m_s, m_s, scale)
         l_s += beta * tl.load(word + L_S * word_stride, mask=mask, other=0.0)
         s_y = tl.where(s_y == s_y, s_y, tl.load(word + S_Y * word_stride, mask=mask, other=0.0))
         if SEPARATE:
-            beta_1, _ = _shrink(shard_m_s, m_s, LOG2_E)
+            beta_1, _moved = _shrink(shard_m_s, m_s, LOG2_E)
             l_1 += beta_1 * tl.load(word + L_1 * word_stride, mask=mask, other=0.0)
         if HAS_TEACHER:
             shard_m_t = tl.load(word + M_T * word_stride, mask=mask, other=0.0)
