@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 NAME = "convert"
 HELP = """Import a Hugging Face model as a checkpoint, tensor by tensor, without a GPU. It loads into any TP x PP
@@ -49,7 +48,8 @@ def convert(
     from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.progress import tensor_progress
-    from megatron_mixcpt.model.stream import write_weights
+    from megatron_mixcpt.model.stream import read_ahead
+    from megatron_mixcpt.model.stream_write import write_weights
     from megatron_mixcpt.model.tokenizers import extended_vocab_size
 
     source_arch = architecture_from_hf(hf_dir, trust_remote_code)
@@ -59,18 +59,16 @@ def convert(
     claim(out)
     source = open_source(hf_dir)
     check_names(source, source_arch, str(hf_dir))
-    stored = DTYPES[dtype] if dtype else widest(source.dtypes())
+    stored = DTYPES[dtype] if dtype else widest({source.dtype(name) for name in source.names()})
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
     partial.mkdir()
     with tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
-
-        def produce(name: str) -> Any:
-            whole = whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir))
-            done(name)
-            return whole
-
-        write_weights(partial, arch, stored, produce)
+        tensors = read_ahead(
+            whole_shapes(arch),
+            lambda name: whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir)),
+        )
+        files = write_weights(partial, arch, stored, tensors, done)
     (partial / "hf").mkdir()
     write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
     info = {
@@ -81,6 +79,6 @@ def convert(
         "optimizer_step": None,
         "source": {"hf": hf_dir.resolve().name},
     }
-    seal(partial, info)
+    seal(partial, info, files)
     out.rmdir()
     partial.rename(out)

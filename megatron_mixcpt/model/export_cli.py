@@ -35,7 +35,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.origin import find_origin
     from megatron_mixcpt.model.progress import tensor_progress
-    from megatron_mixcpt.model.stream import CheckpointSource
+    from megatron_mixcpt.model.stream import CheckpointSource, read_ahead
     from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
     origin = find_origin(source)
@@ -50,8 +50,8 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
         tensor_progress(f"exporting {source.name}", len(names)) as done,
         SafetensorsWriter(partial, hf_shapes(arch), written) as writer,
     ):
-        for name in names:
-            for part, tensor in zip(hf_names(name), split(name, weights.read(name), arch)):
+        for name, whole in read_ahead(names, weights.read):
+            for part, tensor in zip(hf_names(name), split(name, whole, arch)):
                 writer.write(part, tensor)
             done(name)
     write_metadata(partial, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))

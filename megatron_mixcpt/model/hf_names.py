@@ -3,7 +3,6 @@
 Llama, Mistral, Qwen2 and Qwen3 share these names; a family without biases or q/k norms simply lacks those rows.
 """
 
-import torch
 from torch import Tensor
 
 from megatron_mixcpt.model.architecture import Architecture
@@ -38,23 +37,23 @@ def hf_names(name: str) -> list[str]:
     return [f"model.layers.{layer}.{part}" for part in _LAYER[rest]]
 
 
-def merge(name: str, parts: list[Tensor], arch: Architecture) -> Tensor:
-    """Hugging Face tensors -> the whole tensor `name`."""
-    if "linear_qkv" in name:
-        # [heads * d, ...] each -> group by group: its queries, its key, its value
-        groups = [part.reshape(arch.num_query_groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def places(name: str, whole: Tensor, arch: Architecture) -> list[Tensor]:
+    """Where in the whole tensor `name` each of its Hugging Face tensors lies, as views in the order of `hf_names`.
+
+    A view holds its tensor's numbers in order; of queries, keys and values it is `[groups, rows a group, ...]`.
+    """
+    if "linear_qkv" not in name:
+        return list(whole.chunk(len(hf_names(name))))
+    # Group by group: its queries, its key, its value.
+    groups, d = arch.num_query_groups, arch.head_dim
+    rows = whole.view(groups, -1, *whole.shape[1:])
+    return list(rows.split([arch.num_attention_heads // groups * d, d, d], dim=1))
 
 
 def split(name: str, whole: Tensor, arch: Architecture) -> list[Tensor]:
-    """The inverse of `merge`."""
-    if "linear_qkv" in name:
-        groups, d = arch.num_query_groups, arch.head_dim
-        rows = whole.reshape(groups, -1, *whole.shape[1:])
-        parts = rows.split([arch.num_attention_heads // groups * d, d, d], dim=1)
-        return [part.flatten(0, 1) for part in parts]
-    return list(whole.chunk(len(hf_names(name))))
+    """The Hugging Face tensors of the whole tensor `name`."""
+    views = places(name, whole, arch)
+    return [view.flatten(0, 1) for view in views] if "linear_qkv" in name else views
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.hf_config import gguf_file
-from megatron_mixcpt.model.hf_names import IGNORED_SUFFIXES, hf_names, hf_shapes, merge
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT
+from megatron_mixcpt.model.hf_names import IGNORED_SUFFIXES, hf_names, hf_shapes, places
+from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
 from megatron_mixcpt.model.tensorfiles import MemorySource, PickleSource, SafetensorsSource, TensorSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,15 +64,13 @@ def whole_tensor(source: TensorSource, name: str, arch: Architecture, rows: int,
     """
     source_arch = dataclasses.replace(arch, vocab_size=rows)
     shapes = hf_shapes(source_arch)
-    parts = []
-    for part in hf_names(name):
-        tensor = source.read(part)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise VerificationError(f"{where}: {part} is {tensor.dtype}; weights must be fp32, fp16 or bf16")
-        if tuple(tensor.shape) != shapes[part]:
-            raise VerificationError(f"{where}: {part} is {tuple(tensor.shape)}, its config.json says {shapes[part]}")
-        parts.append(tensor)
-    whole = merge(name, parts, arch)
+    parts = hf_names(name)
+    for part in parts:
+        if source.shape(part) != shapes[part]:
+            raise VerificationError(f"{where}: {part} is {source.shape(part)}, its config.json says {shapes[part]}")
+    whole = torch.empty(whole_shapes(source_arch)[name], dtype=widest({source.dtype(part) for part in parts}))
+    for part, place in zip(parts, places(name, whole, arch)):
+        source.read_into(part, place)
     if name in (EMBEDDING, OUTPUT) and arch.vocab_size > rows:
         mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
         whole = torch.cat([whole, mean.expand(arch.vocab_size - rows, -1)])

@@ -20,13 +20,16 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class TensorSource(Protocol):
-    """Named tensors on the CPU."""
+    """Named tensors in fp32, fp16 or bf16; what else is asked of raises VerificationError."""
 
     def names(self) -> set[str]: ...
 
-    def dtypes(self) -> set[torch.dtype]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read_into(self, name: str, place: Tensor) -> None:
+        """Fill `place`, of as many elements on the CPU, with the tensor's numbers in order."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +92,27 @@ class SafetensorsSource:
     def names(self) -> set[str]:
         return set(self._entries)
 
-    def dtypes(self) -> set[torch.dtype]:
-        """Types of the tensors, from the headers alone. Raises VerificationError where one is not a weight's."""
-        return {self._dtype(name) for name in self._entries}
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name].shape)
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise VerificationError(f"{entry.path}: {name} is {entry.dtype}; weights must be fp32, fp16 or bf16")
         return _DTYPES[entry.dtype]
 
-    def read(self, name: str) -> Tensor:
+    def read_into(self, name: str, place: Tensor) -> None:
         # Read, not mapped as the safetensors package would: mapped pages count as this process's memory while the
         # tensor lives, and come in one fault at a time.
-        entry, dtype = self._entries[name], self._dtype(name)
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        entry, dtype = self._entries[name], self.dtype(name)
+        direct = place.dtype == dtype and place.is_contiguous()
+        target = place if direct else torch.empty(place.shape, dtype=dtype)
         with open(entry.path, "rb") as file:
             file.seek(entry.begin)
-            if file.readinto(data.numpy().data) != len(data):
+            if file.readinto(target.view(-1).view(torch.uint8).numpy().data) != entry.end - entry.begin:
                 raise VerificationError(f"{entry.path} is truncated: copy or download it again")
-        return data.view(dtype).view(entry.shape)
+        if not direct:
+            place.copy_(target)
 
 
 class MemorySource:
@@ -120,11 +124,17 @@ class MemorySource:
     def names(self) -> set[str]:
         return set(self._tensors)
 
-    def dtypes(self) -> set[torch.dtype]:
-        return {tensor.dtype for tensor in self._tensors.values()}
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self._tensors[name].dtype
+        if dtype not in _DTYPE_NAMES:
+            raise VerificationError(f"{name} is {dtype}; weights must be fp32, fp16 or bf16")
+        return dtype
+
+    def read_into(self, name: str, place: Tensor) -> None:
+        place.copy_(self._tensors[name].view(place.shape))
 
 
 class PickleSource(MemorySource):

@@ -1,0 +1,148 @@
+"""Speed and memory of `mixcpt convert` and `mixcpt export` against the disk's own copy of the same files.
+
+    python benchmarks/convert_cpu.py [--gigabytes 1.2] [--rounds 3] [--out benchmarks/results/convert_cpu.md]
+
+Each round copies the model's files (read, write, fsync), converts them and exports them back, in turn, so that a slow
+minute of the machine hits all three alike; ratios are medians of the rounds' ratios. Every conversion runs in a process
+of its own, whose peak memory is its high-water mark (VmHWM); its time leaves out starting Python and importing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.hf_config import config_dict
+from megatron_mixcpt.model.hf_names import hf_shapes
+from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
+
+SHAPE = Architecture(
+    num_layers=1,
+    hidden_size=1024,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    num_query_groups=8,
+    head_dim=64,
+    vocab_size=32000,
+)
+SPEED_AIM = 0.7  # of the copy's rate
+MEMORY_AIM = "largest tensor x 3 + 600 MB"
+
+MEASURED = r"""
+import json, re, resource, sys, time
+from pathlib import Path
+from megatron_mixcpt.model.convert_cli import convert
+from megatron_mixcpt.model.export_cli import export
+import megatron_mixcpt.model.hf_weights, megatron_mixcpt.model.origin, megatron_mixcpt.model.stream_write
+from megatron_mixcpt.model.hf_config import load_config
+if sys.argv[1] == "convert":
+    load_config(sys.argv[2])  # transformers imports the rest of itself when it first reads a configuration
+def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+began, spent = time.perf_counter(), cpu()
+{"convert": convert, "export": export}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+seconds, spent = time.perf_counter() - began, cpu() - spent
+peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+print(json.dumps({"seconds": seconds, "cpu": spent, "peak": peak}))
+"""
+
+
+def write_model(folder: Path, gigabytes: float) -> int:
+    """A random bf16 Llama of about that size in shards of 256 MB; returns the bytes of its largest tensor."""
+    layer = dataclasses.replace(SHAPE, num_layers=2).num_parameters - SHAPE.num_parameters
+    arch = dataclasses.replace(SHAPE, num_layers=round((gigabytes * 2**30 / 2 - SHAPE.num_parameters) / layer) + 1)
+    shapes = hf_shapes(arch)
+    with SafetensorsWriter(folder, shapes, torch.bfloat16, shard_bytes=256 * 2**20) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, torch.randn(shape, dtype=torch.bfloat16))
+    (folder / "config.json").write_text(json.dumps(config_dict(arch) | {"dtype": "bfloat16"}))
+    return max(2 * torch.Size(shape).numel() for shape in shapes.values())
+
+
+def copy(source: Path, out: Path) -> dict[str, float]:
+    """Copy the files onto the disk."""
+    out.mkdir()
+    began, spent = time.perf_counter(), time.process_time()
+    for path in source.iterdir():
+        shutil.copyfile(path, out / path.name)
+        with open(out / path.name, "rb") as file:
+            os.fsync(file.fileno())
+    return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - spent, "peak": 0.0}
+
+
+def measured(command: str, source: Path, out: Path) -> dict[str, float]:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURED, command, str(source), str(out)],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    rows: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "hf").mkdir()
+        largest = write_model(folder / "hf", args.gigabytes)
+        size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
+        for _ in range(args.rounds):
+            row = {"copy": copy(folder / "hf", folder / "copy")}
+            row["convert"] = measured("convert", folder / "hf", folder / "ckpt")
+            row["export"] = measured("export", folder / "ckpt", folder / "out")
+            rows.append(row)
+            for made in ("copy", "ckpt", "out"):
+                shutil.rmtree(folder / made)
+    table = report(rows, size, largest)
+    print(table)
+    if args.out:
+        args.out.write_text(table)
+
+
+def report(rows: list[dict[str, dict[str, float]]], size: int, largest: int) -> str:
+    allowed = 3 * largest + 600 * 2**20
+    lines = [
+        "# Converting and exporting against copying",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}; "
+        f"{size / 2**30:.2f} GB of bf16 weights, largest tensor {largest / 2**20:.0f} MB, {len(rows)} rounds.",
+        "",
+        "| | MB/s | share of the copy's rate | CPU seconds | peak memory MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ("copy", "convert", "export"):
+        rate = statistics.median(size / 2**20 / row[name]["seconds"] for row in rows)
+        share = statistics.median(row["copy"]["seconds"] / row[name]["seconds"] for row in rows)
+        cpu = statistics.median(row[name]["cpu"] for row in rows)
+        peak = max(row[name]["peak"] for row in rows) / 2**20
+        lines.append(f"| {name} | {rate:.0f} | {share:.2f} | {cpu:.1f} | {f'{peak:.0f}' if peak else ''} |")
+    lines += [
+        "",
+        f"Aims: at least {SPEED_AIM:.0%} of the copy's rate; peak at most {MEMORY_AIM} = {allowed / 2**20:.0f} MB.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
