@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ class MetricsFile:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._full = False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Append a row. A full disk does not end training: rows wait in memory until there is room."""
+        self._unwritten += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                print(f"warning: {self._path} cannot be written, its rows wait in memory: {error}", file=sys.stderr)
+            self._full = True
 
     def close(self) -> None:
         self._file.close()
