@@ -11,7 +11,7 @@ OUT ?= runs/demo
 NPROC ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu preprocess train bench bench-gpu aot lint clean
+.PHONY: help install demo test test-faults test-gpu preprocess train bench bench-gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -34,6 +34,9 @@ demo: install ## adapt a real model on this CPU and report what it learned and f
 
 test: install ## run all tests that need no GPU (ARGS='-k layouts -x')
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: install ## the fault tests with their full counts; writes the figures of docs/reliability.md (about half an hour)
+	@MIXCPT_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU
 	@$(BIN)/python -m pytest tests/gpu tests/kernels $(ARGS)

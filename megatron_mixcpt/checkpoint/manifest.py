@@ -72,6 +72,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerificationError(f"{path}: missing") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise VerificationError(f"{path}: cannot be read: {error}") from None
+    if path.is_symlink():
+        raise VerificationError(f"{path}: a link, not the file that was written")
     if not isinstance(content, dict) or content.pop("hash", None) is None or _render(content) != text:
         raise VerificationError(f"{path}: does not match its own hash")
     if content.get("format") != FORMAT:
@@ -98,6 +100,8 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def _compare(path: Path, expected: Entry) -> str | None:
+    if path.is_symlink():
+        return f"{path}: a link, not the file that was written"
     try:
         size = path.stat().st_size
         if size != expected["size"]:

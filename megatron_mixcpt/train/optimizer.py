@@ -37,11 +37,10 @@ def optimizer_step(
 ) -> float:
     """Clip and apply the finished gradients at step `step`'s learning rate; returns the gradient norm before clipping.
 
-    Where `admits(norm)` is false, no weight changes. Every rank of the data- and model-parallel group sees the same
-    norm, so all decide alike.
+    Where `admits(norm)` is false, no weight changes. Every rank sees the same norm, so all decide alike.
     """
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = agreed_norm(float(optimizer.get_grad_norm()))
     if not admits(norm):
         return norm
     if config.clip_grad > 0.0:
@@ -52,3 +51,18 @@ def optimizer_step(
         group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def agreed_norm(norm: float) -> float:
+    """Collective: the largest norm of all ranks, or NaN where one of them is not finite.
+
+    Megatron compares norms within one model replica only. Replicas have equal gradients after their reduction, unless
+    a device or link failed, which would go on as two different models.
+    """
+    finite = math.isfinite(norm)
+    message = torch.tensor(
+        [norm if finite else 0.0, not finite], dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    torch.distributed.all_reduce(message, op=torch.distributed.ReduceOp.MAX)
+    largest, bad = message.tolist()
+    return math.nan if bad else largest

@@ -21,6 +21,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.model.hf import load_hf
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
@@ -47,11 +48,16 @@ class Parts:
 def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     """Read what the configuration points at and check that the parts fit; opens no weights.
 
-    Raises ConfigError naming the key to change.
+    Tokens that the data's tokenizer adds to the model's own become new rows of the embedding.
+
+    Raises ConfigError naming the key to change, and VerificationError where the data was made with another tokenizer.
     """
     mix = reweighted(read_mix(config.data.mix, config.data.seq_length), config.data.weights)
     if config.model.hf is not None:
         arch = architecture_from_hf(config.model.hf)
+        if mix.tokenizer_dir.is_dir():
+            rows = extended_vocab_size(config.model.hf, mix.tokenizer_dir, arch.vocab_size)
+            arch = dataclasses.replace(arch, vocab_size=rows)
     else:
         if config.model.preset not in PRESETS:
             raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")

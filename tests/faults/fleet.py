@@ -122,7 +122,8 @@ def write_config(path, values):
 def metrics(run_dir, name):
     """`{step: value}` of a metric."""
     path = Path(run_dir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
     return {row["step"]: row[name] for row in rows if name in row}
 
 

@@ -1,0 +1,66 @@
+"""A rank that hangs or dies takes the others with it, in time, and every rank says where it stood."""
+
+import os
+import signal
+import time
+
+import torch
+
+from megatron_mixcpt.checkpoint.store import list_checkpoints
+from tests.faults.conftest import run_settings
+from tests.faults.fleet import Fleet, metrics, timed, write_config
+
+TIMEOUT = 8.0  # seconds without progress
+
+
+def at_step(number, action, *arguments):
+    """Do something in the middle of the `number`-th training step of this process."""
+    from megatron_mixcpt.train.step import ForwardBackward
+
+    original, seen = ForwardBackward._forward_step, 0
+
+    def wrapped(self, batches, model, *, totals):
+        nonlocal seen
+        if torch.is_grad_enabled() and self.num_sources > 1:  # not validation
+            seen += 1
+            if seen == number:
+                action(*arguments)
+        return original(self, batches, model, totals=totals)
+
+    ForwardBackward._forward_step = wrapped
+
+
+def hang():
+    time.sleep(3600)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_hanging_rank_ends_all_ranks_and_leaves_all_stacks(tmp_path, mix, record):
+    values = run_settings(mix, tmp_path / "run", train={"timeout_minutes": TIMEOUT / 60})
+    fleet = Fleet(write_config(tmp_path / "train.yaml", values), ranks=2, faults={1: (at_step, 9, hang)})
+    fleet.until(lambda: metrics(tmp_path / "run", "train/loss"))
+    with timed() as took:
+        codes = fleet.wait()
+    assert codes == [1, 1], fleet.output()
+    assert "rank 1: no progress for" in fleet.output()
+    stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
+    assert sorted(stacks) == ["rank_00000.txt", "rank_00001.txt"]
+    assert "in hang" in stacks["rank_00001.txt"] and "in hang" not in stacks["rank_00000.txt"]
+    assert all("loop.py" in text for text in stacks.values())
+    record("one rank hangs", "all end, stacks of every rank", f"2/2 ranks, {took['seconds']:.0f} s at a timeout of 8 s")
+
+
+def test_a_dead_rank_ends_the_others_in_time(tmp_path, mix, record):
+    values = run_settings(mix, tmp_path / "run")
+    fleet = Fleet(write_config(tmp_path / "train.yaml", values), ranks=2, faults={1: (at_step, 9, die)})
+    fleet.until(lambda: fleet.processes[1].exitcode is not None)
+    with timed() as took:
+        codes = fleet.wait(60)
+    assert codes == [1, -signal.SIGKILL], fleet.output()
+    assert "error: lost contact with another rank" in fleet.output() and "Traceback" not in fleet.output()
+    assert "loop.py" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+    record("one rank is killed", "all end within the timeout", f"after {took['seconds']:.1f} s")
