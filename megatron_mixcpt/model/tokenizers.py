@@ -9,6 +9,8 @@ import xxhash
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.model.hf_config import gguf_file
 
+FILES = ("tokenizer.json", "tokenizer.model")  # either says all about ids
+
 
 def _definition(folder: Path) -> dict[str, Any]:
     """The fast tokenizer of a Hugging Face directory as the JSON of its tokenizer.json."""
@@ -23,6 +25,10 @@ def _definition(folder: Path) -> dict[str, Any]:
         return json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises many kinds
         raise ConfigError(f"{folder}: transformers cannot open its tokenizer: {error}") from error
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
@@ -43,6 +49,8 @@ def extended_vocab_size(hf_dir: str | Path, tokenizer_dir: str | Path, vocab_siz
     Raises:
         VerificationError: it gives some piece of text other ids than the model was trained with; both hashes are named.
     """
+    if any(_same_file(Path(hf_dir) / name, Path(tokenizer_dir) / name) for name in FILES):
+        return vocab_size
     own, other = _definition(Path(hf_dir)), _definition(Path(tokenizer_dir))
     vocabulary, extended = _vocabulary(own), _vocabulary(other)
     same_rules = all(own.get(part) == other.get(part) for part in ("normalizer", "pre_tokenizer"))

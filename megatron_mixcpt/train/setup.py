@@ -21,8 +21,8 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
-from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.model.hf import load_hf
+from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
 from megatron_mixcpt.teacher import InitialTeacher

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -94,6 +95,38 @@ def test_a_run_whose_base_is_gone_says_so(folder, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
+def with_tokenizer(folder, out, **tokenizer):
+    """A configuration whose mixture was made with another tokenizer than the base model's."""
+    shutil.copytree(folder / "data", out / "data")
+    shutil.rmtree(out / "data/tokenizer")
+    mix = json.loads((out / "data/mix.json").read_text())
+    mix["tokenizer"]["vocab_size"] = make_tokenizer(out / "data/tokenizer", **tokenizer)
+    (out / "data/mix.json").write_text(json.dumps(mix))
+    config = yaml.safe_load((folder / "train.yaml").read_text())
+    config |= {"data": {"mix": str(out / "data/mix.json")}, "run_dir": str(out / "run")}
+    (out / "train.yaml").write_text(yaml.safe_dump(config))
+    return out / "train.yaml"
+
+
+def test_tokens_added_by_the_data_become_rows_of_the_model(folder, tmp_path):
+    config = with_tokenizer(folder, tmp_path, added=["<gene>", "<drug>"])
+    assert main(["train", str(config)]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    before, after = (read_all(path)["model.embed_tokens.weight"] for path in (folder / "base", tmp_path / "out"))
+    assert len(after) == len(before) + 2
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("<drug>", return_tensors="pt")["input_ids"]
+    assert tokens.tolist() == [[len(after) - 1]]
+
+
+def test_data_of_another_tokenizer_is_refused_with_both_hashes(folder, tmp_path, capsys):
+    config = with_tokenizer(folder, tmp_path, merges=("a b", "c d"))
+    assert main(["train", str(config)]) == 3
+    error = capsys.readouterr().err
+    assert "has another id" in error and len(re.findall(r"\b[0-9a-f]{32}\b", error)) == 2
 
 
 def test_eval_repeats_the_runs_own_validation_and_agrees_with_the_export(folder, exported, tmp_path):
