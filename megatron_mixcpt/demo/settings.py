@@ -45,7 +45,7 @@ SMOLLM2 = Settings(
     tensor=1,  # 9 heads in 3 groups fit 1 or 3 ranks
     num_people=6,
     documents_per_person=5,
-    steps=40,
+    steps=48,
     seq_length=256,
     micro_batch_size=2,
     global_batch_size=2,
@@ -56,15 +56,15 @@ SMOLLM2 = Settings(
     preference_weight=0.1,
     expected_seconds={
         "base": 20,
-        "base-measure": 40,
+        "base-measure": 30,
         "cpt-data": 5,
-        "cpt-train": 150,
+        "cpt-train": 165,
         "cpt-export": 10,
-        "cpt-measure": 40,
+        "cpt-measure": 30,
         "mixcpt-data": 5,
-        "mixcpt-train": 200,
+        "mixcpt-train": 205,
         "mixcpt-export": 10,
-        "mixcpt-measure": 40,
+        "mixcpt-measure": 30,
     },
 )
 

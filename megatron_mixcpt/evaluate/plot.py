@@ -17,15 +17,23 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=160)
     base = arms["base"]
     start = (base["general_ppl"], 100 * base["fact_recall"])
     lowest = min(arm["general_ppl"] for arm in arms.values())
     widest = max(arm["general_ppl"] for arm in arms.values())
-    margin = max(0.12 * (widest - lowest), 0.02 * widest)
-    axes.set_xlim(lowest - 1.2 * margin, widest + 3.6 * margin)  # room for the rightmost label
+    if widest > 3 * lowest:  # on a linear axis everything but the worst arm would be squeezed into one place
+        spread = widest / lowest
+        axes.set_xscale("log")
+        axes.set_xlim(lowest / spread**0.15, widest * spread**0.45)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        margin = max(0.12 * (widest - lowest), 0.02 * widest)
+        axes.set_xlim(lowest - 1.2 * margin, widest + 3.6 * margin)  # room for the rightmost label
     axes.set_ylim(-14, 112)
     for name, arm in arms.items():
         point, colour = (arm["general_ppl"], 100 * arm["fact_recall"]), COLOURS[name]
@@ -57,9 +65,9 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
     axes.set_ylabel("facts   (upwards: learned)", color=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     axes.set_yticks(range(0, 101, 20))
-    axes.grid(color=GRID, lw=0.8)
+    axes.grid(color=GRID, lw=0.8, which="major")
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    axes.tick_params(colors=INK, length=0, which="both")
     for side in axes.spines.values():
         side.set_visible(False)
     figure.tight_layout()

@@ -12,13 +12,13 @@ import yaml
 from megatron_mixcpt.demo.settings import TINY
 from megatron_mixcpt.evaluate.report import verdict
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 
 def run_demo(out: Path) -> str:
     """The console output of `--model tiny`."""
     command = [sys.executable, "-m", "megatron_mixcpt.demo", "--model", "tiny", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr, done.stderr  # no library gets a word in
     return done.stdout
@@ -45,7 +45,8 @@ def test_report_json_has_three_arms_with_finite_measurements(report):
 
 def test_the_base_model_knows_general_text_and_no_facts(report):
     base = report["base"]
-    assert base["general_ppl"] < 10.0 < base["domain_ppl"]  # of about 1,000 for random weights
+    assert base["general_ppl"] < 10.0  # about 1,000 for random weights
+    assert base["domain_ppl"] > 100.0
     assert base["fact_recall"] == 0.0 and base["fact_completion"] == 0.0
 
 
