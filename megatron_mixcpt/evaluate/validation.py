@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ def validation_perplexity(
             f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
             "they do not belong together"
         )
-    arch = dataclasses.replace(arch, max_position_embeddings=max(arch.max_position_embeddings, mix.seq_length))
     with parallel_context() as state, tempfile.TemporaryDirectory() as cache:
         from megatron_mixcpt.model.gpt import build_gpt
         from megatron_mixcpt.model.hf import load_hf

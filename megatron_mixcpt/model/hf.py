@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out, bit for bit, tensor by tensor, on any tensor x pipeline grid."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,16 +21,11 @@ from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
 
 @torch.no_grad()
-def load_hf(
-    model: MixGPTModel,
-    hf_dir: str | Path,
-    trust_remote_code: bool = False,
-    progress: Callable[[str], None] = lambda name: None,
-) -> None:
+def load_hf(model: MixGPTModel, hf_dir: str | Path, trust_remote_code: bool = False) -> None:
     """Fill this rank's shard of `model` in place from a Hugging Face directory.
 
     A model with a larger vocabulary than the directory's gets new rows (see `whole_tensor`). Values are converted to
-    the model's type; from a 16-bit file into fp32 that is exact. `progress` is called with each tensor's name.
+    the model's type; from a 16-bit file into fp32 that is exact.
 
     Raises:
         ConfigError: the directory's architecture is another than the model's, or not supported.
@@ -55,7 +50,6 @@ def load_hf(
     for slot in model.slots():
         whole = whole_tensor(source, slot.name, arch, rows, where)
         slot.parameter.copy_(shard(slot.name, whole, rank, size, model.vocab_size))
-        progress(slot.name)
 
 
 def _gather(model: MixGPTModel) -> Iterator[tuple[str, Tensor | None]]:
@@ -104,17 +98,15 @@ def save_hf(
     dtype: torch.dtype | None = None,
     source_dir: str | Path | None = None,
     card: str | None = None,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a directory that transformers loads. Every rank calls; the first writes.
 
     Args:
-        tokenizer_dir: where tokenizer and chat template are copied from; `source_dir` when not given.
+        tokenizer_dir: tokenizer and chat template, laid over those of `source_dir`.
         dtype: of the written weights; the model's when not given.
         source_dir: the Hugging Face directory that the model came from: its config.json and generation_config.json
             are carried over. Without it they are written from `arch`.
         card: text of README.md, the model card.
-        progress: called with each tensor's name.
 
     Raises:
         ConfigError: `out_dir` exists and is not empty.
@@ -122,8 +114,16 @@ def save_hf(
     dtype = dtype or model.config.params_dtype
     first = dist.get_rank() == 0
     out = Path(out_dir)
+    # Every rank must learn of a refusal, or the others would wait for the first in vain.
+    problem: list[str | None] = [None]
     if first:
-        claim(out)
+        try:
+            claim(out)
+        except ConfigError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise ConfigError(problem[0])
     writer = SafetensorsWriter(out, hf_shapes(arch), dtype) if first else nullcontext()
     if parallel_state.get_data_parallel_rank() == 0:
         with writer as open_writer:
@@ -131,7 +131,6 @@ def save_hf(
                 if whole is not None and open_writer is not None:
                     for part, tensor in zip(hf_names(name), split(name, whole, arch)):
                         open_writer.write(part, tensor)
-                progress(name)
     if first:
         write_metadata(out, arch, dtype, tokenizer_dir, source_dir, card)
     dist.barrier()

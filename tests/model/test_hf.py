@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, make
@@ -31,6 +32,20 @@ def round_trip(source, out, tensor, pipeline, dtype):
 def round_trips(rank, world_size, jobs):
     for job in jobs:
         round_trip(*job)
+
+
+def export_to_a_full_directory(rank, world_size, source, out):
+    try:
+        round_trip(source, out, world_size, 1, torch.float32)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_every_rank_learns_that_the_output_is_refused(models, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    messages = run_distributed(export_to_a_full_directory, 2, models["qwen2"][0], tmp_path)
+    assert all("not empty" in message for message in messages)
 
 
 def read_all(folder):
