@@ -38,7 +38,8 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Run all stages that are not yet done and write the report; returns the measurements of the three models."""
         settings, folder, console = self.settings, self.folder, self.console
-        texts, base = folder / "texts", folder / "base"
+        # One base a model: a folder may see `--model tiny` after `--model smollm2` and the other way round.
+        texts, base = folder / "texts", folder / f"base-{settings.model}"
         console.heading("Texts and base model")
         done: dict[str, Done] = {}
         # Quick enough to be done every time: what follows then depends on the texts themselves.

@@ -24,9 +24,11 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
     start = (base["general_ppl"], 100 * base["fact_recall"])
     lowest = min(arm["general_ppl"] for arm in arms.values())
     widest = max(arm["general_ppl"] for arm in arms.values())
+    scale = ""
     if widest > 3 * lowest:  # on a linear axis everything but the worst arm would be squeezed into one place
         spread = widest / lowest
         axes.set_xscale("log")
+        scale = ", logarithmic"
         axes.set_xlim(lowest / spread**0.15, widest * spread**0.45)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -61,7 +63,7 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
     axes.scatter([], [], s=70, facecolors="white", edgecolors=INK, linewidths=1.6, label="training sentences completed")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=32)
-    axes.set_xlabel("perplexity on general text that nobody trained on   (to the right: forgotten)", color=INK)
+    axes.set_xlabel(f"perplexity on general text that nobody trained on{scale}   (to the right: forgotten)", color=INK)
     axes.set_ylabel("facts   (upwards: learned)", color=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     axes.set_yticks(range(0, 101, 20))
