@@ -50,7 +50,7 @@ class Source(Strict):
 
     min_tokens: int = Field(default=0, ge=0)
     max_tokens: int | None = Field(default=None, gt=0)
-    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
 
     @field_validator("name")
     @classmethod

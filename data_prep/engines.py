@@ -43,19 +43,35 @@ class SentencePieceEngine:
 
 
 class FastEngine:
-    """The `fastokens` library: many times quicker, used only after it agreed with the reference."""
+    """The `fastokens` library: many times quicker, used only after it agreed with the reference.
+
+    It refuses some texts that the reference takes (bytes that a vocabulary has no token for). Those, and only those, go
+    to the reference.
+    """
 
     name = "fastokens"
 
-    def __init__(self, definition: str) -> None:
+    def __init__(self, definition: str, reference: Engine) -> None:
         """`definition`: the text of a tokenizer.json. Raises whatever the library raises for one it does not know."""
         import fastokens
 
         self._backend = fastokens.Tokenizer.from_json_str(definition)
+        self._reference = reference
+        self.num_refused = 0
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._backend.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
-        return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8").astype(np.int64)
+        try:
+            ids, offsets = self._backend.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
+            return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8").astype(np.int64)
+        except ValueError:
+            if len(texts) == 1:
+                self.num_refused += 1
+                return self._reference.encode(texts)
+        # Halve until the refused text is alone: a few quick calls, whatever the size of the batch.
+        half = len(texts) // 2
+        first, first_at = self.encode(texts[:half])
+        second, second_at = self.encode(texts[half:])
+        return np.concatenate([first, second]), np.concatenate([first_at, second_at[1:] + first_at[-1]])
 
 
 def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -121,12 +137,12 @@ def adversarial_texts(control: Iterable[str], count: int = 300) -> list[str]:
     return fixed
 
 
-def load_fast_engine(definition: str | None) -> FastEngine | str:
+def load_fast_engine(definition: str | None, reference: Engine) -> FastEngine | str:
     """The fast engine for a tokenizer.json, or the reason in words why there is none."""
     if definition is None:
         return "there is none for this kind of tokenizer"
     try:
-        return FastEngine(definition)
+        return FastEngine(definition, reference)
     except ImportError:
         return "the package fastokens is not installed"
     except Exception as error:  # whatever it cannot read

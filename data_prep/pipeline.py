@@ -192,7 +192,7 @@ class Workbench:
     def fast(self) -> FastEngine | str:
         """The fast engine, or why there is none."""
         if self._fast is None:
-            self._fast = load_fast_engine(self.prepared.tokenizer.definition)
+            self._fast = load_fast_engine(self.prepared.tokenizer.definition, self.prepared.tokenizer.engine)
         return self._fast
 
     @property

@@ -107,14 +107,34 @@ def test_control_strings_are_encoded_as_text(request, name):
     assert literal_counter(tokenizer.control)(["no control here < | <x|"]) == 0
 
 
+def fast_engine_of(folder):
+    tokenizer = load_tokenizer(folder)
+    return load_fast_engine(tokenizer.definition, tokenizer.engine)
+
+
+def test_a_text_that_the_fast_engine_refuses_goes_to_the_reference(tokenizer_dir, tmp_path):
+    """A byte-level vocabulary may lack bytes: the reference leaves them out, the fast engine raises."""
+    folder = tmp_path / "gap"
+    shutil.copytree(tokenizer_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["unused"] = vocabulary.pop("\u0113")  # how byte-level BPE spells byte 0x13
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer, fast = load_tokenizer(folder), fast_engine_of(folder)
+    texts = [*sentences(9), "a\x13b", *sentences(30, seed=3), "\x13", "c"]
+    assert first_difference(tokenizer.engine, fast, texts) is None
+    assert fast.num_refused == 2
+    assert disagreement(tokenizer.engine, fast, adversarial_texts(tokenizer.control)) is None
+
+
 def test_a_tokenizer_that_the_fast_engine_does_not_know_is_left_to_the_reference(metaspace_dir):
-    assert "does not know this tokenizer" in load_fast_engine(load_tokenizer(metaspace_dir).definition)
-    assert "none for this kind" in load_fast_engine(None)
+    assert "does not know this tokenizer" in fast_engine_of(metaspace_dir)
+    assert "none for this kind" in load_fast_engine(None, load_tokenizer(metaspace_dir).engine)
 
 
 def test_the_fast_engine_agrees_on_random_documents(tokenizer_dir):
     tokenizer = load_tokenizer(tokenizer_dir)
-    fast = FastEngine(tokenizer.definition)
+    fast = fast_engine_of(tokenizer_dir)
     rng = random.Random(6)
     pool = [*sentences(200, seed=4), *adversarial_texts(tokenizer.control)]
     texts = ["".join(rng.choices(pool, k=rng.randint(1, 5)))[: rng.randint(1, 400)] for _ in range(1500)]
