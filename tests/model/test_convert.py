@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
@@ -329,6 +330,7 @@ def test_a_damaged_checkpoint_is_told(source, tmp_path, capsys):
 
 MEASURED = r"""
 import re, sys
+from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
 code = main(sys.argv[1:])
 # Not getrusage: its peak survives exec, so it may be the test process's own.
@@ -345,22 +347,10 @@ def peak_bytes(*arguments):
 
 @pytest.mark.slow
 def test_memory_follows_the_largest_tensor_not_the_model(tmp_path):
-    """1.3 GB of weights, the largest tensor 64 MB: peak <= 3 x 64 MB + 600 MB, both ways."""
-    make(
-        "llama-untied",
-        tmp_path / "in",
-        dtype=torch.bfloat16,
-        shard_size="300MB",
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        initializer_range=0.02,
-    )
+    """1.1 GB of weights, the largest tensor 62 MB: peak <= 3 x 62 MB + 600 MB, both ways."""
+    (tmp_path / "in").mkdir()
+    largest = write_model(tmp_path / "in", gigabytes=1.1)
     weights = sum(path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors"))
-    largest = 32000 * 1024 * 2
     allowed = 3 * largest + 600 * 2**20
     assert weights > allowed * 1.2, "the model must not fit into what is allowed"
     assert peak_bytes("convert", "--hf", tmp_path / "in", "--out", tmp_path / "ckpt") <= allowed

@@ -91,6 +91,26 @@ def test_one_process_round_trip_keeps_every_bit(models, name, tmp_path):
     assert_same_bits(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "name, heads, groups, head_dim", [("qwen2", 5, 1, 6), ("qwen3", 9, 3, 10), ("mistral", 7, 7, 4)]
+)
+def test_odd_heads_keep_every_bit_and_every_logit(name, heads, groups, head_dim, tmp_path):
+    family = {"qwen3": "qwen3-multi-query", "mistral": "mistral-window"}.get(name, name)
+    changes = {"num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": 131}
+    if name == "qwen2":  # which has no head_dim of its own
+        changes["hidden_size"] = heads * head_dim
+    else:
+        changes["head_dim"] = head_dim
+    reference = make(family, tmp_path / "in", **changes)
+    round_trip(tmp_path / "in", tmp_path / "out", 1, 1, torch.float32)
+    assert_same_bits(tmp_path / "in", tmp_path / "out")
+    tokens = tokens_of(reference)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    actual = our_logits(tmp_path / "in", tokens, torch.zeros(tokens.shape, dtype=torch.bool))
+    assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", FAMILIES)
