@@ -140,8 +140,9 @@ def _layer_bytes(arch: Architecture, config: Config, seq_length: int) -> int:
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
-    """Student and teacher logits, or student logits and their gradient: two tensors either way."""
+    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.loss.fuse_lm_head:
         return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
-    return 2 * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
+    copies = 2 if config.train.dtype == "fp32" else 3
+    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]

@@ -40,6 +40,7 @@ def _run(arguments, environment, log, fault):
     sys.stderr = os.fdopen(2, "w", buffering=1)
     from megatron_mixcpt.cli import main
 
+    multiprocessing.current_process()._config["daemon"] = False  # a rank may start data workers
     if fault is not None:
         function, *rest = fault
         function(*rest)

@@ -1,0 +1,99 @@
+"""What cannot work is refused before the data starts, with the key to change."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.doctor import _clock, examine
+from tests.faults.conftest import STEPS, run_settings
+from tests.faults.fleet import finish, metrics, write_config
+from tests.faults.test_hangs import at_step
+from tests.helpers.corpus import write_mix
+
+
+def limit_memory(extra):
+    """Let this process have `extra` bytes more than it has."""
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, size + extra))
+
+
+def test_what_does_not_fit_in_memory_is_told_before_the_data_starts(tmp_path, mix, record):
+    train = {"micro_batch_size": 2048, "global_batch_size": 2048}
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run", train=train))
+    output = finish(config, faults={0: (limit_memory, 600 << 20)}, code=2)
+    assert "out of memory in a trial step with train.micro_batch_size=2048 x 16 tokens" in output
+    assert "train.recompute=full" in output and "Traceback" not in output
+    assert not (tmp_path / "run" / "index_cache").exists()
+    record("out of memory", "told in a trial step before the data, with the keys to change", "told")
+
+
+def kill_data_workers():
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_data_workers_change_nothing_and_their_death_is_explained(tmp_path, mix, straight):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, run, data={"mix": str(mix), "num_workers": 1}))
+    output = finish(config, faults={0: (at_step, 29, kill_data_workers)}, code=1)
+    assert "error: a data loader process died" in output and "data.num_workers=0" in output
+    finish(config, "data.num_workers=0")
+    assert metrics(run, "train/loss") == straight[1]
+
+
+def test_a_truncated_data_file_is_refused(tmp_path):
+    mix = write_mix(tmp_path / "data", seq_length=16, vocab_size=120)
+    os.truncate(tmp_path / "data" / "facts-train.bin", 100)
+    output = finish(write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run")), code=2)
+    assert "facts-train.bin has 100 bytes" in output and "it is truncated" in output and "Traceback" not in output
+
+
+def test_another_tokenizer_than_the_models_is_refused(tmp_path, capsys):
+    mix = write_mix(tmp_path / "data", vocab_size=4)
+    hf = tmp_path / "hf"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for folder, words in ((hf, "a b c d"), (tmp_path / "data" / "tokenizer", "a c b d")):
+        folder.mkdir()
+        vocabulary = {word: number for number, word in enumerate(words.split())}
+        Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(folder / "tokenizer.json"))
+    described = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4, **shape}
+    (hf / "config.json").write_text(json.dumps(described))
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run", model={"hf": str(hf)}))
+    assert main(["train", str(config)]) == 3
+    assert re.search(r"token '[bc]' has another id. Preprocess with the model's own", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.dtype=bf16", "train.dtype=fp32, not bf16"), ("train.global_batch_size=8", "train.global_batch_size=4")],
+)
+def test_a_run_is_not_resumed_with_settings_that_change_what_it_is(tmp_path, mix, straight, override, message):
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, straight[0], train={"steps": STEPS + 1}))
+    assert message in finish(config, override, code=2)
+
+
+def test_the_doctor_examines_the_machine(tmp_path, capsys):
+    assert main(["doctor", "--dir", str(tmp_path / "new" / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing stands in the way" in shown and "gloo" in shown and "MB/s written and flushed" in shown
+    topics = dict(examine(tmp_path))
+    assert {"python", "torch", "megatron-core", "shared memory", "open files", "clock", "disk"} <= topics.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_sees_a_wrong_clock_and_a_low_limit(tmp_path):
+    assert _clock(tmp_path, 1.0).level == "problem"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert dict(examine(tmp_path))["open files"].level == "problem"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
