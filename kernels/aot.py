@@ -1,6 +1,6 @@
 """Compile every kernel and variant ahead of time, without a GPU, and report what the compiler made of it.
 
-    python -m megatron_mixcpt.kernels.aot --arch 80 90 100
+    python -m megatron_mixcpt.kernels.aot --arch 80 90 100 > benchmarks/results/lssd_aot.md
 
 Exits with 1 if a kernel spills registers, or reads or writes logits in pieces of less than 16 bytes although the rows
 are aligned; with 2 if the kernels cannot be compiled here (wrong arguments, no triton, its interpreter is on).
@@ -21,6 +21,10 @@ from pathlib import Path
 
 KERNELS = ("stats", "combine", "gradient")
 FLAGS = (False, True)
+LEGEND = (
+    "Loads and stores are counted in the code of one thread; what aligned variants load in narrower pieces are single "
+    "words of the record, never logits. No GPU was used. Made by `python -m megatron_mixcpt.kernels.aot`."
+)
 POINTERS = {"labels": "*i64", "swapped_out": "*i1"}
 FLOATS = ("scale", "inverse_tau", "margin")
 STRIDES = ("s_outer", "s_inner", "t_outer", "t_inner", "out_outer", "out_inner")
@@ -225,15 +229,19 @@ def _resources(cubin: bytes, triton_folder: Path) -> tuple[int, int]:
 
 
 def table(reports: list[Report]) -> str:
-    """Markdown, one line a variant and architecture."""
+    """Markdown, one line a variant; where the architectures differ, one figure for each, in their order."""
     lines = [
-        "| kernel | variant | sm | registers | spilled B | shared B | 16 B loads | narrower | 16 B stores | PTX kB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | variant | registers | spilled B | shared B | 16 B loads | narrower | 16 B stores | PTX kB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in reports:
-        cells = [r.variant.kernel, r.variant.label, r.arch, r.registers, r.spilled, r.shared]
-        cells += [r.wide_loads, r.narrow_loads, r.wide_stores, round(r.ptx / 1000)]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for variant in dict.fromkeys(report.variant for report in reports):
+        mine = [report for report in reports if report.variant == variant]
+        names = ("registers", "spilled", "shared", "wide_loads", "narrow_loads", "wide_stores")
+        columns = [[getattr(report, name) for report in mine] for name in names]
+        columns.append([round(report.ptx / 1000) for report in mine])
+        cells = [column[:1] if len(set(column)) == 1 else column for column in columns]
+        figures = ["/".join(map(str, cell)) for cell in cells]
+        lines.append("| " + " | ".join([variant.kernel, variant.label, *figures]) + " |")
     return "\n".join(lines)
 
 
@@ -254,11 +262,15 @@ def main(arguments: list[str] | None = None) -> int:
     work = [(variant, arch) for arch in options.arch for variant in variants(tuple(options.kernel))]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         reports = list(pool.map(compile_variant, *zip(*work), chunksize=8))
-    print(table(reports))
     failures = [(report, problem) for report in reports for problem in report.problems]
     for report, problem in failures:
         print(f"error: {report.variant.kernel} {report.variant.label} sm_{report.arch}: {problem}", file=sys.stderr)
-    print(f"\ntriton {triton.__version__}: {len(reports)} compiled, {len(failures)} problems")
+    architectures = ", ".join(f"sm_{arch}" for arch in options.arch)
+    print("# The LSSD kernels as compiled ahead of time\n")
+    print(
+        f"triton {triton.__version__}, {architectures}: {len(reports)} compiled, {len(failures)} problems. {LEGEND}\n"
+    )
+    print(table(reports))
     return 1 if failures else 0
 
 
