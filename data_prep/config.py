@@ -148,6 +148,18 @@ class Config(Strict):
             raise ValueError(f"two sources are named {twice[0]!r}")
         return self
 
+    @model_validator(mode="after")
+    def _shares_can_be_met(self) -> "Config":
+        # Known before any work: beside fixed amounts and without a total, weights are fractions of the whole.
+        weights = sum(source.weight for source in self.sources if source.weight is not None)
+        fixed = any(source.weight is None for source in self.sources)
+        if fixed and weights >= 1 and self.total_tokens is None:
+            raise ValueError(
+                "beside sources with tokens or epochs, weights are fractions of the whole and must sum to less than 1; "
+                f"they sum to {weights:g} (or give total_tokens)"
+            )
+        return self
+
 
 def load_config(path: str | Path) -> Config:
     """Read and check a YAML file. Raises ConfigError that names file, line, key and the fix."""

@@ -50,10 +50,10 @@ def test_a_wrong_config_returns_2(tmp_path):
 
 def test_too_many_bad_records_return_4(config_file, corpus):
     with open(corpus["domain"], "a") as file:
-        file.write("broken\n")
+        file.write("broken\n" * 5)
     done = mixcpt("preprocess", config_file)
     assert done.returncode == 4
-    assert "1 of 401 records are bad" in done.stderr and "domain.jsonl:401" in done.stderr
+    assert "5 of 405 records are bad" in done.stderr and "domain.jsonl:401" in done.stderr
     assert "Traceback" not in done.stderr
 
 

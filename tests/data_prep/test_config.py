@@ -31,6 +31,12 @@ CASES = [
     ("name: b", "name: a", r"two sources are named 'a'"),
     ("name: b", "name: b/c", r":6: .*used in file names"),
     ('    prompt: "{instruction}"\n', "", r":6: .*an instruction source takes|a instruction source takes"),
+    ("weight: 0.7}", "epochs: 1}", None),
+    (
+        "weight: 0.7}\n  - name: b",
+        'epochs: 1}\n  - {name: c, kind: domain, paths: [c], text: "{t}", weight: 1}\n  - name: b',
+        "must sum to less than 1; they sum to 1.3",
+    ),
     ("out: out", "out: [", r":\d+: not valid YAML"),
 ]
 
@@ -48,6 +54,9 @@ def test_a_mistake_is_explained(tmp_path, old, new, message):
     path = tmp_path / "p.yaml"
     assert old in GOOD
     path.write_text(GOOD.replace(old, new, 1))
+    if message is None:  # a change that is no mistake
+        load_config(path)
+        return
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
     assert caught.value.exit_code == 2
