@@ -29,18 +29,25 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Where the starting weights come from: exactly one of the two."""
+    """Where the starting weights come from: exactly one of the three."""
 
     hf: str | None = None
     """Hugging Face directory (config.json and safetensors)."""
+    checkpoint: str | None = None
+    """Checkpoint written by `mixcpt convert`, or another run, whose newest checkpoint is taken."""
     preset: str | None = None
     """Random initialisation of a named size; the vocabulary is the data's."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        if (self.hf is None) == (self.preset is None):
-            raise ValueError("set exactly one of model.hf and model.preset")
+        if sum(value is not None for value in (self.hf, self.checkpoint, self.preset)) != 1:
+            raise ValueError("set exactly one of model.hf, model.checkpoint and model.preset")
         return self
+
+    @property
+    def source(self) -> str:
+        """The one that is set."""
+        return str(self.hf or self.checkpoint or self.preset)
 
 
 class DataConfig(Section):

@@ -72,7 +72,7 @@ def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
         ("teacher.source=none", "needs a teacher"),
         ("teacher.source=magic", "teacher.source"),
         ("model.preset=huge", "is none of"),
-        ("model.hf=somewhere", "exactly one of model.hf and model.preset"),
+        ("model.hf=somewhere", "exactly one of model.hf, model.checkpoint and model.preset"),
         ("data.mix=nowhere/mix.json", "no such file; `mixcpt preprocess` writes it"),
         ("data.seq_length=64", "was packed for 32: set data.seq_length=32"),
         ("parallel.tensor=3", "parallel.tensor=3"),

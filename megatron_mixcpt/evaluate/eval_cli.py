@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_mixcpt.model.origin import find_origin
 
         origin = find_origin(model)
-        base = base or origin.source_dir if origin.run_dir else base
+        base = base or origin.base
         mix_path = mix_path or (Path(origin.config["data"]["mix"]) if origin.config else None)
     if mix_path is None and not args.tasks:
         raise ConfigError("nothing to measure: give --mix (a mix.json), --tasks, or both")

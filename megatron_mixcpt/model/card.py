@@ -32,7 +32,7 @@ def _title(origin: Origin) -> str:
 def _training(origin: Origin) -> list[str]:
     config = origin.config
     train, loss = config["train"], config["loss"]
-    base = config["model"].get("hf") or f"a random initialisation (preset {config['model']['preset']})"
+    base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
     if loss["target"] == "none":
         objective = "cross-entropy alone"
     else:

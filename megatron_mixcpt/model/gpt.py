@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import window_mask
 from megatron_mixcpt.model.init import initialize
-from megatron_mixcpt.model.layout import Slot, slots
+from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.specs import block_spec, transformer_config
 
@@ -104,6 +104,16 @@ class MixGPTModel(GPTModel):
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """Clear the vocabulary's padding rows, which a checkpoint of another grid does not hold.
+
+        Their gradient is zero, but zero times a NaN of uninitialised memory is NaN.
+        """
+        for slot in self.slots():
+            if slot.name in (EMBEDDING, OUTPUT):
+                slot.parameter[max(self.arch.vocab_size - self.vocab_start, 0) :] = 0
+
     def slots(self) -> list[Slot]:
         """This rank's parameters with their grid-independent names and whole shapes."""
         return slots(self, self.arch, get_transformer_layer_offset(self.config))
@@ -122,8 +132,8 @@ def build_gpt(
         sequence_parallel: split norms and residuals over the sequence; without tensor parallelism it does nothing.
         params_dtype: type of weights and activations.
         recompute: keep only each layer's input for backward.
-        seed: of the random weights, which are the same on every grid; None leaves memory uninitialised, for weights
-            that are loaded next.
+        seed: of the random weights, which are the same on every grid; None leaves all but the vocabulary's padding
+            uninitialised, for weights that are loaded next.
 
     Raises:
         ConfigError: the model cannot be cut this way; the message says which ways work.
@@ -134,4 +144,6 @@ def build_gpt(
     model = MixGPTModel(arch, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute)
     if seed is not None:
         initialize(model.slots(), arch, seed, rank, size)
+    else:
+        model.zero_padding()
     return model

@@ -22,6 +22,7 @@ class Origin:
     run_dir: Path | None
     config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
     mix: dict[str, Any]  # the run's mix.json; empty if it is gone
+    base: Path | None  # the model that the run started from: a Hugging Face directory, a checkpoint or a run
     source_dir: Path | None  # config.json and generation_config.json
     tokenizer_dir: Path | None
 
@@ -37,19 +38,24 @@ def find_origin(path: Path) -> Origin:
     info = read_info(checkpoint)
     arch = Architecture.from_dict(info["architecture"])
     if (checkpoint / "hf").is_dir():
-        return Origin(checkpoint, info, arch, None, {}, {}, checkpoint / "hf", checkpoint / "hf")
+        return Origin(checkpoint, info, arch, None, {}, {}, None, checkpoint / "hf", checkpoint / "hf")
     run_dir = checkpoint.parent.parent
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error
+    mix_path = Path(config["data"]["mix"])
+    mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
+    tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
+    start = config["model"].get("checkpoint")
+    if start:
+        source = find_origin(Path(start)).source_dir
+        return Origin(checkpoint, info, arch, run_dir, config, mix, Path(start), source, tokenizer)
     base = config["model"].get("hf")
     if base and not Path(base).is_dir():
         raise ConfigError(
             f"{run_dir}/config.yaml: model.hf is {base}, which is not there; its config.json and tokenizer are "
             "carried over, so put it back, or run this where the run was started"
         )
-    mix_path = Path(config["data"]["mix"])
-    mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
-    tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
-    return Origin(checkpoint, info, arch, run_dir, config, mix, Path(base) if base else None, tokenizer)
+    source = Path(base) if base else None
+    return Origin(checkpoint, info, arch, run_dir, config, mix, source, source, tokenizer)

@@ -159,8 +159,7 @@ class Progress:
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
         loss = config.loss
         lines = [
-            f"model   {config.model.hf or config.model.preset}: {arch.num_parameters / 1e6:.1f} M parameters, "
-            f"{config.train.dtype}",
+            f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
             f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} x data {state.data_size} "
             f"on {state.device.type}" + (", sequence parallel" if config.parallel.sequence else ""),
             f"data    {mix.path}: {shares}",

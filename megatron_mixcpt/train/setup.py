@@ -15,6 +15,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
 from megatron_mixcpt.errors import ConfigError
@@ -22,6 +23,7 @@ from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
+from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
@@ -58,6 +60,8 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
         if mix.tokenizer_dir.is_dir():
             rows = extended_vocab_size(config.model.hf, mix.tokenizer_dir, arch.vocab_size)
             arch = dataclasses.replace(arch, vocab_size=rows)
+    elif config.model.checkpoint is not None:
+        arch = _checkpoint_architecture(config.model.checkpoint, mix)
     else:
         if config.model.preset not in PRESETS:
             raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")
@@ -78,6 +82,18 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
         )
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
     return arch, mix
+
+
+def _checkpoint_architecture(checkpoint: str, mix: Mix) -> Architecture:
+    origin = find_origin(Path(checkpoint))
+    if origin.tokenizer_dir and origin.tokenizer_dir.is_dir() and mix.tokenizer_dir.is_dir():
+        rows = extended_vocab_size(origin.tokenizer_dir, mix.tokenizer_dir, origin.arch.vocab_size)
+        if rows > origin.arch.vocab_size:
+            raise ConfigError(
+                f"model.checkpoint: {checkpoint} has {origin.arch.vocab_size} embedding rows, the tokenizer of "
+                f"{mix.path} needs {rows}: convert again with --tokenizer {mix.tokenizer_dir}"
+            )
+    return origin.arch
 
 
 def check(config: Config, world_size: int) -> None:
@@ -150,14 +166,15 @@ def build(config: Config, state: ParallelState) -> Parts:
 
 def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:
     """This rank's pipeline stage at the starting weights (or, without `weights`, uninitialised)."""
-    pretrained = config.model.hf if weights else None
     stage = build_gpt(
         arch,
         sequence_parallel=config.parallel.sequence,
         params_dtype=DTYPES[config.train.dtype],
         recompute=config.train.recompute == "full",
-        seed=config.train.seed if weights and pretrained is None else None,
+        seed=config.train.seed if weights and config.model.preset else None,
     )
-    if pretrained is not None:
-        load_hf(stage, Path(pretrained))
+    if weights and config.model.hf:
+        load_hf(stage, config.model.hf)
+    if weights and config.model.checkpoint:
+        load_model_weights(stage, Path(config.model.checkpoint))
     return stage

@@ -16,7 +16,7 @@ from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.families import make
 from tests.model.test_convert import make_tokenizer
-from tests.model.test_hf import read_all
+from tests.model.test_hf import assert_same_bits, read_all
 
 STEPS = 2
 
@@ -127,6 +127,27 @@ def test_data_of_another_tokenizer_is_refused_with_both_hashes(folder, tmp_path,
     assert main(["train", str(config)]) == 3
     error = capsys.readouterr().err
     assert "has another id" in error and len(re.findall(r"\b[0-9a-f]{32}\b", error)) == 2
+
+
+def test_a_run_that_starts_from_a_converted_checkpoint_is_the_same_run(folder, exported, tmp_path):
+    assert main(["convert", "--hf", str(folder / "base"), "--out", str(tmp_path / "ckpt")]) == 0
+    config = yaml.safe_load((folder / "train.yaml").read_text())
+    config |= {"model": {"checkpoint": str(tmp_path / "ckpt")}, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "train.yaml")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert_same_bits(exported, tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == (exported / "config.json").read_bytes()
+    assert str(tmp_path / "ckpt") in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_checkpoint_without_rows_for_added_tokens_is_refused(folder, tmp_path, capsys):
+    assert main(["convert", "--hf", str(folder / "base"), "--out", str(tmp_path / "ckpt")]) == 0
+    path = with_tokenizer(folder, tmp_path, added=["<gene>"])
+    config = yaml.safe_load(path.read_text()) | {"model": {"checkpoint": str(tmp_path / "ckpt")}}
+    path.write_text(yaml.safe_dump(config))
+    assert main(["train", str(path)]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
 
 
 def test_eval_repeats_the_runs_own_validation_and_agrees_with_the_export(folder, exported, tmp_path):
