@@ -173,6 +173,8 @@ def test_minus_infinity_in_the_teacher_has_no_mass(device, target, temperature):
     labels[:4] = torch.tensor([11, 5, 2, 8])
     student[3, 20:8000] = teacher[3, 20:8000] = -math.inf  # no mass on either side
     teacher[3, 8] = 50.0
+    student[4, :3000] = teacher[4, :3000] = -math.inf  # whole tiles, before any finite logit of either
+    labels[4] = 4000
     check(student, teacher, labels, upstream, target=target, temperature=temperature)
 
 
