@@ -105,7 +105,8 @@ class SafetensorsSource:
         # Read, not mapped as the safetensors package would: mapped pages count as this process's memory while the
         # tensor lives, and come in one fault at a time.
         entry, dtype = self._entries[name], self.dtype(name)
-        direct = place.dtype == dtype and place.is_contiguous()
+        # A single element counts as contiguous at any stride, but only at 1 can it be seen as bytes.
+        direct = place.dtype == dtype and place.is_contiguous() and place.stride(-1) == 1
         target = place if direct else torch.empty(place.shape, dtype=dtype)
         with open(entry.path, "rb") as file:
             file.seek(entry.begin)
