@@ -1,8 +1,10 @@
 """The way from configuration to mixture: plan -> tokenize -> assemble -> mix. Every stage can be repeated safely."""
 
 import fcntl
+import importlib
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,6 +139,8 @@ def tokenize(
         )
     total = done_bytes + sum(prepared.stages[number].plan.chunk_bytes(chunk) for number, chunk in tasks)
     with Pool(WorkFactory(prepared), min(workers, len(tasks))) as pool:
+        # While the workers work, this process has time to load what only the end of the run needs.
+        threading.Thread(target=importlib.import_module, args=("pyarrow.parquet",)).start()
         fast = choose_engines(prepared, sorted({number for number, _ in tasks}), pool)
         with Progress("tokenize", total, done_bytes) as progress:
             orders = ((process_order, number, chunk, number in fast) for number, chunk in tasks)
@@ -149,7 +153,11 @@ def choose_engines(prepared: Prepared, numbers: list[int], pool: Pool) -> set[in
     if prepared.config.engine == "reference":
         return set()
     fast = set()
-    for number, reason in sorted(pool.run((check_order, number) for number in numbers)):
+    orders = [(check_order, number) for number in numbers]
+    orders += [(warm_order, -1)] * (pool.size - len(orders))  # workers with nothing to check load the engine meanwhile
+    for number, reason in sorted(pool.run(orders), key=lambda result: result[0]):
+        if number < 0:
+            continue
         if reason is None:
             fast.add(number)
         name = FastEngine.name if reason is None else prepared.tokenizer.engine.name
@@ -233,6 +241,11 @@ def check_order(bench: Workbench, number: int) -> tuple[int, str | None]:
     job, reference = bench.job(number, False), bench.prepared.tokenizer
     samples = sample_texts(job.plan, job.render, job.max_record_bytes, job.source.keys)
     return number, disagreement(reference.engine, bench.fast, [*adversarial_texts(reference.control), *samples])
+
+
+def warm_order(bench: Workbench, number: int) -> tuple[int, str | None]:
+    """Load the fast engine, which takes as long as tokenizing a few tens of megabytes."""
+    return number, bench.fast if isinstance(bench.fast, str) else None
 
 
 def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tuple[int, int, int]:

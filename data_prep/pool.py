@@ -27,16 +27,16 @@ class Pool:
     """
 
     def __init__(self, make_work: Callable[[], Work], workers: int) -> None:
-        self._make_work, self._workers = make_work, workers
+        self._make_work, self.size = make_work, max(1, workers)
         self._processes: dict[Connection, Any] = {}
         self._work: Work | None = None
 
     def __enter__(self) -> "Pool":
-        if self._workers <= 1:
+        if self.size == 1:
             self._work = self._make_work()
             return self
         context: Any = multiprocessing.get_context(_start_method())
-        for _ in range(self._workers):
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(self._make_work, theirs, os.getpid()), daemon=True)
             process.start()
