@@ -63,8 +63,14 @@ def _in_directory(folder: Path, source: str) -> list[Path]:
     found = [
         path
         for path in folder.rglob("*")
-        if path.is_file() and file_format(path) and not any(part.startswith(".") for part in path.parts[1:])
+        if path.is_file()
+        and file_format(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         raise ConfigError(f"source {source}: the directory {folder} holds no file with a known ending")
+    formats = {file_format(path): path for path in sorted(found)}
+    if len(formats) > 1:  # e.g. a README.md beside parquet files, which nobody wants to train on
+        seen = ", ".join(f"{name} ({path.name})" for name, path in formats.items())
+        raise ConfigError(f"source {source}: {folder} holds files of several kinds: {seen}; name the files with a glob")
     return found

@@ -164,6 +164,15 @@ def test_a_missing_column_is_quarantined_like_a_missing_key(config_values, tmp_p
         preprocess(parse_config(config_values))
 
 
+def test_directories_are_searched_but_not_their_hidden_parts(tmp_path):
+    folder = tmp_path / ".cache" / "data"
+    for name in ("a.jsonl", "deep/b.jsonl.gz", ".hidden/c.jsonl", "deep/.d.jsonl", "notes.pdf"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    found = resolve_paths([str(folder), str(folder / "*.jsonl")], "s")
+    assert [str(path.relative_to(folder)) for path in found] == ["a.jsonl", "deep/b.jsonl.gz"]
+
+
 def test_a_dataset_with_splits_asks_for_one(tmp_path):
     import datasets
 
@@ -180,6 +189,12 @@ def test_unusable_paths_are_explained(tmp_path, config_values):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no file with a known ending"):
         resolve_paths([str(tmp_path / "empty")], "s")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "README.md").write_text("about this dataset")
+    (mixed / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(ConfigError, match=r"several kinds: text \(README.md\), json-lines \(a.jsonl\)"):
+        resolve_paths([str(mixed)], "s")
     path = tmp_path / "wide.jsonl"
     path.write_text("{}", encoding="utf-16")
     config_values["sources"] = [{**config_values["sources"][0], "paths": [str(path)]}]
