@@ -185,13 +185,12 @@ def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtyp
             block, start = corpus.blocks[corpus.block[row]], corpus.start[row]
             length = int(corpus.documents["tokens"][row])
             flags = block.flags[start : start + length] & ~np.uint8(TARGET)
-            answer = (flags & ROLE_MASK) == ROLE_ASSISTANT << ROLE_SHIFT
-            answer[0] = False
-            flags |= answer.astype(np.uint8) * TARGET
+            answer = last_answer(flags)
+            flags[answer] |= TARGET
             writer.add(block.tokens[start : start + length])
             marker.add(flags)
             num_tokens += length
-            num_targets += int(np.count_nonzero(answer))
+            num_targets += answer.stop - answer.start
         ends = np.arange(0, 2 * len(chosen) + 1, 2)
         hashes = [writer.finish(ends), marker.finish(ends)]
     return {
@@ -202,6 +201,14 @@ def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtyp
         "hash": content_hash(hashes, "pairs"),
         "bin_hashes": hashes,
     }
+
+
+def last_answer(flags: np.ndarray) -> slice:
+    """The tokens of the last answer of a conversation; the first token of a document never belongs to it."""
+    spoken = (flags & ROLE_MASK) == ROLE_ASSISTANT << ROLE_SHIFT
+    end = int(np.flatnonzero(spoken)[-1]) + 1
+    before = np.flatnonzero(~spoken[:end])
+    return slice(max(1, int(before[-1]) + 1 if len(before) else 0), end)
 
 
 def content_hash(bin_hashes: list[str], shape: str) -> str:

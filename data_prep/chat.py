@@ -90,7 +90,8 @@ class ChatRenderer:
         for index, part in enumerate(parts):
             target = (not self._answers_only) or (answer and index <= last)
             content: str | int = self._control[part] if part in self._control else self._show(part)
-            pieces.append((content, pack_flags(kind, role, target)))
+            # White space after an answer's last control token belongs to nobody.
+            pieces.append((content, pack_flags(kind, ROLE_TEXT if answer and index > last else role, target)))
         return pieces
 
     def _hide(self, value: Any) -> Any:

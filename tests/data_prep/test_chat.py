@@ -21,7 +21,7 @@ from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError
 from tests.data_prep.conftest import sentences, write_jsonl
-from tests.data_prep.helpers import documents_of, load_mix, source_of
+from tests.data_prep.helpers import documents_of, load_mix, sequences_of, source_of
 
 TOOLS_TEMPLATE = (
     "{%- if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -179,9 +179,11 @@ def test_conversations_run_end_to_end(config_values, tmp_path, form, spelling):
     assert verify(out, sample=10).problems == []
 
 
+@pytest.mark.parametrize("form", ["plain", "chat"])
 @pytest.mark.parametrize("shape", ["conversations", "messages and answers"])
-def test_preferences_come_as_conversations_too(config_values, tmp_path, shape):
-    prompt = [{"role": "user", "content": "which organ?"}]
+def test_preferences_come_as_conversations_too(config_values, tmp_path, shape, form):
+    words = ["hello", "hi, how can I help?", "which organ?"]
+    prompt = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), words)]
     records = []
     for i in range(20):
         answers = [f"the liver {i}", f"the hand {i}"]
@@ -194,11 +196,18 @@ def test_preferences_come_as_conversations_too(config_values, tmp_path, shape):
     source = {"name": "p", "kind": "preference", "paths": [str(path)], "chosen": "{chosen}", "rejected": "{rejected}"}
     if shape != "conversations":
         source["messages"] = "asked"
-    config_values["sources"] = [{**source, "weight": 1, "format": "chat", "max_bad_fraction": 0.1}]
+    config_values["sources"] = [{**source, "weight": 1, "format": form, "max_bad_fraction": 0.1}]
     config_values["valid_fraction"] = 0.0
     preprocess(parse_config(config_values))
     out = Path(config_values["out"])
     (row,) = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert row["reason"] == "no preference"
-    assert source_of(load_mix(out), "p")["pairs"]["train"]["documents"] == 20
+    entry = source_of(load_mix(out), "p")["pairs"]["train"]
+    assert entry["documents"] == 20
+    tokenizer, learned = load_tokenizer(out / "tokenizer"), set()
+    for tokens, flags in sequences_of(out, entry["prefix"]):
+        learned.add(tokenizer.decode(tokens[(flags & TARGET) != 0].tolist()))
+    # Only the last answer, although an earlier turn is the assistant's, too.
+    end = "<|im_end|>" if form == "chat" else "<|endoftext|>"
+    assert learned == {f"the {organ} {i}{end}" for organ in ("liver", "hand") for i in range(20)}
     assert verify(out, sample=10).problems == []

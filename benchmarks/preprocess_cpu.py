@@ -1,4 +1,4 @@
-"""Preprocessing against the classic pipeline, in one run on one machine: python benchmarks/preprocess.py --help
+"""Preprocessing against the classic pipeline, in one run on one machine: python benchmarks/preprocess_cpu.py --help
 
 The classic pipeline is what Megatron's own tool does, written anew: a process pool encodes line by line with Hugging
 Face tokenizers and sends lists of ids to the parent, which feeds megatron-core's IndexedDatasetBuilder.
@@ -247,7 +247,7 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> None:
     lines = [
         "# Preprocessing",
         "",
-        f"`python benchmarks/preprocess.py`: {what}; byte-level BPE of 50,257 entries. {machine()}.",
+        f"`python benchmarks/preprocess_cpu.py`: {what}; byte-level BPE of 50,257 entries. {machine()}.",
         f"Load average at the end: {os.getloadavg()[0]:.1f}.",
         "",
         "| pipeline | wall s | MB/s | x classic | CPU s | x classic (CPU) | peak worker MB | tokens identical |",
