@@ -81,6 +81,9 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
         findings.num_prefixes += 1
         findings.num_tokens += entry["tokens"]
     _check_weights(mix, findings)
+    leftover = sorted(path.name for path in out.glob("*.bin") if path.name not in manifest["files"])
+    if leftover:
+        findings.notes.append(f"{len(leftover)} .bin files are left over from earlier runs, e.g. {leftover[0]}")
     _check_with_megatron(out, mix, findings)
     if sample and not findings.problems:
         from megatron_mixcpt.data_prep.trace import trace_sample

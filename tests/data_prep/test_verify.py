@@ -73,6 +73,14 @@ def test_every_flipped_byte_in_every_file_is_found(result):
     assert verify(result, sample=0).problems == []
 
 
+def test_leftovers_of_an_earlier_run_are_named(result, config_values):
+    old = source_of(load_mix(result), "docs")["train"]["prefix"]
+    preprocess(parse_config({**config_values, "seed": 99}))
+    findings = verify(result, sample=0)
+    assert findings.problems == [] and any("left over from earlier runs" in note for note in findings.notes)
+    assert (result / f"{old}.bin").exists()
+
+
 def test_missing_and_edited_files_are_found(result):
     text = (result / "mix.json").read_text()
     (result / "mix.json").write_text(text.replace('"weight": 0.7', '"weight": 0.8'))
