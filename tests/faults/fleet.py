@@ -14,14 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from tests.helpers.spawn import free_port
+from tests.helpers.spawn import free_port, warm_context
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults
 PATIENCE = 240  # seconds after which a process counts as hanging, on a machine that has other things to do
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.preload"])
 
 
 def count(full, short):
@@ -69,7 +65,7 @@ class Fleet:
         for rank in range(ranks):
             environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             command = ["train", str(config), *overrides, *arguments]
-            process = _context.Process(
+            process = warm_context().Process(
                 target=_run, args=(command, environment, str(self.log), (faults or {}).get(rank)), daemon=True
             )
             process.start()
