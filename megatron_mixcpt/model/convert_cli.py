@@ -48,7 +48,7 @@ def convert(
     from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.progress import tensor_progress
-    from megatron_mixcpt.model.stream import read_ahead
+    from megatron_mixcpt.model.stream import one_thread, read_ahead
     from megatron_mixcpt.model.stream_write import write_weights
     from megatron_mixcpt.model.tokenizers import extended_vocab_size
 
@@ -63,7 +63,7 @@ def convert(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
     partial.mkdir()
-    with tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
+    with one_thread(), tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
         tensors = read_ahead(
             whole_shapes(arch),
             lambda name: whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir)),

@@ -35,7 +35,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.origin import find_origin
     from megatron_mixcpt.model.progress import tensor_progress
-    from megatron_mixcpt.model.stream import CheckpointSource, read_ahead
+    from megatron_mixcpt.model.stream import CheckpointSource, one_thread, read_ahead
     from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
     origin = find_origin(source)
@@ -47,6 +47,7 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
     partial.mkdir()
     names = list(whole_shapes(arch))
     with (
+        one_thread(),
         tensor_progress(f"exporting {source.name}", len(names)) as done,
         SafetensorsWriter(partial, hf_shapes(arch), written) as writer,
     ):

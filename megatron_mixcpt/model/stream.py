@@ -4,6 +4,7 @@ megatron-core's checkpoints are PyTorch's (torch.distributed.checkpoint) with al
 tensor `[layers, ...]`.
 """
 
+import contextlib
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -111,6 +112,17 @@ class _Into(LoadPlanner):
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         return central_plan
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Moving bytes is bound by memory: OpenMP's other threads would only spin while they wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_ahead(names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

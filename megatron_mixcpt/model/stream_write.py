@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.layout import whole_shapes
 from megatron_mixcpt.model.stream import stored_as
+from megatron_mixcpt.model.tensorfiles import blocks
 
 # What megatron-core's `dist_checkpointing` looks at first (its CheckpointingConfig).
 _BACKEND = {
@@ -81,10 +82,11 @@ class _HashingFile:
         self._file, self._state, self._size = file, xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
-        self._state.update(data)
-        self._size += (count := memoryview(data).nbytes)
-        self._file.write(data)
-        return count
+        before = self._size
+        for block in blocks(data):
+            self._state.update(block)
+            self._size += self._file.write(block)
+        return self._size - before
 
     def tell(self) -> int:
         return self._size
