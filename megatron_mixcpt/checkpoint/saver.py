@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model
 from megatron_mixcpt import __version__
 from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, optimizer_step_count
 from megatron_mixcpt.checkpoint.store import FORMAT, commit, new_directory, prune, require_space
-from megatron_mixcpt.checkpoint.writer import ShareWriter, plan_share, write_index
+from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.model.architecture import Architecture
 
@@ -69,6 +69,7 @@ class Saver:
     def __init__(self, parent: Path, *, keep: int | None = None, keep_every: int = 0, background: bool = False) -> None:
         self.parent, self.keep, self.keep_every, self.background = parent, keep, keep_every, background
         self._pending: _Pending | None = None
+        self._buffers: Buffers | None = {} if background else None
 
     def begin(
         self,
@@ -106,7 +107,7 @@ class Saver:
         pending = _Pending(step, description, began, folder, None, error)
         self._pending = pending
         if folder is not None:
-            pending.writer = plan_share(sharded, folder, snapshot=self.background)
+            pending.writer = plan_share(sharded, folder, self._buffers)
             needed = torch.tensor([pending.writer.num_bytes], dtype=torch.int64, device=torch.cuda.current_device())
             torch.distributed.all_reduce(needed)
             _, pending.error = _from_first(lambda: require_space(self.parent, int(needed.item()) + RESERVE))
@@ -151,8 +152,13 @@ class Saver:
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)
         if self.keep is not None:
-            prune(self.parent, self.keep, self.keep_every)
+            prune(self.parent, self.keep, self.keep_every, remove=_remove_later if self.background else shutil.rmtree)
         return path
+
+
+def _remove_later(folder: Path) -> None:
+    """Deleting takes a file system as long as writing; what a dying run leaves of it, the next save removes."""
+    threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove-checkpoint", daemon=True).start()
 
 
 def _write(pending: _Pending) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,17 @@ def seal(folder: Path, info: dict[str, Any], known: dict[str, Entry] | None = No
     sync(folder)
 
 
-def prune(parent: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns the removed."""
+def prune(parent: Path, keep: int, keep_every: int = 0, remove: Callable[[Path], object] = shutil.rmtree) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns the removed.
+
+    `remove` deletes a folder that no loader looks at any more, now or later.
+    """
     removed = []
     for old in list_checkpoints(parent)[keep:]:
         if keep_every and step_of(old) % keep_every == 0:
             continue
         doomed = old.rename(_suffixed(old, "tmp"))  # so that a kill here leaves no half of a checkpoint behind
-        shutil.rmtree(doomed)
+        remove(doomed)
         removed.append(old)
     return removed
 

@@ -10,7 +10,9 @@ from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
 from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
 from megatron_mixcpt.errors import VerificationError
 
-TRUST_HINT = "if you know where it comes from, --trust loads it without a manifest (its .metadata can run any program)"
+TRUST_HINT = (
+    "if you know where it comes from, mixcpt train --trust loads it without a manifest (it can run any program)"
+)
 
 
 def warn(line: str) -> None:

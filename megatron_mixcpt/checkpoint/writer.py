@@ -28,17 +28,20 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_mixcpt.checkpoint.manifest import Entry
 
+Buffers = dict[tuple[str, Any], torch.Tensor]  # host memory by name and offset in the whole tensor
+
 
 class ShareWriter(FileSystemWriterAsync):
     """This rank's items, and how they get into `<folder>/__<rank>_0.distcp`.
 
     Args:
-        snapshot: copy the values now, so that training may go on while they are written.
+        buffers: copy the values into these now, so that training may go on while they are written; filled by the first
+            save and used again by the next, since fresh memory takes longer than the copy. None copies nothing.
     """
 
-    def __init__(self, folder: Path, *, snapshot: bool) -> None:
+    def __init__(self, folder: Path, buffers: Buffers | None) -> None:
         super().__init__(folder, thread_count=1)
-        self._snapshot = snapshot
+        self._buffers = buffers
         self._items: list[tuple[WriteItem, Any]] = []
         self.metadata: Metadata | None = None  # on rank 0
         self.num_bytes = 0
@@ -52,8 +55,11 @@ class ShareWriter(FileSystemWriterAsync):
                 assert isinstance(value, torch.Tensor)
                 self.num_bytes += value.numel() * value.element_size()
                 value = value.detach()
-                if self._snapshot:
-                    value = value.to("cpu", copy=True)
+                if self._buffers is not None:
+                    key = (item.index.fqn, item.index.offset)
+                    if key not in self._buffers:
+                        self._buffers[key] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    value = self._buffers[key].copy_(value)
             self._items.append((item, value))
 
     def write(self) -> tuple[list[WriteResult], dict[str, Entry]]:
@@ -99,12 +105,12 @@ class _Hashing:
         return {"size": self._size, "xxh3_128": self._state.hexdigest()}
 
 
-def plan_share(sharded_state: dict[str, Any], folder: Path, *, snapshot: bool) -> ShareWriter:
+def plan_share(sharded_state: dict[str, Any], folder: Path, buffers: Buffers | None) -> ShareWriter:
     """Collective: decide which rank writes what. Touches no disk but for the folder's existence."""
     sharded, common = save_preprocess(sharded_state)
     assert not any(common.values()), f"not sharded, so it would not be saved: {list(common)}"
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-    writer = ShareWriter(folder, snapshot=snapshot)
+    writer = ShareWriter(folder, buffers)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     (_, writer.metadata, _), *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(sharded, False), writer, None, 0, planner=planner

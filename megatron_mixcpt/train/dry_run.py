@@ -10,6 +10,7 @@ from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.train.failures import tell_alone
 from megatron_mixcpt.train.setup import Parts
 
 
@@ -27,12 +28,13 @@ def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise ConfigError(
+        message = (
             f"rank {state.rank}: out of memory in a trial step with train.micro_batch_size={size} x "
             f"{parts.mix.seq_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes how "
             "much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or a "
             "larger parallel.tensor or parallel.pipeline"
-        ) from None
+        )
+        raise tell_alone(ConfigError(message)) from None
     finally:
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()

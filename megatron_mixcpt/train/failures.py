@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 
 from megatron_mixcpt.errors import MixcptError
@@ -22,6 +24,14 @@ class LostRankError(MixcptError):
     """Another rank ended. It has its own message; this one says only how the loss was noticed."""
 
 
+def tell_alone(error: MixcptError) -> MixcptError:
+    """Print an error that only this rank knows of: of all others, rank 0 prints the one message."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    return error
+
+
 @contextlib.contextmanager
 def explained(stop: StopRequest) -> Iterator[None]:
     """Turn the loss of a peer or of a data worker into MixcptErrors, and early stops into StoppedErrors."""
@@ -32,9 +42,11 @@ def explained(stop: StopRequest) -> Iterator[None]:
         if stop.early:  # the peers stopped first, and their end was noticed before our own signal
             raise stopped_early() from None
         if LOST_WORKER.search(text):
-            raise MixcptError(
-                f"a data loader process died ({text.splitlines()[0]}): most often /dev/shm or memory is full; see "
-                "`mixcpt doctor`, or set data.num_workers=0. Run the same command to resume"
+            raise tell_alone(
+                MixcptError(
+                    f"a data loader process died ({text.splitlines()[0]}): most often /dev/shm or memory is full; see "
+                    "`mixcpt doctor`, or set data.num_workers=0. Run the same command to resume"
+                )
             ) from error
         if LOST_PEER.search(text):
             raise LostRankError(

@@ -6,11 +6,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
-from megatron_mixcpt.errors import MixcptError, StoppedError
+from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.dry_run import dry_run
@@ -18,6 +17,7 @@ from megatron_mixcpt.train.failures import explained
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
+from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.validate import validate
@@ -69,29 +69,7 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = Saver(
-        run_dir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        background=config.checkpoint.background,
-    )
-
-    def settle(outcome: Outcome | None, *, last: bool = False) -> None:
-        if outcome is None:
-            return
-        if last and outcome.path is None:
-            raise MixcptError(
-                f"the checkpoint of step {outcome.step} was not saved ({outcome.error}); what was saved before is "
-                "intact: make room and run the same command again"
-            )
-        progress.saved(outcome)
-
-    def save(step: int, *, last: bool) -> None:
-        watchdog.beat(f"saving step {step}")
-        settle(saver.finish())
-        saver.begin(step, parts.model, parts.arch, parts.optimizer, progress.checkpoint_info())
-        if last or not saver.background:
-            settle(saver.finish(), last=last)
+    saver = RunSaver(config, parts, progress)
 
     def stop_requested() -> bool:
         watchdog.beat(f"validation after step {step}")
@@ -127,13 +105,13 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
 
         progress.stepped(step, totals, grad_norm, data_seconds, time.monotonic() - began)
         guard.check(step)
-        settle(saver.poll())
+        saver.poll()
         last, stopping = step == settings.steps, totals.stopping
         if not stopping and (last or _due(step, config.eval.every)):
             stopping = evaluate(step)
         if stopping or last or _due(step, config.checkpoint.every):
-            save(step, last=stopping or last)
-    settle(saver.finish())
+            watchdog.beat(f"saving step {step}")
+            saver.save(step, last=stopping or last)
     progress.close()
     if step < settings.steps:
         raise StoppedError(

@@ -1,0 +1,49 @@
+"""When a run saves, and what becomes of a save that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mixcpt.checkpoint import Outcome, Saver
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.train.progress import Progress
+from megatron_mixcpt.train.setup import Parts
+
+
+class RunSaver:
+    """Saves the run's state. A save that fails is told, and training goes on; only the last one must succeed.
+
+    All methods are collective.
+    """
+
+    def __init__(self, config: Config, parts: Parts, progress: Progress) -> None:
+        self._parts, self._progress = parts, progress
+        self._saver = Saver(
+            Path(config.run_dir) / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            background=config.checkpoint.background,
+        )
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
+        self._settle(self._saver.finish())
+        parts = self._parts
+        self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
+        if last or not self._saver.background:
+            self._settle(self._saver.finish(), last=last)
+
+    def poll(self) -> None:
+        """After each step: complete a save that all ranks have written."""
+        self._settle(self._saver.poll())
+
+    def _settle(self, outcome: Outcome | None, *, last: bool = False) -> None:
+        if outcome is None:
+            return
+        if last and outcome.path is None:
+            raise MixcptError(
+                f"the checkpoint of step {outcome.step} was not saved ({outcome.error}); what was saved before is "
+                "intact: make room and run the same command again"
+            )
+        self._progress.saved(outcome)

@@ -1,0 +1,120 @@
+"""Names, order, retention and the manifest, without a model."""
+
+import json
+import random
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mixcpt.checkpoint import find_checkpoint
+from megatron_mixcpt.checkpoint.manifest import find_damage, hash_file, read_manifest, write_manifest
+from megatron_mixcpt.checkpoint.store import (
+    commit,
+    list_checkpoints,
+    list_quarantined,
+    new_directory,
+    prune,
+    quarantine,
+    require_space,
+    seal,
+    step_of,
+)
+from megatron_mixcpt.errors import MixcptError, VerificationError
+
+
+def save(parent, step, content=b"weights"):
+    folder = new_directory(parent, step)
+    (folder / "__0_0.distcp").write_bytes(content)
+    return commit(folder, {"step": step, "layout": {"tensor": 1}})
+
+
+@given(st.binary(max_size=10_000_000 // 512))
+def test_a_files_hash_is_that_of_its_bytes(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("hash") / "file"
+    path.write_bytes(content)
+    assert hash_file(path) == {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+def test_files_larger_than_a_block_are_hashed_whole(tmp_path):
+    content = random.Random(1).randbytes((4 << 20) + 12345)
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file")["xxh3_128"] == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_checkpoints_are_listed_newest_first_and_latest_names_the_newest(tmp_path):
+    for step in (2, 100, 30):
+        save(tmp_path, step)
+    new_directory(tmp_path, 200)
+    quarantine(tmp_path / "step_00000030")
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100, 2]
+    assert [path.name.split(".")[0] for path in list_quarantined(tmp_path)] == ["step_00000030"]
+    save(tmp_path, 201)
+    assert json.loads((tmp_path / "latest.json").read_text()) == {"checkpoint": "step_00000201", "step": 201}
+
+
+def test_the_next_save_removes_what_a_dead_one_left_and_overwrites_nothing(tmp_path):
+    left = new_directory(tmp_path, 4)
+    save(tmp_path, 4)
+    assert not left.exists()
+    with pytest.raises(MixcptError, match="never overwritten"):
+        new_directory(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [(1, 0, [60]), (2, 0, [50, 60]), (1, 20, [20, 40, 60]), (2, 30, [30, 50, 60]), (9, 0, None)],
+)
+def test_retention(tmp_path, keep, every, left):
+    for step in range(10, 70, 10):
+        save(tmp_path, step)
+    prune(tmp_path, keep, every)
+    assert sorted(step_of(path) for path in list_checkpoints(tmp_path)) == (left or [10, 20, 30, 40, 50, 60])
+    assert not list(tmp_path.glob("*.tmp.*"))
+
+
+def test_the_manifest_says_what_wrote_it(tmp_path):
+    checkpoint = save(tmp_path, 7)
+    manifest = read_manifest(checkpoint)
+    assert manifest["step"] == 7 and manifest["layout"] == {"tensor": 1}
+    assert {"torch", "megatron-core", "python"} <= manifest["libraries"].keys()
+    assert set(manifest["files"]) == {"__0_0.distcp", "checkpoint.json"}
+
+
+def test_hashes_taken_while_writing_are_those_of_the_files(tmp_path):
+    (tmp_path / "a").write_bytes(b"right")
+    write_manifest(tmp_path, {}, {"a": hash_file(tmp_path / "a")})
+    assert find_damage(tmp_path) == []
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").write_bytes(b"in a folder")
+    seal(tmp_path, {})
+    assert find_damage(tmp_path) == [] and "b/c" in read_manifest(tmp_path)["files"]
+
+
+def test_another_spelling_of_a_manifest_is_refused(tmp_path):
+    checkpoint = save(tmp_path, 1)
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content))  # the same content
+    with pytest.raises(VerificationError, match="its own hash"):
+        read_manifest(checkpoint)
+
+
+def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path):
+    older, newer = save(tmp_path / "checkpoints", 1), save(tmp_path / "checkpoints", 2)
+    assert find_checkpoint(tmp_path) == newer
+    (newer / "__0_0.distcp").write_bytes(b"weighty")
+    told = []
+    assert find_checkpoint(tmp_path, tell=told.append) == older and newer.exists()
+    assert "step_00000002 is damaged, falling back to step_00000001" in told[0]
+    with pytest.raises(VerificationError, match="content differs"):
+        find_checkpoint(newer)
+    with pytest.raises(VerificationError, match="neither a checkpoint nor a run directory"):
+        find_checkpoint(tmp_path / "nothing")
+
+
+def test_missing_room_is_told_with_numbers(tmp_path):
+    require_space(tmp_path, 1)
+    with pytest.raises(MixcptError, match=r"needs 1048576\.00 GiB.*lower checkpoint\.keep"):
+        require_space(tmp_path, 1 << 50)
