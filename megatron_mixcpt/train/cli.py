@@ -35,10 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.launcher import is_distributed, launch
-
-    with StopRequest():  # a stop while the libraries load is a stop like any other
+    with StopRequest() as stop:  # a stop while the libraries load is a stop like any other
         from megatron_mixcpt.config import Config, load_config
+        from megatron_mixcpt.launcher import is_distributed, launch
 
         config = load_config(Config, args.config, args.overrides)
         from megatron_mixcpt.train.loop import train
@@ -46,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
         # Mistakes are told before any process or group starts.
         check(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
-    if args.nproc > 1 and not is_distributed():
-        trust = ["--trust"] if args.trust else []
-        return launch(args.nproc, ["train", args.config, *args.overrides, *trust])
-
-    train(config, trust=args.trust)
+        stop.check()
+        if args.nproc > 1 and not is_distributed():
+            trust = ["--trust"] if args.trust else []
+            return launch(args.nproc, ["train", args.config, *args.overrides, *trust])
+        train(config, trust=args.trust)
     return 0

@@ -87,8 +87,9 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
         progress.validated(step, metrics)
         return stopping
 
-    stop.defer()
-    stopping = evaluate(step) if step == 0 else stop_requested()  # the former: what the model knew before
+    stopping = stop.defer(state.device)
+    if step == 0 and not stopping:
+        stopping = evaluate(step)  # what the model knew before
     while step < settings.steps and not stopping:
         watchdog.beat(f"step {step + 1}")
         began = time.monotonic()

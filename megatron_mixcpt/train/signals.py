@@ -26,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferred = False
+        self._deferred = self._ready = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,14 +40,26 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def defer(self) -> None:
-        """From now on stop at the end of a step."""
+    def check(self) -> None:
+        """Raise StoppedError where a stop was asked for early; libraries may have swallowed it while they loaded."""
+        if self.early:
+            raise stopped_early()
+
+    def defer(self, device: torch.device) -> bool:
+        """Collective: from now on stop at the end of a step; whether some rank is to stop before the first.
+
+        Raises like `check`.
+        """
+        self.check()
         self._deferred = True
+        stopping = self.agreed(device)
+        self._ready = True
+        return stopping
 
     @property
     def early(self) -> bool:
-        """Whether a stop was asked for before there was anything to save."""
-        return self.received is not None and not self._deferred
+        """Whether a stop was asked for before all ranks were ready to save."""
+        return self.received is not None and not self._ready
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
