@@ -116,7 +116,7 @@ def combine(
         elif objective.target == "swap":
             # With either logit at -inf the target has mass where the student has none.
             empty = (s_a == -INF) | (s_y == -INF)
-            kl = base + torch.where(same, 0.0, torch.where(empty, INF, (p_a - p_y) * (s_a - s_y) / tau))
+            kl = base + torch.where(empty, INF, (p_a - p_y) * (s_a - s_y) / tau)
         else:
             kl = base
         loss = loss + weighted(kl, objective.kd_weight)

@@ -47,8 +47,8 @@ def _tile(row, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def _shrink(old, new, scale):
     """(factor on sums taken under the old maximum, how far their exponents move)."""
-    moved = tl.where(old == -INF, 0.0, old - new)  # a maximum of -inf was never subtracted
-    return tl.where(old == -INF, 0.0, tl.exp2(moved * scale)), moved
+    moved = old - new
+    return tl.where(old == -INF, 0.0, tl.exp2(moved * scale)), moved  # not exp(-inf + inf)
 
 
 @triton.jit
@@ -177,14 +177,13 @@ def _times_log(x):
 
 
 @triton.jit
-def _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, same, inverse_tau, TARGET: tl.constexpr):
+def _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, inverse_tau, TARGET: tl.constexpr):
     """KL(p' || q) from base = KL(p || q)."""
     if TARGET == "plain":
         return base
     elif TARGET == "swap":
         # With either logit at -inf the target has mass where the student has none.
-        gap = tl.where((s_a == -INF) | (s_y == -INF), INF, (p_a - p_y) * (s_a - s_y) * inverse_tau)
-        return base + tl.where(same, 0.0, gap)
+        return base + tl.where((s_a == -INF) | (s_y == -INF), INF, (p_a - p_y) * (s_a - s_y) * inverse_tau)
     else:
         label_part = _times_log(p_y) - tl.where(p_y == 0, 0.0, p_y * log_q_y)
         others = keep * (base - label_part) + (1 - p_y) * _times_log(keep)
@@ -262,7 +261,7 @@ def combine_kernel(
         keep, new_a, new_y = _target(p_a, p_y, same, margin, TARGET)
         base = cross * inverse_tau * p_a - tl.log(l_t) + tl.log(l_s)
         log_q_y = (s_y - m_s) * inverse_tau - tl.log(l_s)
-        kl = _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, same, inverse_tau, TARGET)
+        kl = _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, inverse_tau, TARGET)
         weight = _weight(kd_weight, token, mask, PER_TOKEN)
         total += tl.where(weight == 0, 0.0, weight * kl)
         tl.store(out + M_T * record_stride, m_t, mask=mask)
@@ -304,7 +303,6 @@ def _store_gradient(
         pull = tl.zeros([BLOCK], tl.float32)
     grad -= tl.where(columns == label_column, at_label, pull)
     if MASKED:
-        grad = tl.where(columns < valid, grad, 0.0)  # padding
         tl.store(out_row + columns, grad.to(out_row.dtype.element_ty), mask=columns < end)
     else:
         tl.store(out_row + columns, grad.to(out_row.dtype.element_ty))

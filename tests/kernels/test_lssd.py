@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from megatron_mixcpt.kernels import lssd_loss
+from megatron_mixcpt.kernels.arguments import make_objective
+from megatron_mixcpt.kernels.backend import choose_backend
+from megatron_mixcpt.kernels.objective import L_S, L_T, M_S, M_T
 from tests.kernels.oracle import loss_and_gradient, oracle
 
 LOSS_ERROR, GRADIENT_ERROR = 3e-5, 1e-6  # relative to the loss; to the largest gradient
@@ -179,6 +182,21 @@ def test_minus_infinity_in_the_teacher_has_no_mass(device, target, temperature):
 
 
 @pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+def test_first_tiles_that_only_one_model_can_produce(device, target):
+    student, teacher, labels, upstream = problem((3,), 5000, device, ignore=False)
+    labels[:] = torch.tensor([4000, 4000, 4500])
+    teacher[0, :2500] = -math.inf
+    teacher[1, :2500], student[1, :2500] = -1000.0, -math.inf  # a mass that no float can hold is none
+    student[2, :2500] = -math.inf
+    rows = slice(0, 2)
+    check(student[rows], teacher[rows], labels[rows], upstream[rows], target=target)
+    details = lssd_loss(student, teacher, labels, target=target, return_details=True)[1]
+    expected = oracle(student, teacher, labels, target=target)[1]
+    assert details["kl"][2].isposinf()
+    torch.testing.assert_close(details["ce"].double(), expected["ce"], rtol=LOSS_ERROR, atol=LOSS_ERROR)
+
+
+@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
 def test_minus_infinity_in_the_student_makes_the_loss_infinite(device, target):
     student, teacher, labels, _ = problem((4,), 300, device, ignore=False)
     argmax = teacher.argmax(-1)
@@ -190,6 +208,20 @@ def test_minus_infinity_in_the_student_makes_the_loss_infinite(device, target):
     assert details["kl"][:3].isposinf().all() and details["kl"][3].isfinite()
     assert loss[:3].isposinf().all() and details["ce"][1].isposinf()
     assert lssd_loss(student, teacher, labels, target=target, kd_weight=0.0)[0].isfinite()
+
+
+def test_weight_of_zero_removes_an_infinite_term(device):
+    student, teacher, labels, _ = problem((2,), 300, device, ignore=False)
+    student[0, labels[0]] = teacher[0, labels[0]] = -math.inf  # infinite cross-entropy beside a finite divergence
+    student[1, (labels[1] + 1) % 300] = -math.inf  # the other way round
+    loss, details = lssd_loss(student, teacher, labels, target="plain", return_details=True)
+    assert loss.isposinf().all()
+    assert details["ce"].isinf().tolist() == [True, False] and details["kl"].isinf().tolist() == [False, True]
+    weights = torch.tensor([0.0, 1.0], device=device)
+    finite = lssd_loss(student, teacher, labels, target="plain", ce_weight=weights, kd_weight=1 - weights)
+    torch.testing.assert_close(finite, torch.stack([details["kl"][0], details["ce"][1]]))
+    assert lssd_loss(student, teacher, labels, target="plain", ce_weight=0.0)[0] == details["kl"][0]
+    assert lssd_loss(student, teacher, labels, target="plain", kd_weight=0.0)[1] == details["ce"][1]
 
 
 @pytest.mark.parametrize("where", ["student", "teacher"])
@@ -212,6 +244,19 @@ def test_ignored_and_weightless_rows_are_never_read(device):
     student[2], teacher[2] = math.nan, math.nan
     _, gradient, _ = loss_and_gradient(with_details, student, teacher, labels, upstream)
     assert (gradient[1:3] == 0).all()
+
+
+def test_kernels_take_no_statistics_of_ignored_rows(device):
+    fused = pytest.importorskip("megatron_mixcpt.kernels.fused")
+    if choose_backend(device) is not fused:
+        pytest.skip("the reference masks afterwards what it takes from blocks of rows")
+    student, teacher, labels, _ = problem((4,), 300, device, ignore=False)
+    labels[1] = -100
+    objective = make_objective(labels, 300, has_teacher=True, group=None)
+    words = torch.empty(1, objective.num_words, 4, device=device)
+    fused.stats(student, teacher, labels, objective, words)
+    assert words[0, M_S, 1] == -math.inf and (words[0, [L_S, L_T], 1] == 0).all()
+    assert words[0, [M_S, M_T]][:, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 5])
