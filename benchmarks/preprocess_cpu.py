@@ -249,7 +249,7 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> None:
         "",
         f"`python benchmarks/preprocess_cpu.py`: {what}; byte-level BPE of 50,257 entries. {machine()}.",
         f"Load average at the end: {os.getloadavg()[0]:.1f}.",
-        "Wall times of different rows met different loads where other programs shared the machine: then compare CPU times.",
+        "Where other programs share the machine, rows met different loads: then compare CPU times, not wall times.",
         "",
         "| pipeline | wall s | MB/s | x classic | CPU s | x classic (CPU) | peak worker MB | tokens identical |",
         "|---|---|---|---|---|---|---|---|",
