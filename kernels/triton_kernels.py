@@ -366,14 +366,13 @@ def gradient_kernel(
         else:
             student_factor = (ce + kd) / l_s
             ce_factor = ce
-        label_column = label - vocab_start
-        label_column = tl.where((label_column >= 0) & (label_column < valid), label_column, -1).to(tl.int32)
+        label_column = (label - vocab_start).to(tl.int32)  # may lie outside, and then meets no column
         if HAS_TEACHER:
             t_row = _row(teacher, row, num_inner, t_outer, t_inner)
             if kd != 0:
                 m_t = tl.load(word + M_T * record_stride)
                 arg = tl.load(word + ARG * record_stride)
-                arg_column = tl.where(arg < vocab_start + valid, arg, -1.0).to(tl.int32) - vocab_start
+                arg_column = arg.to(tl.int32) - vocab_start
                 at_arg = kd * tl.load(word + NEW_A * record_stride)
                 at_label = ce + kd * tl.load(word + NEW_Y * record_stride)
                 teacher_factor = kd * tl.load(word + KEEP * record_stride) / tl.load(word + L_T * record_stride)

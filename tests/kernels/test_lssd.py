@@ -224,6 +224,16 @@ def test_weight_of_zero_removes_an_infinite_term(device):
     assert lssd_loss(student, teacher, labels, target="plain", kd_weight=0.0)[1] == details["ce"][1]
 
 
+def test_teacher_without_weight_has_no_part_in_the_gradient(device):
+    student, teacher, labels, upstream = problem((3,), 300, device, ignore=False)
+    teacher[1] = math.nan
+    weight = torch.tensor([1.0, 0.0, 0.5], device=device)
+    loss, gradient, _ = loss_and_gradient(with_details, student, teacher, labels, upstream, kd_weight=weight)
+    ce_loss, ce_gradient, _ = loss_and_gradient(with_details, student, None, labels, upstream)
+    torch.testing.assert_close((loss[1], gradient[1]), (ce_loss[1], ce_gradient[1]))
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("where", ["student", "teacher"])
 @pytest.mark.parametrize("column", [0, 4500])
 def test_nan_propagates_within_its_row_only(device, where, column):
