@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import MixcptError, StoppedError
 from megatron_mixcpt.train.signals import StopRequest, stopped_early
 
 # What gloo and nccl say when the other end of a connection is gone.
@@ -37,10 +37,14 @@ def explained(stop: StopRequest) -> Iterator[None]:
     """Turn the loss of a peer or of a data worker into MixcptErrors, and early stops into StoppedErrors."""
     try:
         yield
-    except RuntimeError as error:
+    except (KeyboardInterrupt, StoppedError):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         text = str(error)
-        if stop.early:  # the peers stopped first, and their end was noticed before our own signal
+        if stop.early:  # wrapped by the library that was at work, or the peers stopped first and were missed
             raise stopped_early() from None
+        if not isinstance(error, RuntimeError):
+            raise
         if LOST_WORKER.search(text):
             raise tell_alone(
                 MixcptError(
