@@ -125,7 +125,8 @@ def report(rows: list[dict[str, dict[str, float]]], size: int, largest: int) -> 
         "# Converting and exporting against copying",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}; "
-        f"{size / 2**30:.2f} GB of bf16 weights, largest tensor {largest / 2**20:.0f} MB, {len(rows)} rounds.",
+        f"{size / 2**30:.2f} GB of bf16 weights, largest tensor {largest / 2**20:.0f} MB, {len(rows)} rounds; "
+        f"load average {os.getloadavg()[1]:.1f} (above {os.cpu_count()}, other programs took their share).",
         "",
         "| | MB/s | share of the copy's rate | CPU seconds | peak memory MB |",
         "| --- | ---: | ---: | ---: | ---: |",
