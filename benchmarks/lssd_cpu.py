@@ -109,7 +109,9 @@ def machine() -> str:
     implementation = os.environ.get("MIXCPT_LSSD") or "default"
     return (
         f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; "
-        f"torch {torch.__version__}, Python {platform.python_version()}; MIXCPT_LSSD {implementation}"
+        f"torch {torch.__version__}, Python {platform.python_version()}; MIXCPT_LSSD {implementation}. "
+        f"Load before the run: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; where that is above 0, the ratios "
+        "count, not the milliseconds."
     )
 
 
@@ -122,10 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {RESULTS.name}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    where = machine()
     report = "\n\n".join(
         [
             "# The LSSD loss on a CPU",
-            machine(),
+            where,
             times_table(options.tokens, options.vocab, options.repeats),
             f"Aim: fp32 at temperature 1 in at most {AIM} of the eager time.",
             memory_table(options.tokens, options.vocab),
