@@ -40,7 +40,7 @@ def hazards():
     teacher[0, 2, 1:] = -torch.inf
     teacher[0, 3, :999] = -torch.inf
     student[1, 0, 600:] = teacher[1, 0, 600:] = -torch.inf
-    teacher[2, 2, :251], student[2, 2, :251], labels[2, 2] = -1000.0, -torch.inf, 600  # no mass in any float
+    teacher[2, 2, :251], student[2, 2, :251], labels[2, 2] = -10000.0, -torch.inf, 600  # no mass in any float
     labels[0] = torch.tensor([999, 1, 0, 502])
     labels[1] = torch.tensor([7, 501, 251, 8])
     upstream[:2] = torch.tensor([[1.5, -2.0, 0.5, 1.0], [-1.0, 3.0, 0.25, 1.0]])
