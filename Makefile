@@ -39,7 +39,7 @@ test-faults: install ## the fault tests with their full counts; writes the figur
 	@MIXCPT_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU
-	@$(BIN)/python -m pytest tests/gpu tests/kernels $(ARGS)
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 preprocess: install ## turn raw text into a mixed dataset (CONFIG=preprocess.yaml)
 	@test -n "$(CONFIG)" || { echo "usage: make preprocess CONFIG=preprocess.yaml"; exit 2; }
@@ -50,10 +50,11 @@ train: install ## train or resume (CONFIG=train.yaml NPROC=1)
 	@$(BIN)/mixcpt train $(CONFIG) --nproc $(NPROC) $(ARGS)
 
 bench: install ## run the CPU benchmarks; their tables are in benchmarks/results
-	@for script in benchmarks/*_cpu.py; do $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/*_cpu.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 bench-gpu: install ## run the kernel benchmark on this machine's GPU
-	@$(BIN)/python benchmarks/lssd_gpu.py $(ARGS)
+	@$(BIN)/python -m pip install --quiet --editable ".[bench-gpu]"
+	@$(BIN)/python -m benchmarks.lssd_gpu $(ARGS)
 
 aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU and check registers, spills and loads
 	@$(BIN)/python -m megatron_mixcpt.kernels.aot --arch 80 90 100
