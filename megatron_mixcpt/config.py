@@ -25,7 +25,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values cannot change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -109,7 +109,7 @@ class TrainConfig(Section):
     """Added to the root of the second moment."""
     clip_grad: Weight = 1.0
     """Maximum global gradient norm; 0 does not clip."""
-    seed: NonNegative = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Order of the data, and weights of a preset."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Weights and activations; gradients are accumulated and the optimizer works in fp32 either way."""

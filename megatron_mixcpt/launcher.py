@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from megatron_mixcpt.stop_signals import STOP_SIGNALS
+
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
 
 
@@ -41,9 +42,9 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     # Ranks begin with these signals blocked and take them when they have handlers: none dies of one while it loads.
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for rank in range(nproc):
             environment = os.environ | {
@@ -57,7 +58,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
             command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
             # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return _wait(ranks)
     finally:
         for process in ranks:

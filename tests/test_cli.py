@@ -62,6 +62,10 @@ def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("train.lr=.inf", "train.lr: Input should be a finite number"),
+        ("train.seed=4294967296", "train.seed: Input should be less than 4294967296"),
+        ("data.mix=.", "data.mix: .: cannot be read: Is a directory"),
+        ("run_dir=README.md", "run_dir README.md is a file"),
         ("train.lr=-1", "train.lr: Input should be greater than 0"),
         ("train.schedule=cosin", "train.schedule: Input should be 'cosine', 'wsd' or 'constant'"),
         ("train.steps=many", "train.steps"),
@@ -87,6 +91,24 @@ def test_a_wrong_value_is_named_with_its_fix(capsys, tmp_path, values, override,
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_they_start(capsys, tmp_path, values):
     assert "2 x 3 data-parallel ranks = 6" in fails(capsys, tmp_path, values, "--nproc", "3")
+
+
+@pytest.mark.parametrize("nproc", ["0", "-1"])
+def test_too_few_processes_are_refused(capsys, tmp_path, values, nproc):
+    assert f"--nproc {nproc}: at least 1" in fails(capsys, tmp_path, values, f"--nproc={nproc}")
+
+
+def test_overrides_may_follow_an_option(capsys, tmp_path, values):
+    message = "train.lr: Input should be greater than 0"
+    assert message in fails(capsys, tmp_path, values, "--nproc", "2", "train.lr=-1")
+    assert message in fails(capsys, tmp_path, values, "train.steps=3", "--nproc", "2", "train.lr=-1")
+
+
+def test_an_unknown_option_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "train.yaml", "--nprocs", "2", "train.lr=1"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_a_missing_or_malformed_file_is_named(capsys, tmp_path):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.checkpoint.optimizer_state import (
     assert_steps_are_separate,
     load_optimizer_state,
@@ -91,4 +93,6 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
     stage = unwrap_model(model)
     loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
     stage.load_state_dict(loaded["model"])
-    return read_info(checkpoint)
+    manifest = checkpoint / MANIFEST
+    start = xxhash.xxh3_128_hexdigest(manifest.read_bytes()) if manifest.exists() else None
+    return {**read_info(checkpoint), "start": start}

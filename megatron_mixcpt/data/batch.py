@@ -5,8 +5,11 @@ Shapes: b micro-batch size, s sequence length.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from megatron_mixcpt.data.dataset import Mixture
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, TARGET
 from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 IGNORE_INDEX = -100
 
@@ -101,8 +105,23 @@ def train_batches(
         persistent_workers=num_workers > 0,
         multiprocessing_context="spawn" if num_workers else None,
     )
-    for batch in loader:
+    with _without_stop_signals():
+        micro_batches = iter(loader)
+    for batch in micro_batches:
         yield batch.to(device)
+
+
+@contextlib.contextmanager
+def _without_stop_signals() -> Iterator[None]:
+    """Processes started here keep stop signals blocked: schedulers send them to every process of a job, and stopping is
+    the trainer's to do."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks some of them when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def valid_batches(

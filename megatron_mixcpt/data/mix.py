@@ -62,9 +62,13 @@ def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:
         raise ConfigError(f"data.mix: {path}: no such file; `mixcpt preprocess` writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.mix: {path}: not valid JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"data.mix: {path}: cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"data.mix: {path}: not a mixture: `mixcpt preprocess` writes one")
     if content.get("format") != FORMAT:
         raise ConfigError(f"data.mix: {path}: format {content.get('format')!r}, this version reads {FORMAT!r}")
-    if seq_length is not None and seq_length != content["seq_length"]:
+    if seq_length is not None and seq_length != content.get("seq_length", seq_length):
         raise ConfigError(
             f"data.seq_length is {seq_length}, but {path} was packed for {content['seq_length']}: "
             f"set data.seq_length={content['seq_length']} or preprocess again with seq_length: {seq_length}"

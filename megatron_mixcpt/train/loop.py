@@ -48,9 +48,10 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
     run_dir, settings = Path(config.run_dir), config.train
     if state.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
     parts = build(config, state)
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
+    if state.rank == 0:  # not before: a run that refuses these settings keeps its own
+        save_config(config, run_dir / "config.yaml")
     progress = Progress(config, state, parts, position, guard, saved)
     for note in notes:
         progress.message(note)
@@ -84,12 +85,13 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
             max_samples=config.eval.max_samples,
             stop_requested=stop_requested,
         )
-        progress.validated(step, metrics)
+        progress.validated(step, metrics, whole=not stopping)
         return stopping
 
     stopping = stop.defer(state.device)
-    if step == 0 and not stopping:
-        stopping = evaluate(step)  # what the model knew before
+    cut_short = saved is not None and step == settings.steps and not saved.get("validated", True)
+    if not stopping and (step == 0 or cut_short):
+        stopping = evaluate(step)  # what the model knew before; or what a stop left out at the end
     while step < settings.steps and not stopping:
         watchdog.beat(f"step {step + 1}")
         began = time.monotonic()
@@ -114,7 +116,7 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
             watchdog.beat(f"saving step {step}")
             saver.save(step, last=stopping or last)
     progress.close()
-    if step < settings.steps:
+    if step < settings.steps or stopping:
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )

@@ -42,6 +42,7 @@ class Progress:
         self.config, self.state, self.parts, self.position, self.guard = config, state, parts, position, guard
         saved = saved or {"step": 0, "tokens_by_source": {}, "sample_stream": ""}
         step = saved["step"]
+        self._step, self._validated_step = step, -1
         self.sources = [source.name for source in parts.mix.train_sources]
         self.tokens = dict.fromkeys(self.sources, 0) | saved["tokens_by_source"]
         self.stream: str = saved["sample_stream"]
@@ -56,6 +57,7 @@ class Progress:
 
     def stepped(self, step: int, totals: StepTotals, grad_norm: float, data_seconds: float, seconds: float) -> None:
         """Account for a finished step."""
+        self._step = step
         for name, row in zip(self.sources, totals.rows):
             self.tokens[name] += int(row[TOKENS])
         self.stream = xxhash.xxh3_64_hexdigest(f"{self.stream} {totals.digest:016x}".encode())
@@ -66,7 +68,10 @@ class Progress:
             if self.guard.reason:
                 self._console.message(f"step {step}: skipped, its {self.guard.reason}")
 
-    def validated(self, step: int, metrics: dict[str, float]) -> None:
+    def validated(self, step: int, metrics: dict[str, float], *, whole: bool) -> None:
+        """`whole`: no stop cut it short."""
+        if whole:
+            self._validated_step = step
         if self._console is not None and metrics:
             self._file.write(step, metrics)
             parts = [
@@ -102,9 +107,11 @@ class Progress:
             "tokenizer_hash": self.parts.mix.tokenizer_hash,
             "seq_length": self.parts.mix.seq_length,
             "data": self.position.state(),
+            "validated": self._validated_step == self._step,
             "tokens_by_source": self.tokens,
             "sample_stream": self.stream,
             "guard": self.guard.state(),
+            "start": self.parts.start,
             "dtype": config.train.dtype,
             "global_batch_size": config.train.global_batch_size,
             "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},

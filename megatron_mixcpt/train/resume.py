@@ -52,6 +52,11 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
             f"{checkpoint} was trained on data of another tokenizer than {parts.mix.path}: restore that data.mix, or "
             "set another run_dir"
         )
+    if parts.start != info.get("start", parts.start):
+        raise ConfigError(
+            f"{checkpoint} was trained from another checkpoint than {config.model.checkpoint} holds now, and so with "
+            "another teacher: name the folder of that checkpoint (step_...), or set another run_dir"
+        )
     same = (
         ("train.dtype", info["dtype"], config.train.dtype),
         ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),

@@ -45,6 +45,8 @@ class Parts:
     teacher: InitialTeacher | None
     run: ForwardBackward
     validation: ForwardBackward
+    start: str | None
+    """Hash of the manifest of `model.checkpoint`, where the run starts from one: whose weights the teacher has."""
 
 
 def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
@@ -61,7 +63,7 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
             rows = extended_vocab_size(config.model.hf, mix.tokenizer_dir, arch.vocab_size)
             arch = dataclasses.replace(arch, vocab_size=rows)
     elif config.model.checkpoint is not None:
-        arch = _checkpoint_architecture(config.model.checkpoint, mix)
+        arch = _checkpoint_architecture(config.model.checkpoint, mix, config.run_dir)
     else:
         if config.model.preset not in PRESETS:
             raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")
@@ -84,7 +86,12 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     return arch, mix
 
 
-def _checkpoint_architecture(checkpoint: str, mix: Mix) -> Architecture:
+def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Architecture:
+    if Path(run_dir).resolve() in (Path(checkpoint).resolve(), *Path(checkpoint).resolve().parents):
+        raise ConfigError(
+            f"model.checkpoint {checkpoint} is part of run_dir itself: a run resumes without it; to start anew from "
+            "its weights set another run_dir"
+        )
     origin = find_origin(Path(checkpoint))
     if origin.tokenizer_dir and origin.tokenizer_dir.is_dir() and mix.tokenizer_dir.is_dir():
         rows = extended_vocab_size(origin.tokenizer_dir, mix.tokenizer_dir, origin.arch.vocab_size)
@@ -99,6 +106,8 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix) -> Architecture:
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError, naming the key to change, unless model, data, batch and grid fit together."""
     arch, mix = read_model_and_mix(config)
+    if world_size < 1:
+        raise ConfigError(f"--nproc {world_size}: at least 1")
     check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
@@ -112,6 +121,8 @@ def check(config: Config, world_size: int) -> None:
             f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
             "which parallel.sequence needs"
         )
+    if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
+        raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     needed, folder = checkpoint_bytes(arch, config.train.dtype), existing_parent(Path(config.run_dir))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -161,7 +172,7 @@ def build(config: Config, state: ParallelState) -> Parts:
     contributes = state.is_last_stage and state.tensor_rank == 0
     run = ForwardBackward(model, loss, teacher, num_sources=len(mix.train_sources), contributes=contributes)
     validation = ForwardBackward(model, loss, None, num_sources=1, contributes=contributes)
-    return Parts(mix, arch, model, optimizer, teacher, run, validation)
+    return Parts(mix, arch, model, optimizer, teacher, run, validation, stage.start)
 
 
 def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:
@@ -173,8 +184,9 @@ def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> 
         recompute=config.train.recompute == "full",
         seed=config.train.seed if weights and config.model.preset else None,
     )
+    stage.start = None
     if weights and config.model.hf:
         load_hf(stage, config.model.hf)
     if weights and config.model.checkpoint:
-        load_model_weights(stage, Path(config.model.checkpoint))
+        stage.start = load_model_weights(stage, Path(config.model.checkpoint))["start"]
     return stage

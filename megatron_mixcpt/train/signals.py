@@ -11,11 +11,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:  # this module is imported before anything heavy: a signal may come in the first second
     import torch
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:

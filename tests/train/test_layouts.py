@@ -54,6 +54,9 @@ def test_layout_trains_like_one_process(results, layout):
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
     np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
     assert other["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        # Adam divides by the root of tiny moments: a rounding error of a gradient near 0 is seen in full.
+        np.testing.assert_allclose(other["weights"][name], weight, atol=5e-5, rtol=0, err_msg=name)
     for name, gradient in other["gradients"].items():
         scale = np.abs(one["gradients"][name]).max()
         assert scale > 0, f"{name} has no gradient"
