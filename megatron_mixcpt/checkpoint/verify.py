@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
 from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
-from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 
 TRUST_HINT = (
     "if you know where it comes from, mixcpt train --trust loads it without a manifest (it can run any program)"
@@ -26,7 +26,7 @@ def find_checkpoint(path: Path, *, trust: bool = False, tell: Callable[[str], No
         trust: accept checkpoints without a manifest, unverified.
         tell: called with a line for each newer checkpoint that was passed over.
 
-    Raises VerificationError where there is none.
+    Raises ConfigError where there never was one, VerificationError where none verifies.
     """
     if is_checkpoint(path) or (path / MANIFEST).exists():
         damage = _damage(path, trust)
@@ -35,7 +35,9 @@ def find_checkpoint(path: Path, *, trust: bool = False, tell: Callable[[str], No
         return path
     candidates = list_checkpoints(path / "checkpoints")
     if not candidates:
-        raise VerificationError(f"{path}: neither a checkpoint nor a run directory with a complete checkpoint")
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such directory")
+        raise ConfigError(f"{path}: neither a checkpoint nor a run directory that has saved one")
     return _first_good(candidates, trust, tell)[0]
 
 

@@ -66,8 +66,8 @@ def _markdown(measured: Mapping[str, Measured], model: str, base: str | None) ->
 
 def _summary(changes: Mapping[str, float]) -> list[str]:
     told = {
-        "domain_gain": "domain gain: the loss on domain sources fell by {:+.4f} nats a token",
-        "general_forgetting": "general forgetting: the loss on all other sources rose by {:+.4f} nats a token",
+        "domain_gain": "domain gain (fall of the loss on domain sources): {:+.4f} nats a token",
+        "general_forgetting": "general forgetting (rise of the loss on all other sources): {:+.4f} nats a token",
         "task_change": "tasks: accuracy changed by {:+.1%} on average",
     }
     return [f"- {text.format(changes[name])}" for name, text in told.items() if name in changes] + [""] * bool(changes)

@@ -120,6 +120,7 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
+    progress.message(f"finished: {step} of {settings.steps} steps; next: mixcpt export {run_dir} --out DIR")
 
 
 def _due(step: int, every: int) -> bool:

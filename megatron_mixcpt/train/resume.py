@@ -60,8 +60,13 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
     same = (
         ("train.dtype", info["dtype"], config.train.dtype),
         ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),
-        ("data.seq_length", info["seq_length"], parts.mix.seq_length),
     )
+    if info["seq_length"] != parts.mix.seq_length:
+        raise ConfigError(
+            f"{checkpoint} was trained on sequences of {info['seq_length']} tokens, {parts.mix.path} now holds "
+            f"sequences of {parts.mix.seq_length}: preprocess again with seq_length: {info['seq_length']}, or set "
+            "another run_dir"
+        )
     for key, before, now in same:
         if before != now:
             raise ConfigError(f"{checkpoint} was trained with {key}={before}, not {now}: set it back")

@@ -21,7 +21,7 @@ from megatron_mixcpt.checkpoint.store import (
     seal,
     step_of,
 )
-from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 
 
 def save(parent, step, content=b"weights"):
@@ -110,8 +110,11 @@ def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path):
     assert "step_00000002 is damaged, falling back to step_00000001" in told[0]
     with pytest.raises(VerificationError, match="content differs"):
         find_checkpoint(newer)
-    with pytest.raises(VerificationError, match="neither a checkpoint nor a run directory"):
+    with pytest.raises(ConfigError, match="no such directory"):
         find_checkpoint(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run directory that has saved one"):
+        find_checkpoint(tmp_path / "empty")
 
 
 def test_missing_room_is_told_with_numbers(tmp_path):

@@ -213,7 +213,7 @@ def test_sampling_follows_the_seed_and_chat_needs_a_template(folder, exported, t
     [
         (["eval", "{base}", "--out", "{tmp}"], "nothing to measure"),
         (["eval", "{base}", "--out", "{tmp}", "--tasks", "{tmp}/no.yaml"], "cannot be read"),
-        (["eval", "{tmp}/none", "--out", "{tmp}", "--mix", "{mix}"], "neither"),
+        (["eval", "{tmp}/none", "--out", "{tmp}", "--mix", "{mix}"], "no such directory"),
         (["generate", "{tmp}/none", "--prompt", "x"], "no such directory"),
     ],
 )
@@ -221,6 +221,6 @@ def test_mistakes_are_told(folder, tmp_path, capsys, arguments, message):
     if "--tasks" in arguments:
         pytest.importorskip("lm_eval")
     places = {"base": folder / "base", "tmp": tmp_path, "mix": folder / "data/mix.json"}
-    assert main([argument.format(**places) for argument in arguments]) in (2, 3)
+    assert main([argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
