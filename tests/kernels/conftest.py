@@ -1,15 +1,12 @@
 """Every property of the loss is tested on each implementation; those that need a GPU are marked `gpu` and skip."""
 
-import os
 from collections.abc import Iterator
 
 import numpy
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they run on CPU tensors
+HAS_GPU = torch.cuda.is_available()  # without one, tests/conftest.py turns Triton's interpreter on
 
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
 IMPLEMENTATIONS = [

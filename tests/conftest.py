@@ -1,0 +1,11 @@
+"""Before any test module is collected: without a GPU, Triton kernels run in Triton's interpreter.
+
+Triton decides that when it is first imported, and megatron-core, which many tests import, imports it.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
