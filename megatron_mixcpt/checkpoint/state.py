@@ -84,11 +84,11 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
     if torch.distributed.get_rank() == 0:
         try:
             message = [find_checkpoint(run_or_checkpoint, trust=trust)]
-        except VerificationError as error:
+        except MixcptError as error:  # told to all ranks: they wait for the answer
             message = [error]
     torch.distributed.broadcast_object_list(message, src=0)
     checkpoint = message[0]
-    if isinstance(checkpoint, VerificationError):
+    if isinstance(checkpoint, MixcptError):
         raise checkpoint
     stage = unwrap_model(model)
     loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))

@@ -28,7 +28,7 @@ class Source:
     name: str
     kind: str
     weight: float
-    """Share of the training tokens."""
+    """Share of the sequences that training draws."""
     train: Split | None
     valid: Split | None
 

@@ -57,16 +57,16 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
             f"{checkpoint} was trained from another checkpoint than {config.model.checkpoint} holds now, and so with "
             "another teacher: name the folder of that checkpoint (step_...), or set another run_dir"
         )
-    same = (
-        ("train.dtype", info["dtype"], config.train.dtype),
-        ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),
-    )
     if info["seq_length"] != parts.mix.seq_length:
         raise ConfigError(
             f"{checkpoint} was trained on sequences of {info['seq_length']} tokens, {parts.mix.path} now holds "
             f"sequences of {parts.mix.seq_length}: preprocess again with seq_length: {info['seq_length']}, or set "
             "another run_dir"
         )
+    same = (
+        ("train.dtype", info["dtype"], config.train.dtype),
+        ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),
+    )
     for key, before, now in same:
         if before != now:
             raise ConfigError(f"{checkpoint} was trained with {key}={before}, not {now}: set it back")
