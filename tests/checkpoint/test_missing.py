@@ -1,0 +1,23 @@
+"""What rank 0 alone finds out, every rank is told."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mixcpt.checkpoint import load_model_weights
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.parallel import parallel_context
+from tests.helpers.spawn import run_distributed
+
+
+def load_nothing(rank, world_size, path):
+    with parallel_context():
+        with pytest.raises(ConfigError) as raised:
+            load_model_weights(None, Path(path))
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_a_missing_checkpoint_is_told_on_all_ranks(tmp_path):
+    told = run_distributed(load_nothing, 2, str(tmp_path / "nothing"), timeout=60)
+    assert told == [f"{tmp_path / 'nothing'}: no such directory"] * 2
