@@ -197,11 +197,10 @@ def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) 
     if objective.target == "swap":
         return keep, p_y, p_a
     margin = objective.margin
-    raise_label = torch.where(margin >= 1 - p_y, 1.0, margin / (1 - p_y))
-    overtake = (p_a - p_y + margin) / (1 + p_a - p_y)
-    mix = torch.where(same, raise_label, overtake)
-    keep = 1 - mix
-    return keep, keep * p_a, keep * p_y + mix
+    raise_label = torch.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
+    overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b, which rounding could leave below 0 when taken as a difference
+    keep = torch.where(same, raise_label, overtake)
+    return keep, keep * p_a, keep * p_y + (1 - keep)
 
 
 def _mixed_divergence(base: Tensor, p_y: Tensor, keep: Tensor, new_y: Tensor, log_q_y: Tensor) -> Tensor:

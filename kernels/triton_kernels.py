@@ -165,10 +165,10 @@ def _target(p_a, p_y, same, margin, TARGET: tl.constexpr):
     elif TARGET == "swap":
         return p_a * 0 + 1, p_y, p_a
     else:
-        raised = tl.where(margin >= 1 - p_y, 1.0, margin / (1 - p_y))
-        overtake = (p_a - p_y + margin) / (1 + p_a - p_y)
-        mix = tl.where(same, raised, overtake)
-        return 1 - mix, (1 - mix) * p_a, (1 - mix) * p_y + mix
+        raised = tl.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
+        overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b, which rounding could leave below 0 when taken as a difference
+        keep = tl.where(same, raised, overtake)
+        return keep, keep * p_a, keep * p_y + (1 - keep)
 
 
 @triton.jit

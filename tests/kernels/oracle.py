@@ -49,7 +49,8 @@ def _target(teacher, label, temperature, target, margin):
     if target == "plain":
         return torch.log_softmax(teacher / temperature, -1), p, argmax
     p_a, p_y = p.gather(-1, argmax), p.gather(-1, label)
-    mix = torch.where(argmax == label, (margin / (1 - p_y)).clamp(max=1), (p_a - p_y + margin) / (1 + p_a - p_y))
+    overtake = (p_a - p_y + margin) / (1 + p_a - p_y)
+    mix = torch.where(argmax == label, margin / (1 - p_y), overtake).clamp(max=1)  # at margin 1, rounding can exceed 1
     mixed = ((1 - mix) * p).scatter_add(-1, label, mix)
     return mixed.log(), p, argmax
 

@@ -307,6 +307,11 @@ def test_student_equal_to_teacher(device):
     assert ((gradient[4:].abs() > 1e-5).sum(-1) == details["swapped"][4:] * 2).all()
 
 
+def test_mft_target_of_the_whole_margin_is_the_label_alone(device):
+    student, teacher, labels, upstream = problem((600,), 3, device, scale=0.1, ignore=False)
+    check(student, teacher, labels, upstream, target="mft", margin=1.0)
+
+
 def test_mft_target_leads_by_exactly_the_margin(device):
     """At its minimum over q the label leads the old argmax by the margin: the gradient at q = p' is zero there."""
     _, teacher, labels, upstream = problem((8,), 50, device, ignore=False, scale=1.0)

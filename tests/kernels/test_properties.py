@@ -3,7 +3,7 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_mixcpt.kernels.arguments import make_objective
@@ -88,8 +88,18 @@ def in_shards(student, teacher, labels, upstream, starts, valid_vocab, **options
     return losses[0], gradient
 
 
+def _whole_margin(**changes):
+    """The label takes all of the target's mass, and the mix must not round to more than 1."""
+    case = dict(seed=1, vocab=3, num_tokens=1, starts=[0], valid=3, dtype=torch.float32, scale=0.1, offset=100.0)
+    options = dict(temperature=0.5, target="mft", margin=1.0)
+    return {**case, "holes": False, "per_token": False, **changes}, options
+
+
 @QUICK
 @given(cases())
+@example(_whole_margin())
+@example(_whole_margin(vocab=34, valid=7, seed=0, scale=3.0))
+@example(_whole_margin(vocab=8, offset=0.0))
 def test_loss_and_gradient_of_any_sharding(device, case_and_options):
     case, options = case_and_options
     (student, teacher, labels, upstream), weights = make_tokens(case, device)
