@@ -198,7 +198,7 @@ def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, objective: Objective) 
         return keep, p_y, p_a
     margin = objective.margin
     raise_label = torch.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
-    overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b, which rounding could leave below 0 when taken as a difference
+    overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b; as a difference it could round below 0
     keep = torch.where(same, raise_label, overtake)
     return keep, keep * p_a, keep * p_y + (1 - keep)
 

@@ -166,7 +166,7 @@ def _target(p_a, p_y, same, margin, TARGET: tl.constexpr):
         return p_a * 0 + 1, p_y, p_a
     else:
         raised = tl.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
-        overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b, which rounding could leave below 0 when taken as a difference
+        overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b; as a difference it could round below 0
         keep = tl.where(same, raised, overtake)
         return keep, keep * p_a, keep * p_y + (1 - keep)
 
