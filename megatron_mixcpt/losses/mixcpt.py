@@ -14,7 +14,9 @@ from torch import Tensor
 
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_INSTRUCTION, KIND_REJECTED
-from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss
+from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss, topk_lssd_loss
+from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.teacher.interface import HiddenTarget, Target, TopkTarget
 
 KIND_NAMES = {
     KIND_DOMAIN: "domain",
@@ -58,6 +60,16 @@ class MixCPTLoss:
             kd_by_kind.append(scale * kd_weight * (factors.kd if factors else 1.0))
         self._ce_by_kind = torch.tensor(ce_by_kind, dtype=torch.float32, device=device)
         self._kd_by_kind = torch.tensor(kd_by_kind, dtype=torch.float32, device=device)
+
+    def attach(self, stage: MixGPTModel, kinds: Tensor, target: Target | None, statistics: Tensor | None) -> None:
+        """Make `stage`, a last one, return the loss of one micro-batch; None is cross-entropy alone. See `bind`."""
+        stage.token_loss = stage.hidden_loss = None
+        if isinstance(target, HiddenTarget):
+            stage.hidden_loss = self.bind_hidden(kinds, target.hidden, target.head, statistics)
+        elif isinstance(target, TopkTarget):
+            stage.token_loss = self.bind_topk(kinds, target, statistics)
+        else:
+            stage.token_loss = self.bind(kinds, target.logits if target else None, statistics)
 
     def bind(
         self, kinds: Tensor, teacher: Tensor | None, statistics: Tensor | None
@@ -114,6 +126,20 @@ class MixCPTLoss:
             return loss.t()
 
         return hidden_loss
+
+    def bind_topk(
+        self, kinds: Tensor, teacher: TopkTarget, statistics: Tensor | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`bind`, from a teacher of which only the most likely tokens and the labels' log-probabilities are known."""
+
+        def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+            loss, details = topk_lssd_loss(
+                logits, teacher.ids, teacher.logp, teacher.gold_logp, labels.t(), **self._options(kinds)
+            )
+            _record(statistics, labels, loss, details)
+            return loss.t()
+
+        return token_loss
 
     def _options(self, kinds: Tensor) -> dict[str, Any]:
         """What the kernels' losses have in common, for the tokens of one micro-batch."""

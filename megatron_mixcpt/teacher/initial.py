@@ -5,7 +5,9 @@ Shapes: s sequence, b micro-batch, h hidden, v vocabulary, tp tensor-parallel si
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,64 +16,71 @@ from torch import Tensor
 
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.teacher.interface import DenseTarget, HiddenTarget, Target
 
 
-class InitialTeacher:
-    """A frozen copy of the starting weights, sharded like the student.
+class ModelTeacher:
+    """A model of ours, sharded like the student, that answers without gradient.
 
-    Without pipeline parallelism its logits are computed when the loss asks for them. With it, `begin_step` first sends
-    all micro-batches of the step through the teacher's pipeline and keeps the last hidden states (h values a token
-    instead of v logits); the output head is applied when the loss asks.
+    Without pipeline parallelism it is run when the loss asks for its target. With it, `begin_step` first sends all
+    micro-batches of the step through the teacher's pipeline and keeps the last hidden states (h values a token instead
+    of v logits); the output head is applied when the loss asks.
 
     Args:
-        model: this rank's pipeline stage of the copy. It is frozen and put into evaluation mode.
+        model: this rank's pipeline stage.
         pipelined: whether the model is spread over several pipeline stages.
+        fused: answer with hidden states and output head (`loss.fuse_lm_head`) instead of logits.
     """
 
-    def __init__(self, model: MixGPTModel, *, pipelined: bool) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self.model.token_loss = lambda logits, labels: logits
-        self._pipelined = pipelined
+    def __init__(self, model: MixGPTModel, *, pipelined: bool, fused: bool = False) -> None:
+        self.model = model
+        self._pipelined, self._fused = pipelined, fused
         self._hidden: list[Tensor] = []
+
+    def as_teacher(self) -> AbstractContextManager[None]:
+        """Open around every pass of the model; a teacher that shares the student's weights overrides it."""
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def begin_step(self, batches: list[Batch]) -> None:
         """Collective over the pipeline: prepare for the `batches` of one step."""
         if not self._pipelined:
             return
-        self._hidden = get_forward_backward_func()(
-            forward_step_func=self._keep_hidden,
-            data_iterator=iter(batches),
-            model=self.model,
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with self.as_teacher():
+            self._hidden = get_forward_backward_func()(
+                forward_step_func=self._keep_hidden,
+                data_iterator=iter(batches),
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.shape[1],
+                micro_batch_size=batches[0].tokens.shape[0],
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
 
     @torch.no_grad()
-    def logits(self, index: int, batch: Batch) -> Tensor:
-        """Logits `[s, b, v/tp]` of micro-batch `index` of the step; last pipeline stage only, once an index."""
-        if self._pipelined:
-            return self.model.output_logits(self.hidden(index, batch))
-        return self.model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    def target(self, index: int, batch: Batch) -> Target:
+        with self.as_teacher():
+            hidden = self._hidden_states(index, batch)  # [s(/tp), b, h]
+            if self._fused:
+                return HiddenTarget(hidden, self.model.head_weight())
+            return DenseTarget(self.model.output_logits(hidden))
 
-    @torch.no_grad()
-    def hidden(self, index: int, batch: Batch) -> Tensor:
-        """Last hidden states `[s(/tp), b, h]`, as `logits`; with `head` they give the logits."""
+    def _hidden_states(self, index: int, batch: Batch) -> Tensor:
         if self._pipelined:
             hidden, self._hidden[index] = self._hidden[index], None  # type: ignore[call-overload]
             return hidden
         return self.model.hidden(batch.tokens, batch.position_ids, batch.attention_mask)
-
-    @property
-    def head(self) -> Tensor:
-        """Weight `[v/tp, h]` of the output head; last pipeline stage only."""
-        return self.model.head_weight()
 
     @staticmethod
     def _keep_hidden(batches: Iterator[Batch], model: MixGPTModel) -> tuple[Tensor, Any]:
         batch = next(batches)
         hidden = model.hidden(batch.tokens, batch.position_ids, batch.attention_mask)  # [s(/tp), b, h]
         return hidden, lambda output, non_loss_data: output
+
+
+class InitialTeacher(ModelTeacher):
+    """A copy of the starting weights, frozen and in evaluation mode."""
+
+    def __init__(self, model: MixGPTModel, *, pipelined: bool, fused: bool = False) -> None:
+        super().__init__(model.requires_grad_(False).eval(), pipelined=pipelined, fused=fused)

@@ -27,7 +27,8 @@ from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
-from megatron_mixcpt.teacher import InitialTeacher
+from megatron_mixcpt.teacher import Teacher
+from megatron_mixcpt.teacher.build import build_teacher
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
 
@@ -42,7 +43,7 @@ class Parts:
     arch: Architecture
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
-    teacher: InitialTeacher | None
+    teacher: Teacher | None
     run: ForwardBackward
     validation: ForwardBackward
     start: str | None
@@ -141,13 +142,7 @@ def build(config: Config, state: ParallelState) -> Parts:
     """Build model, teacher and optimizer at the starting weights. Collective."""
     arch, mix = read_model_and_mix(config)
     stage = build_stage(config, arch)
-    if config.uses_teacher:
-        teacher_stage = build_stage(config, arch, weights=False)
-        teacher_stage.load_state_dict(stage.state_dict())
-        teacher = InitialTeacher(teacher_stage, pipelined=state.pipeline_size > 1)
-    else:
-        teacher = None
-
+    teacher = build_teacher(config, state, stage, lambda: build_stage(config, arch, weights=False))
     model = DistributedDataParallel(
         stage.config,
         DistributedDataParallelConfig(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mixcpt.data.batch import IGNORE_INDEX, Batch
 from megatron_mixcpt.losses.mixcpt import STATISTICS, MixCPTLoss
-from megatron_mixcpt.teacher import InitialTeacher
+from megatron_mixcpt.teacher import Teacher
 
 
 class ForwardBackward:
@@ -34,13 +34,12 @@ class ForwardBackward:
         self,
         model: torch.nn.Module,
         loss: MixCPTLoss,
-        teacher: InitialTeacher | None,
+        teacher: Teacher | None,
         *,
         num_sources: int,
         contributes: bool,
     ) -> None:
         self.model, self.loss, self.teacher = model, loss, teacher
-        self.fuse_lm_head = loss.config.fuse_lm_head
         self.num_sources, self.contributes = num_sources, contributes
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
@@ -71,12 +70,8 @@ class ForwardBackward:
         stage = unwrap_model(model)
         statistics = torch.zeros(len(batch.source), len(STATISTICS), dtype=torch.float64, device=batch.tokens.device)
         if stage.post_process:
-            if self.teacher is not None and self.fuse_lm_head:
-                hidden = self.teacher.hidden(index, batch)  # [s(/tp), b, h]
-                stage.hidden_loss = self.loss.bind_hidden(batch.kinds, hidden, self.teacher.head, statistics)
-            else:
-                teacher = self.teacher.logits(index, batch) if self.teacher is not None else None  # [s, b, v/tp]
-                stage.hidden_loss, stage.token_loss = None, self.loss.bind(batch.kinds, teacher, statistics)
+            target = self.teacher.target(index, batch) if self.teacher is not None else None
+            self.loss.attach(stage, batch.kinds, target, statistics)
         # Last stage: loss [b, s]; others: hidden states.
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(self._reduce, batch=batch, statistics=statistics, totals=totals)
