@@ -25,8 +25,10 @@ KIND_NAMES = {
     KIND_REJECTED: "preference",
 }
 
-# Columns of the per-sample statistics below.
-STATISTICS = ("tokens", "loss", "ce", "kd", "swapped")
+# Columns of the per-sample statistics below. Every objective has `statistics`, sums over target tokens that begin with
+# "tokens" and "loss"; the mean of each of the others is shown as the metric `train/<name>`.
+STATISTICS = ("tokens", "loss", "ce", "kd", "swap_rate")
+WITHOUT_TEACHER = STATISTICS[:3]
 
 
 class MixCPTLoss:
@@ -38,6 +40,9 @@ class MixCPTLoss:
         vocab_start: global id of this rank's first logit.
         vocab_size: entries without padding; the logits beyond take no part.
         device: where the batches are.
+
+    Attributes:
+        statistics: names of what is counted.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class MixCPTLoss:
         self.group, self.vocab_start, self.vocab_size = group, vocab_start, vocab_size
         ce_by_kind, kd_by_kind = [], []
         kd_weight = 0.0 if config.target == "none" else config.kd_weight
+        self.statistics = STATISTICS if kd_weight > 0.0 else WITHOUT_TEACHER
         scale = 1.0 / (config.ce_weight + kd_weight) if config.normalize else 1.0
         for kind in sorted(KIND_NAMES):
             factors = config.by_kind.get(cast(Literal["domain"], KIND_NAMES[kind]))
@@ -80,7 +86,7 @@ class MixCPTLoss:
             kinds: `[b, s]` int64, kind of each label.
             teacher: `[s, b, v/tp]` teacher logits, or None for cross-entropy alone. Training writes the gradient over
                 them: they must not be read again.
-            statistics: `[b, len(STATISTICS)]` fp64, filled with each sample's sums; None keeps none.
+            statistics: `[b, len(self.statistics)]` fp64, filled with each sample's sums; None keeps none.
 
         Returns:
             `(logits [s, b, v/tp], labels [b, s]) -> loss [b, s]` fp32, 0 where labels are ignored.
@@ -157,7 +163,7 @@ class MixCPTLoss:
 
 
 def _record(statistics: Tensor | None, labels: Tensor, loss: Tensor, details: dict[str, Tensor]) -> None:
-    """Fill each sample's sums of the columns named in STATISTICS. labels `[b, s]`; loss and details `[s, b]`."""
+    """Fill each sample's sums of the first columns named in STATISTICS. labels `[b, s]`; loss and details `[s, b]`."""
     if statistics is not None:
         columns = ((labels != -100).t(), loss.detach(), details["ce"], details["kl"], details["swapped"])
-        statistics.copy_(torch.stack([column.double().sum(0) for column in columns], dim=1))
+        statistics.copy_(torch.stack([column.double().sum(0) for column in columns[: statistics.shape[1]]], dim=1))

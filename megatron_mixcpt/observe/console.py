@@ -53,11 +53,12 @@ class TrainConsole:
         parts = [
             f"step {step}/{self.steps} ({step / self.steps:.1%})",
             f"loss {_fixed(metrics['train/loss'])} (ema {_fixed(self._ema)})",
-            f"ce {_fixed(metrics['train/ce'])}"
-            + (f" kd {_fixed(metrics['train/kd'])}" if "train/kd" in metrics else ""),
         ]
-        if "train/swap_rate" in metrics:
-            parts.append(f"swap {metrics['train/swap_rate']:.0%}")
+        own = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
+        shown = [name for name in own if name not in ("tokens", "loss") and "/" not in name]
+        terms = " ".join(f"{name} {_fixed(own[name])}" for name in shown if not name.endswith("_rate"))
+        rates = [f"{name.removesuffix('_rate')} {_percent(own[name])}" for name in shown if name.endswith("_rate")]
+        parts += [terms, *rates] if terms else rates
         parts += [f"lr {metrics['optim/lr']:.1e}", f"gnorm {_fixed(metrics['optim/grad_norm'], 2)}"]
         parts.append(f"{_thousands(metrics['speed/tok_per_s_gpu'])} tok/s/rank")
         if "speed/mfu" in metrics:
@@ -79,6 +80,10 @@ def duration(seconds: float) -> str:
 def _fixed(number: float | None, digits: int = 3) -> str:
     """None stands for what is not finite: JSON has no word for it."""
     return "nan" if number is None else f"{number:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "nan" if share is None else f"{share:.0%}"
 
 
 def _thousands(number: float) -> str:

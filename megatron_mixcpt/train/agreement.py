@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mixcpt.losses.mixcpt import STATISTICS
-
-TOKENS, LOSS, CE, KD, SWAPPED = range(len(STATISTICS))
+TOKENS, LOSS = 0, 1  # of every objective's statistics
 LANES, LANE_BITS = 4, 16  # a 64-bit sum travels in fp64 as four exact pieces
 
 
@@ -17,7 +15,7 @@ class StepTotals:
     """The global batch's sums, the same on every rank."""
 
     rows: list[list[float]]
-    """By source, then STATISTICS."""
+    """By source, then the objective's statistics."""
     digest: int
     """Sum of the samples' digests modulo 2^64: which samples these were, whatever rank read them."""
     stopping: bool
@@ -33,7 +31,7 @@ def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
     """Collective.
 
     Args:
-        totals: this rank's `[num_sources, len(STATISTICS)]` fp64 sums, zeros where another rank counts.
+        totals: this rank's `[num_sources, num_statistics]` fp64 sums, zeros where another rank counts.
         digest: of this rank's samples; 0 where another rank counts.
     """
     lanes = [float(digest >> LANE_BITS * lane & (1 << LANE_BITS) - 1) for lane in range(LANES)]
@@ -42,6 +40,7 @@ def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
     torch.distributed.all_reduce(message)
     values = message.tolist()
     count = totals.numel()
-    rows = [values[i : i + len(STATISTICS)] for i in range(0, count, len(STATISTICS))]
+    width = totals.shape[1]
+    rows = [values[i : i + width] for i in range(0, count, width)]
     total = sum(int(lane) << LANE_BITS * index for index, lane in enumerate(values[count : count + LANES]))
     return StepTotals(rows, total % 2**64, values[-1] > 0)

@@ -15,10 +15,12 @@ from megatron_mixcpt.observe.console import TrainConsole, duration
 from megatron_mixcpt.observe.metrics import MetricsFile
 from megatron_mixcpt.observe.throughput import flops_per_token, peak_flops, peak_memory_gib
 from megatron_mixcpt.parallel import ParallelState
-from megatron_mixcpt.train.agreement import CE, KD, LOSS, SWAPPED, TOKENS, StepTotals
+from megatron_mixcpt.train.agreement import TOKENS, StepTotals
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
+
+BY_SOURCE = ("ce",)  # statistics that are shown for each source too
 
 
 class Progress:
@@ -47,6 +49,8 @@ class Progress:
         self.tokens = dict.fromkeys(self.sources, 0) | saved["tokens_by_source"]
         self.stream: str = saved["sample_stream"]
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
+        self._columns = {i: name for i, name in enumerate(parts.run.loss.statistics) if i != TOKENS}
+        self._by_source = [column for column, name in self._columns.items() if name in BY_SOURCE]
         self._flops = flops_per_token(parts.arch, parts.mix.seq_length, with_teacher=config.uses_teacher)
         self._peak = peak_flops(state.device)
         self._console: TrainConsole | None = None
@@ -133,15 +137,12 @@ class Progress:
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
-            "train/loss": _finite(total[LOSS] / targets),
-            "train/ce": _finite(total[CE] / targets),
+            **{f"train/{name}": _finite(total[column] / targets) for column, name in self._columns.items()},
         }
-        if self.config.uses_teacher:
-            metrics["train/kd"] = _finite(total[KD] / targets)
-            metrics["train/swap_rate"] = total[SWAPPED] / targets
         for name, row in zip(self.sources, rows):
             if row[TOKENS] > 0:
-                metrics[f"train/ce/{name}"] = _finite(row[CE] / row[TOKENS])
+                for column in self._by_source:
+                    metrics[f"train/{self._columns[column]}/{name}"] = _finite(row[column] / row[TOKENS])
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
         metrics |= {

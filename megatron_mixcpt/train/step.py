@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mixcpt.data.batch import IGNORE_INDEX, Batch
-from megatron_mixcpt.losses.mixcpt import STATISTICS, MixCPTLoss
+from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.teacher import Teacher
 
 
@@ -46,10 +46,12 @@ class ForwardBackward:
         """Accumulate the gradients of the mean loss over the global number of target tokens.
 
         Returns:
-            `[num_sources, len(STATISTICS)]` fp64 sums of this rank (see losses.mixcpt.STATISTICS); all zeros where
+            `[num_sources, len(loss.statistics)]` fp64 sums of this rank; all zeros where
             `contributes` is false. Summing them over all ranks gives the global batch's.
         """
-        totals = torch.zeros(self.num_sources, len(STATISTICS), dtype=torch.float64, device=batches[0].tokens.device)
+        totals = torch.zeros(
+            self.num_sources, len(self.loss.statistics), dtype=torch.float64, device=batches[0].tokens.device
+        )
         if self.teacher is not None:
             self.teacher.begin_step(batches)
         get_forward_backward_func()(
@@ -68,7 +70,9 @@ class ForwardBackward:
     ) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         stage = unwrap_model(model)
-        statistics = torch.zeros(len(batch.source), len(STATISTICS), dtype=torch.float64, device=batch.tokens.device)
+        statistics = torch.zeros(
+            len(batch.source), len(self.loss.statistics), dtype=torch.float64, device=batch.tokens.device
+        )
         if stage.post_process:
             target = self.teacher.target(index, batch) if self.teacher is not None else None
             self.loss.attach(stage, batch.kinds, target, statistics)

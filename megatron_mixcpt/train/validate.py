@@ -9,7 +9,6 @@ import torch
 
 from megatron_mixcpt.data.batch import collate, valid_batches
 from megatron_mixcpt.data.dataset import TokenFlagsDataset
-from megatron_mixcpt.losses.mixcpt import STATISTICS
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.step import ForwardBackward
 
@@ -30,10 +29,11 @@ def validate(
     micro-batch; where it says so, returns the sources that are complete, and True.
     """
     run.model.eval()
+    statistics = run.loss.statistics
     metrics: dict[str, float] = {}
     stopping = False
     for name, dataset in datasets.items():
-        totals = torch.zeros(len(STATISTICS), dtype=torch.float64, device=state.device)
+        totals = torch.zeros(len(statistics), dtype=torch.float64, device=state.device)
         for indices in valid_batches(
             dataset,
             max_samples=max_samples,
@@ -49,7 +49,7 @@ def validate(
         if stopping:
             break
         torch.distributed.all_reduce(totals)
-        tokens, ce = totals[STATISTICS.index("tokens")].item(), totals[STATISTICS.index("ce")].item()
+        tokens, ce = totals[statistics.index("tokens")].item(), totals[statistics.index("ce")].item()
         if tokens > 0:
             metrics[f"val/{name}/loss"] = ce / tokens
             metrics[f"val/{name}/ppl"] = math.exp(min(ce / tokens, 700.0))  # beyond, a float overflows
