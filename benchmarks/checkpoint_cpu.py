@@ -26,7 +26,6 @@ from megatron_mixcpt.checkpoint.manifest import find_damage
 from megatron_mixcpt.checkpoint.store import list_checkpoints, size_of
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.parallel import parallel_context
-from megatron_mixcpt.train.dry_run import _fullest_batch
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.setup import Parts, build
 from tests.helpers.corpus import write_mix
@@ -38,7 +37,7 @@ def step(parts: Parts, config: Config, number: int) -> float:
     began = time.monotonic()
     parts.model.zero_grad_buffer()
     parts.optimizer.zero_grad()
-    parts.run([_fullest_batch(1, SEQ_LENGTH, torch.device("cpu"))])
+    parts.run([parts.task.fullest_batch(1)])
     optimizer_step(parts.optimizer, number, config.train)
     return time.monotonic() - began
 

@@ -30,6 +30,7 @@ from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.model.hf import load_hf
 from megatron_mixcpt.parallel import parallel_context
 from megatron_mixcpt.teacher import InitialTeacher
+from megatron_mixcpt.train.mixcpt import MixCPTObjective
 from megatron_mixcpt.train.step import ForwardBackward
 
 THREADS = 2
@@ -84,7 +85,8 @@ def contenders(folder: Path, seq_length: int) -> dict:
 
     def runner(target: str) -> ForwardBackward:
         loss = MixCPTLoss(LossConfig(target=target), group=None, vocab_start=0, vocab_size=49152, device=device)
-        return ForwardBackward(model, loss, None if target == "none" else teacher, num_sources=1, contributes=True)
+        objective = MixCPTObjective(loss, None if target == "none" else teacher)
+        return ForwardBackward(model, objective, num_sources=1, contributes=True)
 
     plain, packed = batch_of(seq_length, 1), batch_of(seq_length, 4)
     ce_only, mixcpt = runner("none"), runner("swap")

@@ -88,6 +88,7 @@ class RankSampler:
 def train_batches(
     dataset: Mixture,
     position: Position,
+    collate: Callable[[list[dict]], Batch] = collate,
     *,
     micro_batch_size: int,
     data_rank: int,

@@ -33,10 +33,12 @@ def validation_perplexity(
 
     from megatron_mixcpt.checkpoint import find_checkpoint, load_model_weights, read_info
     from megatron_mixcpt.config import LossConfig
+    from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.losses.mixcpt import MixCPTLoss
     from megatron_mixcpt.model.hf_weights import DTYPES
     from megatron_mixcpt.parallel import parallel_context
+    from megatron_mixcpt.train.mixcpt import MixCPTObjective
     from megatron_mixcpt.train.step import ForwardBackward
     from megatron_mixcpt.train.validate import validate
 
@@ -63,8 +65,9 @@ def validation_perplexity(
             LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
         )
         metrics, _ = validate(
-            valid_datasets(mix, seed=0, cache_dir=Path(cache)),
-            ForwardBackward(model, loss, None, num_sources=1, contributes=True),
+            dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
+            ForwardBackward(model, MixCPTObjective(loss, None), num_sources=1, contributes=True),
+            collate,
             state=state,
             micro_batch_size=micro_batch_size,
             max_samples=max_samples,

@@ -59,6 +59,9 @@ class TrainConsole:
         terms = " ".join(f"{name} {_fixed(own[name])}" for name in shown if not name.endswith("_rate"))
         rates = [f"{name.removesuffix('_rate')} {_percent(own[name])}" for name in shown if name.endswith("_rate")]
         parts += [terms, *rates] if terms else rates
+        if "rewards/accuracy" in metrics:
+            margin = _fixed(metrics["rewards/margin"])
+            parts.append(f"accuracy {_percent(metrics['rewards/accuracy'])} margin {margin}")
         parts += [f"lr {metrics['optim/lr']:.1e}", f"gnorm {_fixed(metrics['optim/grad_norm'], 2)}"]
         parts.append(f"{_thousands(metrics['speed/tok_per_s_gpu'])} tok/s/rank")
         if "speed/mfu" in metrics:

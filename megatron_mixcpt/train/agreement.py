@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-TOKENS, LOSS = 0, 1  # of every objective's statistics
+COUNT, LOSS = 0, 1  # of the columns that every objective keeps
 LANES, LANE_BITS = 4, 16  # a 64-bit sum travels in fp64 as four exact pieces
 
 
@@ -15,7 +15,7 @@ class StepTotals:
     """The global batch's sums, the same on every rank."""
 
     rows: list[list[float]]
-    """By source, then the objective's statistics."""
+    """By source, then the objective's columns."""
     digest: int
     """Sum of the samples' digests modulo 2^64: which samples these were, whatever rank read them."""
     stopping: bool
@@ -23,15 +23,15 @@ class StepTotals:
 
     @property
     def loss(self) -> float:
-        """Mean over target tokens."""
-        return sum(row[LOSS] for row in self.rows) / max(sum(row[TOKENS] for row in self.rows), 1.0)
+        """Mean over what the objective counts: target tokens, or pairs."""
+        return sum(row[LOSS] for row in self.rows) / max(sum(row[COUNT] for row in self.rows), 1.0)
 
 
 def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
     """Collective.
 
     Args:
-        totals: this rank's `[num_sources, num_statistics]` fp64 sums, zeros where another rank counts.
+        totals: this rank's `[num_sources, columns]` fp64 sums, zeros where another rank counts.
         digest: of this rank's samples; 0 where another rank counts.
     """
     lanes = [float(digest >> LANE_BITS * lane & (1 << LANE_BITS) - 1) for lane in range(LANES)]
@@ -40,7 +40,6 @@ def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
     torch.distributed.all_reduce(message)
     values = message.tolist()
     count = totals.numel()
-    width = totals.shape[1]
-    rows = [values[i : i + width] for i in range(0, count, width)]
+    rows = [values[i : i + totals.shape[1]] for i in range(0, count, totals.shape[1])]
     total = sum(int(lane) << LANE_BITS * index for index, lane in enumerate(values[count : count + LANES]))
     return StepTotals(rows, total % 2**64, values[-1] > 0)

@@ -6,9 +6,7 @@ import torch
 
 from megatron_mixcpt.checkpoint.optimizer_state import allocate_state
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.failures import tell_alone
 from megatron_mixcpt.train.setup import Parts
@@ -24,13 +22,13 @@ def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
     try:
         allocate_state(parts.optimizer)
         parts.model.zero_grad_buffer()
-        parts.run([_fullest_batch(size, parts.mix.seq_length, state.device) for _ in range(count)])
+        parts.run([parts.task.fullest_batch(size).to(state.device) for _ in range(count)])
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         message = (
             f"rank {state.rank}: out of memory in a trial step with train.micro_batch_size={size} x "
-            f"{parts.mix.seq_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes how "
+            f"{parts.task.row_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes how "
             "much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or a "
             "larger parallel.tensor or parallel.pipeline"
         )
@@ -38,16 +36,6 @@ def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
     finally:
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
-
-
-def _fullest_batch(size: int, seq_length: int, device: torch.device) -> Batch:
-    """Every token a target, and two documents a row, so that there is an attention mask."""
-    tokens = torch.zeros(size, seq_length, dtype=torch.int64)
-    doc_start = torch.zeros(size, seq_length, dtype=torch.bool)
-    doc_start[:, [0, seq_length // 2]] = True
-    position_ids, attention_mask = document_mask(doc_start)
-    kinds, source = torch.zeros_like(tokens), torch.zeros(size, dtype=torch.int64)
-    return Batch(tokens, tokens.clone(), kinds, position_ids, attention_mask, source).to(device)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

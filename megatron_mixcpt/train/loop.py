@@ -1,4 +1,4 @@
-"""`mixcpt train`: load -> step -> log -> save -> validate."""
+"""`mixcpt train` and `mixcpt align`: load -> step -> log -> save -> validate."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from pathlib import Path
 
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
-from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.failures import explained
+from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.signals import StopRequest
+from megatron_mixcpt.train.task import Recipe
 from megatron_mixcpt.train.validate import validate
 from megatron_mixcpt.train.watchdog import Watchdog
 
 GROUP_EXTRA_MINUTES = 1.0  # the watchdogs, which write stacks, come before the process group's own timeout
 
 
-def train(config: Config, *, trust: bool = False) -> None:
+def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> None:
     """Train to `config.train.steps`, resuming from the newest checkpoint of the run directory that verifies.
 
     Args:
         trust: resume even from a checkpoint without a manifest.
+        recipe: what kind of training it is.
 
     Raises StoppedError (exit code 75) when stopped by a signal, with everything saved; MixcptError when steps keep
     being skipped, a rank is lost, or the last checkpoint cannot be written.
@@ -41,14 +43,16 @@ def train(config: Config, *, trust: bool = False) -> None:
             grid.tensor, grid.pipeline, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
         ) as state:
             with Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog:
-                _train(config, state, stop, watchdog, trust)
+                _train(config, recipe, state, stop, watchdog, trust)
 
 
-def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Watchdog, trust: bool) -> None:
+def _train(
+    config: Config, recipe: Recipe, state: ParallelState, stop: StopRequest, watchdog: Watchdog, trust: bool
+) -> None:
     run_dir, settings = Path(config.run_dir), config.train
     if state.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-    parts = build(config, state)
+    parts = build(config, state, recipe)
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
@@ -58,12 +62,13 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
     dry_run(config, parts, state)
 
     cache = run_dir / "index_cache"
-    dataset = train_dataset(parts.mix, settings.seed, cache)
-    valid = valid_datasets(parts.mix, settings.seed, cache)
+    dataset = parts.task.train_dataset(settings.seed, cache)
+    valid = parts.task.valid_datasets(settings.seed, cache)
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * state.data_size)
     batches = train_batches(
         dataset,
         position,
+        parts.task.collate,
         micro_batch_size=settings.micro_batch_size,
         data_rank=state.data_rank,
         data_size=state.data_size,
@@ -80,6 +85,7 @@ def _train(config: Config, state: ParallelState, stop: StopRequest, watchdog: Wa
         metrics, stopping = validate(
             valid,
             parts.validation,
+            parts.task.collate,
             state=state,
             micro_batch_size=settings.micro_batch_size,
             max_samples=config.eval.max_samples,

@@ -13,14 +13,12 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.observe.console import TrainConsole, duration
 from megatron_mixcpt.observe.metrics import MetricsFile
-from megatron_mixcpt.observe.throughput import flops_per_token, peak_flops, peak_memory_gib
+from megatron_mixcpt.observe.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.parallel import ParallelState
-from megatron_mixcpt.train.agreement import TOKENS, StepTotals
+from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
-
-BY_SOURCE = ("ce",)  # statistics that are shown for each source too
 
 
 class Progress:
@@ -49,9 +47,7 @@ class Progress:
         self.tokens = dict.fromkeys(self.sources, 0) | saved["tokens_by_source"]
         self.stream: str = saved["sample_stream"]
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
-        self._columns = {i: name for i, name in enumerate(parts.run.loss.statistics) if i != TOKENS}
-        self._by_source = [column for column, name in self._columns.items() if name in BY_SOURCE]
-        self._flops = flops_per_token(parts.arch, parts.mix.seq_length, with_teacher=config.uses_teacher)
+        self._tokens_column = parts.task.objective.statistics.index("tokens")
         self._peak = peak_flops(state.device)
         self._console: TrainConsole | None = None
         if state.rank == 0:
@@ -63,7 +59,7 @@ class Progress:
         """Account for a finished step."""
         self._step = step
         for name, row in zip(self.sources, totals.rows):
-            self.tokens[name] += int(row[TOKENS])
+            self.tokens[name] += int(row[self._tokens_column])
         self.stream = xxhash.xxh3_64_hexdigest(f"{self.stream} {totals.digest:016x}".encode())
         if self._console is not None:
             metrics = self._metrics(step, totals, grad_norm, data_seconds, seconds)
@@ -79,11 +75,11 @@ class Progress:
         if self._console is not None and metrics:
             self._file.write(step, metrics)
             parts = [
-                f"{name.split('/', 1)[1].removesuffix('/ppl')} {value:.2f}"
+                f"{name.split('/', 1)[1].replace('/', ' ')} {value:.2f}"
                 for name, value in metrics.items()
-                if name.endswith("/ppl")
+                if name.endswith(("/ppl", "/accuracy"))
             ]
-            self._console.message(f"step {step}: validation perplexity | " + " | ".join(parts))
+            self._console.message(f"step {step}: validation | " + " | ".join(parts))
 
     def saved(self, outcome: Outcome) -> None:
         if self._console is None:
@@ -131,18 +127,16 @@ class Progress:
     ) -> dict[str, Any]:
         rows = totals.rows
         total = [sum(column) for column in zip(*rows)]
-        targets = max(total[TOKENS], 1.0)
         all_tokens = sum(self.tokens.values())
-        processed = self.config.train.global_batch_size * self.parts.mix.seq_length
+        processed = self.config.train.global_batch_size * self.parts.task.row_length
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
-            **{f"train/{name}": _finite(total[column] / targets) for column, name in self._columns.items()},
+            "train/loss": _finite(totals.loss),
         }
-        for name, row in zip(self.sources, rows):
-            if row[TOKENS] > 0:
-                for column in self._by_source:
-                    metrics[f"train/{self._columns[column]}/{name}"] = _finite(row[column] / row[TOKENS])
+        own = self.parts.task.objective.metrics(total, dict(zip(self.sources, rows)))
+        metrics |= {name: _finite(value) for name, value in own.items()}
+        for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
         metrics |= {
@@ -156,25 +150,23 @@ class Progress:
             "mem/peak_gib": peak_memory_gib(self.state.device),
         }
         if self._peak is not None:
-            metrics["speed/mfu"] = rate * self._flops / self._peak
+            metrics["speed/mfu"] = rate * self.parts.task.flops_per_token / self._peak
         return metrics
 
     def _introduce(self, step: int) -> None:
         """Every derived number, once, at the start."""
         assert self._console is not None
         config, state, mix, arch = self.config, self.state, self.parts.mix, self.parts.arch
-        batch_tokens = config.train.global_batch_size * mix.seq_length
+        batch_tokens = config.train.global_batch_size * self.parts.task.row_length
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
-        loss = config.loss
         lines = [
             f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
             f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} x data {state.data_size} "
             f"on {state.device.type}" + (", sequence parallel" if config.parallel.sequence else ""),
             f"data    {mix.path}: {shares}",
-            f"batch   {config.train.global_batch_size} x {mix.seq_length} = {batch_tokens} tokens; "
+            f"batch   {config.train.global_batch_size} x {self.parts.task.row_length} = {batch_tokens} tokens; "
             f"{config.train.steps} steps = {batch_tokens * config.train.steps / 1e6:.2f} M tokens",
-            f"loss    {loss.ce_weight:g} CE"
-            + (f" + {loss.kd_weight:g} KL({loss.target} teacher)" if config.uses_teacher else ""),
+            f"loss    {self.parts.task.objective.describe()}",
         ]
         if step:
             lines.append(f"resume  at step {step} of {config.train.steps}")

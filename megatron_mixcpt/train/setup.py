@@ -17,9 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
+from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
@@ -27,10 +26,10 @@ from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
-from megatron_mixcpt.teacher import Teacher
-from megatron_mixcpt.teacher.build import build_teacher
+from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
+from megatron_mixcpt.train.task import Recipe, Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,21 +42,21 @@ class Parts:
     arch: Architecture
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
-    teacher: Teacher | None
+    task: Task
     run: ForwardBackward
     validation: ForwardBackward
     start: str | None
     """Hash of the manifest of `model.checkpoint`, where the run starts from one: whose weights the teacher has."""
 
 
-def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
+def read_model_and_mix(config: Config, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
     """Read what the configuration points at and check that the parts fit; opens no weights.
 
     Tokens that the data's tokenizer adds to the model's own become new rows of the embedding.
 
     Raises ConfigError naming the key to change, and VerificationError where the data was made with another tokenizer.
     """
-    mix = reweighted(read_mix(config.data.mix, config.data.seq_length), config.data.weights)
+    mix = recipe.read_mix(config)
     if config.model.hf is not None:
         arch = architecture_from_hf(config.model.hf)
         if mix.tokenizer_dir.is_dir():
@@ -104,9 +103,9 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Archite
     return origin.arch
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
     """Raise ConfigError, naming the key to change, unless model, data, batch and grid fit together."""
-    arch, mix = read_model_and_mix(config)
+    arch, mix = read_model_and_mix(config, recipe)
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
     check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
@@ -138,11 +137,11 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def build(config: Config, state: ParallelState) -> Parts:
-    """Build model, teacher and optimizer at the starting weights. Collective."""
-    arch, mix = read_model_and_mix(config)
+def build(config: Config, state: ParallelState, recipe: Recipe = MIXCPT) -> Parts:
+    """Build model, task (its teacher or reference) and optimizer at the starting weights. Collective."""
+    arch, mix = read_model_and_mix(config, recipe)
     stage = build_stage(config, arch)
-    teacher = build_teacher(config, state, stage, lambda: build_stage(config, arch, weights=False))
+    task = recipe.make_task(config, mix, arch, stage, state)
     model = DistributedDataParallel(
         stage.config,
         DistributedDataParallelConfig(
@@ -157,17 +156,10 @@ def build(config: Config, state: ParallelState) -> Parts:
         stage.config.no_sync_func = model.no_sync
     optimizer = build_optimizer(model, config.train)
 
-    loss = MixCPTLoss(
-        config.loss,
-        group=state.tensor_group if state.tensor_size > 1 else None,
-        vocab_start=stage.vocab_start,
-        vocab_size=arch.vocab_size,
-        device=state.device,
-    )
     contributes = state.is_last_stage and state.tensor_rank == 0
-    run = ForwardBackward(model, loss, teacher, num_sources=len(mix.train_sources), contributes=contributes)
-    validation = ForwardBackward(model, loss, None, num_sources=1, contributes=contributes)
-    return Parts(mix, arch, model, optimizer, teacher, run, validation, stage.start)
+    run = ForwardBackward(model, task.objective, num_sources=len(mix.train_sources), contributes=contributes)
+    validation = ForwardBackward(model, task.validation, num_sources=1, contributes=contributes)
+    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start)
 
 
 def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:

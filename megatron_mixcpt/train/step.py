@@ -1,6 +1,6 @@
 """One forward and backward pass over a global batch, through Megatron's pipeline schedules.
 
-Shapes: b micro-batch, s sequence, v vocabulary, tp tensor-parallel size.
+Shapes: b micro-batch, s sequence.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_mixcpt.data.batch import IGNORE_INDEX, Batch
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
-from megatron_mixcpt.teacher import Teacher
+from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.train.task import Objective
 
 
 class ForwardBackward:
@@ -24,36 +23,25 @@ class ForwardBackward:
 
     Args:
         model: this rank's stage, wrapped in Megatron's DistributedDataParallel or bare (forward only).
-        loss: the objective.
-        teacher: None trains on cross-entropy alone.
+        objective: what is minimised.
         num_sources: rows of the returned statistics.
         contributes: whether this rank's statistics count: one rank a data-parallel replica, on the last stage.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss: MixCPTLoss,
-        teacher: Teacher | None,
-        *,
-        num_sources: int,
-        contributes: bool,
-    ) -> None:
-        self.model, self.loss, self.teacher = model, loss, teacher
+    def __init__(self, model: torch.nn.Module, objective: Objective, *, num_sources: int, contributes: bool) -> None:
+        self.model, self.objective = model, objective
         self.num_sources, self.contributes = num_sources, contributes
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
-        """Accumulate the gradients of the mean loss over the global number of target tokens.
+        """Accumulate the gradients of the mean loss over what the objective counts, globally.
 
         Returns:
-            `[num_sources, len(loss.statistics)]` fp64 sums of this rank; all zeros where
+            `[num_sources, columns]` fp64 sums of this rank (columns: `objective.statistics`); all zeros where
             `contributes` is false. Summing them over all ranks gives the global batch's.
         """
-        totals = torch.zeros(
-            self.num_sources, len(self.loss.statistics), dtype=torch.float64, device=batches[0].tokens.device
-        )
-        if self.teacher is not None:
-            self.teacher.begin_step(batches)
+        columns = len(self.objective.statistics)
+        totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=batches[0].tokens.device)
+        self.objective.begin_step(batches)
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, totals=totals),
             data_iterator=enumerate(batches),
@@ -70,18 +58,16 @@ class ForwardBackward:
     ) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         stage = unwrap_model(model)
-        statistics = torch.zeros(
-            len(batch.source), len(self.loss.statistics), dtype=torch.float64, device=batch.tokens.device
-        )
+        shape = len(batch.source), len(self.objective.statistics)
+        statistics = torch.zeros(shape, dtype=torch.float64, device=batch.tokens.device)
         if stage.post_process:
-            target = self.teacher.target(index, batch) if self.teacher is not None else None
-            self.loss.attach(stage, batch.kinds, target, statistics)
-        # Last stage: loss [b, s]; others: hidden states.
+            self.objective.bind(stage, index, batch, statistics)
+        # Last stage: the losses whose sum counts, as [b, s]; others: hidden states.
         output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(self._reduce, batch=batch, statistics=statistics, totals=totals)
 
-    @staticmethod
-    def _reduce(output: Tensor, *, batch: Batch, statistics: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _reduce(
+        self, output: Tensor, *, batch: Batch, statistics: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, dict]:
         totals.index_add_(0, batch.source, statistics)
-        num_tokens = (batch.labels != IGNORE_INDEX).sum().int()
-        return output.sum(), num_tokens, {}
+        return output.sum(), self.objective.count(batch), {}
