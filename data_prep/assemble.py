@@ -5,6 +5,7 @@ inputs and the configuration alone. Only table rows are held in memory; tokens a
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,22 @@ def write_prefix(
 ) -> dict[str, Any]:
     """Write tokens and flags of a prefix whose sequences all have `seq_length` tokens; returns counts and hashes."""
     num_tokens = num_targets = 0
-    with IndexedWriter(prefix, dtype) as writer, IndexedWriter(flags_prefix(prefix), np.dtype(np.uint8)) as marker:
+    with (
+        IndexedWriter(prefix, dtype) as writer,
+        IndexedWriter(flags_prefix(prefix), np.dtype(np.uint8)) as marker,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        writing: list[Future[None]] = []
         for tokens, flags in _filled(corpus, placement, seq_length, dtype, pad_id):
+            for behind in writing:  # one step is written while the next is filled
+                behind.result()
             lengths = np.full(len(tokens) // seq_length, seq_length)
-            writer.add(tokens, lengths)
-            marker.add(flags, lengths)
+            writing = [threads.submit(writer.add, tokens, lengths), threads.submit(marker.add, flags, lengths)]
             num_tokens += int(np.count_nonzero((flags & PAD) == 0))
             num_targets += int(np.count_nonzero(flags & TARGET))
-        hashes = [writer.finish(), marker.finish()]
+        for behind in writing:
+            behind.result()
+        hashes = list(threads.map(IndexedWriter.finish, (writer, marker)))
     return {
         "sequences": placement.num_sequences,
         "documents": len(np.unique(placement.document)),

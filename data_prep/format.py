@@ -8,6 +8,7 @@ This is the layout that `megatron.core.datasets.indexed_dataset` 0.16 reads; a t
 import os
 import struct
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -26,6 +27,7 @@ KIND_NAMES = ("domain", "instruction", "preference-chosen", "preference-rejected
 ROLE_TEXT, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL = range(4)
 ROLE_NAMES = ("text", "user", "assistant", "tool")
 
+PIECE_BYTES = 1 << 20  # written and hashed at a time
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPE_CODES: dict[int, np.dtype] = {
@@ -98,6 +100,18 @@ def write_index(
     os.replace(temporary, path)
 
 
+def write_hashed(file: BinaryIO, state: Any, data: np.ndarray) -> None:
+    """Append the bytes of an array and hash them, a piece at a time that stays in the processor's cache meanwhile.
+
+    File systems, too, take several times as long over much larger writes.
+    """
+    raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
+    for start in range(0, len(raw), PIECE_BYTES):
+        piece = raw[start : start + PIECE_BYTES]
+        file.write(piece)
+        state.update(piece)
+
+
 class IndexedWriter:
     """Streams sequences into `<prefix>.bin` and, on `finish`, writes `<prefix>.idx`.
 
@@ -119,8 +133,7 @@ class IndexedWriter:
         lengths = np.array([len(data)] if lengths is None else lengths, dtype="<i4")
         if int(lengths.sum(dtype=np.int64)) != len(data):
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)}, but {len(data)} tokens were given")
-        self._file.write(data.data)
-        self._hash.update(data.data)
+        write_hashed(self._file, self._hash, data)
         self._lengths.append(lengths)
 
     def finish(self, documents: np.ndarray | None = None) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import orjson
 import xxhash
 
+from megatron_mixcpt.data_prep.format import write_hashed
+
 # One row per document. `hash` is the 128-bit content hash of its record (two halves); `kind` as in the flags.
 DOCUMENT_DTYPE = np.dtype(
     [
@@ -58,11 +60,8 @@ def write_block(
     sections = [tokens, flags, documents] + ([] if signatures is None else [signatures])
     with open(temporary, "wb") as file:
         for section in sections:
-            data = np.ascontiguousarray(section).view(np.uint8).reshape(-1).data
-            padding = bytes(_align(len(data)) - len(data))
-            for piece in (data, padding):
-                file.write(piece)
-                state.update(piece)
+            write_hashed(file, state, section)
+            write_hashed(file, state, np.zeros(_align(section.nbytes) - section.nbytes, dtype=np.uint8))
     os.replace(temporary, folder / name)
     return {
         "name": name,

@@ -4,7 +4,7 @@ Columns: file, line, hash (16 bytes), kind, status, split, tokens, targets, cont
 each piece of the document lies in its split's prefix; two lists of one length), pair (its number in the pair prefix).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def write_provenance(
     for rows in pairs.values():
         pair[rows] = pair[rows + 1] = np.arange(len(rows))
     hashes = np.stack([documents["hash_high"], documents["hash_low"]], axis=1).astype(">u8")
-    names = pa.array([file.path for file in plan.files])
+    names = _strings([file.path for file in plan.files])
     writer = None
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -59,24 +59,22 @@ def write_provenance(
             part = slice(first, first + ROWS)
             rows = documents[part]
             lists = [_list_column(values, ends[first : first + len(rows) + 1]) for values in (sequence, position)]
-            splits = pa.array(np.where(valid[part], 1, 0).astype(np.int8))
+            splits = _column(np.where(valid[part], 1, 0).astype(np.int8))
             columns: dict[str, Any] = {
-                "file": pa.DictionaryArray.from_arrays(pa.array(rows["file"].astype(np.int32)), names),
-                "line": pa.array(rows["line"]),
+                "file": pa.DictionaryArray.from_arrays(_column(rows["file"].astype(np.int32)), names),
+                "line": _column(rows["line"]),
                 "hash": pa.Array.from_buffers(
                     pa.binary(16), len(rows), [None, pa.py_buffer(np.ascontiguousarray(hashes[part]).tobytes())]
                 ),
-                "kind": pa.DictionaryArray.from_arrays(pa.array(rows["kind"].astype(np.int8)), pa.array(KIND_NAMES)),
-                "status": pa.DictionaryArray.from_arrays(
-                    pa.array(status[part].astype(np.int8)), pa.array(STATUS_NAMES)
-                ),
-                "split": pa.DictionaryArray.from_arrays(splits, pa.array(["train", "valid"])),
-                "tokens": pa.array(rows["tokens"]),
-                "targets": pa.array(rows["targets"]),
-                "contaminated": pa.array(rows["contaminated"] != 0),
+                "kind": pa.DictionaryArray.from_arrays(_column(rows["kind"].astype(np.int8)), _strings(KIND_NAMES)),
+                "status": pa.DictionaryArray.from_arrays(_column(status[part].astype(np.int8)), _strings(STATUS_NAMES)),
+                "split": pa.DictionaryArray.from_arrays(splits, _strings(["train", "valid"])),
+                "tokens": _column(rows["tokens"]),
+                "targets": _column(rows["targets"]),
+                "contaminated": _column(rows["contaminated"] != 0),
                 "sequences": lists[0],
                 "positions": lists[1],
-                "pair": pa.array(pair[part], mask=(pair[part] < 0) | (status[part] != KEPT)),
+                "pair": _column(pair[part], (pair[part] >= 0) & (status[part] == KEPT)),
             }
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
@@ -105,4 +103,24 @@ def _list_column(values: np.ndarray, ends: np.ndarray) -> Any:
     import pyarrow as pa
 
     inside = values[ends[0] : ends[-1]]
-    return pa.ListArray.from_arrays(pa.array((ends - ends[0]).astype(np.int32)), pa.array(inside))
+    return pa.ListArray.from_arrays(_column((ends - ends[0]).astype(np.int32)), _column(inside))
+
+
+# Arrow arrays from buffers: pa.array would first import pandas, which takes a third of a second.
+def _column(values: np.ndarray, known: np.ndarray | None = None) -> Any:
+    """The numbers or truth values of a column, null where not `known`."""
+    import pyarrow as pa
+
+    bits = values.dtype == np.bool_
+    data = np.packbits(values, bitorder="little") if bits else np.ascontiguousarray(values)
+    mask = None if known is None else pa.py_buffer(np.packbits(known, bitorder="little"))
+    kind = pa.bool_() if bits else pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [mask, pa.py_buffer(data)])
+
+
+def _strings(values: Sequence[str]) -> Any:
+    import pyarrow as pa
+
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
