@@ -64,6 +64,12 @@ def build(
         sources.append(_build_source(builder, source, plan, corpus, status))
         counts.append(_count(source, corpus, status))
         _say(counts[-1])
+        if sources[-1]["valid"] is None and config.valid_fraction > 0:
+            print(
+                f"note: none of the few documents of {source.name} fell into its validation split, so nothing will "
+                "tell what is forgotten of it; raise valid_fraction to get one",
+                file=sys.stderr,
+            )
     set_weights(config, sources)
     mix = {
         "seq_length": config.seq_length,

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         raise explain_os_error(error) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(mix if mix else f"shard {args.shard} done", file=sys.stdout)
+    print(mix if mix else f"shard {args.shard} done")
+    if mix:
+        print(f"next: mixcpt verify {config.out}, then mixcpt train with data.mix={mix}", file=sys.stderr)
     return 0
 
 

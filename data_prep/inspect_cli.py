@@ -25,11 +25,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
 
-    from megatron_mixcpt.data_prep.mix import prefixes, read_mix
+    from megatron_mixcpt.data_prep.mix import FILE_NAME, prefixes, read_mix
     from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 
     path = Path(args.data)
     whole = path.is_dir() or path.suffix == ".json"
+    if not whole and not (path.parent / FILE_NAME).is_file():
+        raise ConfigError(f"{path}: neither a folder with {FILE_NAME} nor a prefix beside one")
     out, mix = read_mix(path if whole else path.parent)
     known = {entry["prefix"]: (source, split, entry) for source, split, entry in prefixes(mix)}
     name = path.name.removesuffix(".bin").removesuffix(".idx").removesuffix(".flags")

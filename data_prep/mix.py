@@ -11,7 +11,7 @@ import xxhash
 from megatron_mixcpt.data_prep.config import Config
 from megatron_mixcpt.data_prep.mixing import Request, Share, resolve_shares
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
-from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 
 FORMAT = "mixcpt-mix/1"
 FILE_NAME = "mix.json"
@@ -77,14 +77,14 @@ def write_mix(path: Path, mix: dict[str, Any]) -> Path:
 def read_mix(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The folder and the content of a mix.json (given itself or by its folder).
 
-    Raises MixcptError if there is none, VerificationError if it was edited by hand or is of another format.
+    Raises ConfigError if there is none, VerificationError if it was edited by hand or is of another format.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
         mix = json.loads(path.read_text())
     except OSError as error:
-        raise MixcptError(f"cannot read {path}: {error.strerror}; `mixcpt preprocess` writes it") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; `mixcpt preprocess` writes it") from None
     except ValueError as error:
         raise VerificationError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(mix, dict) or mix.get("format") != FORMAT:

@@ -21,12 +21,13 @@ from megatron_mixcpt.data_prep.decontaminate import Detector, evaluation_key
 from megatron_mixcpt.data_prep.engines import FastEngine, adversarial_texts, disagreement, load_fast_engine
 from megatron_mixcpt.data_prep.format import token_dtype
 from megatron_mixcpt.data_prep.literals import literal_counter
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.neardup import Signer
-from megatron_mixcpt.data_prep.parts import part_is_good
+from megatron_mixcpt.data_prep.parts import part_is_good, read_receipt
 from megatron_mixcpt.data_prep.plan import Plan, make_plan, plan_to_json
 from megatron_mixcpt.data_prep.pool import Pool
 from megatron_mixcpt.data_prep.progress import Progress
-from megatron_mixcpt.data_prep.quarantine import check_budget, write_quarantine
+from megatron_mixcpt.data_prep.quarantine import BadRecordWatch, check_budget, write_quarantine
 from megatron_mixcpt.data_prep.records import make_renderer
 from megatron_mixcpt.data_prep.sampling import sample_texts
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -71,6 +72,7 @@ def preprocess(
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out, shared=shard is not None):
         prepared = prepare(config, out)
+        _say_what_is_replaced(out, config)
         tokenize(prepared, workers=workers, shard=shard, only_check=assemble_only)
         if shard is not None:
             return None
@@ -132,6 +134,7 @@ def tokenize(
                 tasks.append((number, chunk))
     if not tasks:
         return
+    watches = [BadRecordWatch(stage.source, stage.plan) for stage in prepared.stages]
     if only_check:
         raise MixcptError(
             f"{len(tasks)} of {index} parts are missing or damaged; run the shards that make them again "
@@ -144,8 +147,11 @@ def tokenize(
         fast = choose_engines(prepared, sorted({number for number, _ in tasks}), pool)
         with Progress("tokenize", total, done_bytes) as progress:
             orders = ((process_order, number, chunk, number in fast) for number, chunk in tasks)
-            for number, chunk, tokens in pool.run(orders):
-                progress.advance(prepared.stages[number].plan.chunk_bytes(chunk), tokens)
+            for number, chunk, done in pool.run(orders):
+                stage, num_bytes = prepared.stages[number], prepared.stages[number].plan.chunk_bytes(chunk)
+                progress.advance(num_bytes, done["tokens"])
+                if watches[number].over(num_bytes, done["records"], done["bad"]):
+                    _refuse_bad_records(Path(prepared.config.out), stage)
 
 
 def choose_engines(prepared: Prepared, numbers: list[int], pool: Pool) -> set[int]:
@@ -248,10 +254,36 @@ def warm_order(bench: Workbench, number: int) -> tuple[int, str | None]:
     return number, bench.fast if isinstance(bench.fast, str) else None
 
 
-def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tuple[int, int, int]:
-    """Make the part of a chunk; returns source, chunk and number of tokens."""
+def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tuple[int, int, dict[str, int]]:
+    """Make the part of a chunk; returns source, chunk and how many tokens, records and bad records it has."""
     receipt = process_chunk(bench.job(number, fast), chunk)
-    return number, chunk, sum(block["tokens"] for block in receipt["blocks"])
+    tokens = sum(block["tokens"] for block in receipt["blocks"])
+    return number, chunk, {"tokens": tokens, "records": receipt["records"], "bad": len(receipt["bad"])}
+
+
+def _refuse_bad_records(out: Path, stage: Stage) -> None:
+    """Raise BadRecordsError for what the finished parts of a source say."""
+    receipts = [read_receipt(stage.folder, chunk) for chunk in range(len(stage.plan.chunks))]
+    there = [receipt for receipt in receipts if receipt is not None]
+    bad = [item for receipt in there for item in receipt["bad"]]
+    path = write_quarantine(out, [(stage.plan, bad)])
+    check_budget(stage.source, sum(receipt["records"] for receipt in there), bad, stage.plan, path)
+
+
+def _say_what_is_replaced(out: Path, config: Config) -> None:
+    """A run into a folder that holds another mixture ends with its own in that place."""
+    try:
+        _, before = read_mix(out)
+    except MixcptError:
+        return  # none, or one that nothing can use
+    old = (before["seq_length"], sorted(source["name"] for source in before["sources"]))
+    new = (config.seq_length, sorted(source.name for source in config.sources))
+    if old != new:
+        print(
+            f"note: {out} holds a mixture of {', '.join(old[1])} at seq_length {old[0]}, which {', '.join(new[1])} at "
+            f"seq_length {new[0]} will replace; set another `out` to keep both",
+            file=sys.stderr,
+        )
 
 
 def _check_records(out: Path, prepared: Prepared, corpora: list[Corpus]) -> None:

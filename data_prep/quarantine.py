@@ -27,6 +27,31 @@ def write_quarantine(out: Path, bad: list[tuple[Plan, list[dict[str, Any]]]]) ->
     return path
 
 
+class BadRecordWatch:
+    """Ends a run whose bad records exceed the budget by far, long before the last of them.
+
+    The number of records of a source is known only at the end; from the bytes that are done it is estimated. Twice the
+    budget, and at least MANY of them, leave no doubt.
+    """
+
+    MANY = 100
+
+    def __init__(self, source: Source, plan: Plan) -> None:
+        self._fraction = source.max_bad_fraction
+        self._total_bytes = max(1, sum(plan.chunk_bytes(chunk) for chunk in range(len(plan.chunks))))
+        self._bytes = self._records = self._bad = 0
+
+    def over(self, num_bytes: int, num_records: int, num_bad: int) -> bool:
+        """Count a finished chunk; whether enough of the source has been seen."""
+        self._bytes, self._records, self._bad = (
+            self._bytes + num_bytes,
+            self._records + num_records,
+            self._bad + num_bad,
+        )
+        expected = self._records * self._total_bytes / max(1, self._bytes)
+        return self._bad >= self.MANY and self._bad > 2 * self._fraction * expected
+
+
 def check_budget(source: Source, num_records: int, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) if more than `max_bad_fraction` of the records are bad."""
     if len(items) <= source.max_bad_fraction * num_records:

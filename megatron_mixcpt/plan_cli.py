@@ -60,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
     total = sum(source.weight for source in mix.train_sources)
-    for source in mix.train_sources:
+    for source, share in zip(mix.train_sources, mix.sample_shares()):
         assert source.train is not None
-        samples = train.steps * train.global_batch_size * source.weight / total
-        passes = samples / source.train.sequences
+        passes = train.steps * train.global_batch_size * share / source.train.sequences
         print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
     print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
 

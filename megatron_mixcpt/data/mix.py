@@ -28,7 +28,7 @@ class Source:
     name: str
     kind: str
     weight: float
-    """Share of the sequences that training draws."""
+    """Share of the tokens, padding left out; over the training sources of a mixture in any common unit."""
     train: Split | None
     valid: Split | None
 
@@ -47,6 +47,15 @@ class Mix:
     def train_sources(self) -> list[Source]:
         """The sources that training draws from, in the order in which statistics are kept."""
         return [source for source in self.sources if source.train]
+
+    def sample_shares(self) -> list[float]:
+        """Share of the samples of each training source, summing to 1: sequences with much padding must come oftener."""
+        rates = [
+            source.weight * source.train.sequences / source.train.tokens
+            for source in self.train_sources
+            if source.train
+        ]
+        return [rate / sum(rates) for rate in rates]
 
 
 def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:

@@ -57,10 +57,9 @@ class Position:
     @classmethod
     def start(cls, mix: Mix, seed: int) -> Position:
         """Nothing drawn yet."""
-        total = sum(source.weight for source in mix.train_sources)
         sources = [
-            SourcePosition(source.name, source.train.content, source.train.sequences, source.weight / total)
-            for source in mix.train_sources
+            SourcePosition(source.name, source.train.content, source.train.sequences, share)
+            for source, share in zip(mix.train_sources, mix.sample_shares())
             if source.train
         ]
         return cls(sources, seed)

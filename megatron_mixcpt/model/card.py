@@ -64,7 +64,7 @@ def _sources(origin: Origin) -> list[str]:
         "",
         f"Mixture `{origin.mix['fingerprint']}`, sequences of {origin.mix['seq_length']} tokens.",
         "",
-        "| source | kind | share of sequences | target tokens trained on |",
+        "| source | kind | share of tokens | target tokens trained on |",
         "| --- | --- | ---: | ---: |",
         *rows,
         "",

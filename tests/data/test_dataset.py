@@ -1,6 +1,7 @@
 """What the trainer reads is what the files hold: against the indexed files themselves, read by numpy."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,10 +56,14 @@ def test_every_sample_is_one_stored_sequence_with_its_own_flags(mix, blend):
         assert flags[-1] & DOC_START and not flags[-1] & TARGET  # nothing is predicted across sequences
 
 
-def test_the_blend_has_the_weights_of_the_mixture(mix, blend):
-    counts = np.bincount([sample["source"] for sample in blend], minlength=2)
-    weights = np.array([source.weight for source in mix.train_sources])
-    np.testing.assert_allclose(counts / 100, weights, atol=0.01)
+def test_the_tokens_drawn_have_the_weights_of_the_mixture_whatever_the_padding(mix):
+    facts, tasks = mix.train_sources
+    tasks = replace(tasks, train=replace(tasks.train, tokens=tasks.train.tokens // 3))  # as if most of it were padding
+    for sources in (mix.train_sources, [facts, tasks]):
+        draws = Position.start(replace(mix, sources=tuple(sources)), 7).draw(1000)
+        counts = np.bincount([draw.source for draw in draws], minlength=2)
+        tokens = counts * np.array([source.train.tokens / source.train.sequences for source in sources])
+        np.testing.assert_allclose(tokens / tokens.sum(), [source.weight for source in sources], atol=0.002)
 
 
 def test_each_epoch_shows_each_sequence_once_in_another_order(mix, tmp_path):

@@ -36,7 +36,10 @@ def test_success_prints_the_mix_and_returns_0(config_file, config_values):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(Path(config_values["out"]) / "mix.json")
     assert "tokenize done" in done.stderr and "source docs: engine" in done.stderr
+    assert f"next: mixcpt verify {config_values['out']}" in done.stderr
     assert mixcpt("verify", config_values["out"]).returncode == 0
+    missing = mixcpt("verify", config_values["out"] + "-nowhere")
+    assert missing.returncode == 2 and "-nowhere" in missing.stderr
 
 
 def test_a_wrong_config_returns_2(tmp_path):

@@ -56,3 +56,8 @@ def test_the_text_is_whole_and_styles_follow_the_mask(result, tokenizer_dir):
     assert shown == decode(filled)
     styles = {span.style for span in text.spans}
     assert {"green", "green dim underline"} <= styles
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere: neither a folder"):
+        run(str(tmp_path / "nowhere"))

@@ -1,6 +1,7 @@
 """The whole pipeline: what is in the files, and that nothing but inputs and configuration decides it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -236,6 +237,31 @@ def test_a_bad_line_is_quarantined_with_its_place_and_the_rest_survives(config_v
     with pytest.raises(BadRecordsError, match=f"{corpus['domain'].name}:2") as caught:
         run(config_values)
     assert caught.value.exit_code == 4
+
+
+def test_far_too_many_bad_records_end_the_run_long_before_the_last(config_values, corpus, monkeypatch):
+    monkeypatch.setattr("megatron_mixcpt.data_prep.plan.CHUNK_BYTES", 2000)
+    corpus["domain"].write_text("broken line\n" * 5000)
+    config_values["engine"] = "reference"
+    with pytest.raises(BadRecordsError, match=r"source docs: (\d+) of \1 records are bad") as caught:
+        run(config_values)
+    assert int(re.search(r"(\d+) of", str(caught.value))[1]) < 1000
+    rows = (Path(config_values["out"]) / "quarantine.jsonl").read_text().splitlines()
+    assert len(rows) == int(re.search(r"(\d+) of", str(caught.value))[1])
+
+
+def test_what_a_run_replaces_and_what_cannot_be_validated_is_said(config_values, corpus, capsys):
+    lines = corpus["preference"].read_text().splitlines(keepends=True)
+    corpus["preference"].write_text("".join(lines[:3]))
+    config_values["valid_fraction"] = 0.02
+    run(config_values)
+    said = capsys.readouterr().err
+    assert "of pairs fell into its validation split" in said and "of docs fell" not in said and "replace" not in said
+    run(config_values)
+    assert "replace" not in capsys.readouterr().err
+    config_values["seq_length"] = 256
+    run(config_values)
+    assert "holds a mixture of ask, docs, pairs at seq_length 128" in capsys.readouterr().err
 
 
 def test_a_conversation_longer_than_a_sequence_is_quarantined(config_values, corpus):

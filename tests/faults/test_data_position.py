@@ -19,7 +19,9 @@ from tests.helpers.corpus import write_mix
 def mixture(weights, contents=None):
     """A mixture of sources a, b, c ... of 50, 51, 52 ... sequences."""
     sources = [
-        Source(name, "domain", weight, Split("", 50 + index, 0, (contents or {}).get(name, name)), None)
+        Source(
+            name, "domain", weight, Split("", 50 + index, 128 * (50 + index), (contents or {}).get(name, name)), None
+        )
         for index, (name, weight) in enumerate(zip("abcdefgh", weights))
         if weight > 0
     ]

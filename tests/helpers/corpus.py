@@ -39,16 +39,17 @@ def packed_sequence(generator, kind, seq_length, vocab_size):
 
 
 def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator):
-    prefix = folder / name
+    prefix, num_tokens = folder / name, 0
     with IndexedWriter(prefix, token_dtype(vocab_size)) as tokens_file:
         with IndexedWriter(folder / f"{name}.flags", np.dtype(np.uint8)) as flags_file:
             for _ in range(sequences):
                 tokens, flags = packed_sequence(generator, kind, seq_length, vocab_size)
                 tokens_file.add(tokens)
                 flags_file.add(flags)
+                num_tokens += int(np.count_nonzero((flags & PAD) == 0))
             flags_file.finish()
         digest = tokens_file.finish()
-    counts = {"sequences": sequences, "documents": sequences, "tokens": sequences * seq_length}
+    counts = {"sequences": sequences, "documents": sequences, "tokens": num_tokens}
     return {"prefix": name, **counts, "hash": digest}
 
 
