@@ -183,8 +183,17 @@ class LossConfig(Section):
 class TeacherConfig(Section):
     """Where the distillation target comes from."""
 
-    source: Literal["initial", "none"] = "initial"
-    """initial: a frozen copy of the starting weights; none: only with loss.target none."""
+    source: Literal["initial", "cached", "none"] = "initial"
+    """initial: a frozen copy of the starting weights; cached: answers that `mixcpt cache-teacher` computed beforehand;
+    none: only with loss.target none."""
+    cache: str | None = None
+    """Directory of the cached answers, for source cached."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> TeacherConfig:
+        if self.source == "cached" and self.cache is None:
+            raise ValueError("teacher.source cached needs teacher.cache, a directory that `mixcpt cache-teacher` fills")
+        return self
 
 
 class EvalConfig(Section):
@@ -230,6 +239,10 @@ class Config(Section):
                 f"loss.target {self.loss.target} needs a teacher: set teacher.source=initial, "
                 "or loss.target=none to train without distillation"
             )
+        if self.loss.fuse_lm_head and self.teacher.source == "cached":
+            raise ValueError(
+                "loss.fuse_lm_head works on a teacher's hidden states, which no cache has: set it to false"
+            )
         if self.loss.fuse_lm_head and not self.uses_teacher:
             raise ValueError("loss.fuse_lm_head is for distillation: it needs a loss.target and loss.kd_weight > 0")
         return self
@@ -237,6 +250,11 @@ class Config(Section):
     @property
     def uses_teacher(self) -> bool:
         return self.loss.target != "none" and self.loss.kd_weight > 0
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether each step also passes through the teacher."""
+        return self.uses_teacher and self.teacher.source != "cached"
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -94,14 +94,14 @@ def _stage(
         activations = kept + max(layer - logits, 0) + head + transient
     else:
         activations = in_flight * layers * layer + head + transient
-    if pipeline > 1 and config.uses_teacher and last:
+    if pipeline > 1 and config.runs_teacher and last:
         activations += num_micro * tokens * arch.hidden_size * size  # the teacher's last hidden states of a step
     return StagePlan(
         num_parameters=count,
         weights=count * size,
         gradients=count * FP32,
         optimizer=optimizer,
-        teacher=count * size if config.uses_teacher else 0,
+        teacher=count * size if config.runs_teacher else 0,
         activations=activations,
         logits=logits,
         snapshot=count * size + optimizer if config.checkpoint.background else 0,

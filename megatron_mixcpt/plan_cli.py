@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = plan.tokens(train.steps)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[args.gpu]
-    work = tokens * flops_per_token(arch, mix.seq_length, with_teacher=config.uses_teacher)
+    work = tokens * flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher)
     hours = work / (world_size * peak * args.mfu) / 3600
     device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_mixcpt.data.dataset import Mixture
+from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, TARGET
 from megatron_mixcpt.model.attention import document_mask
@@ -35,6 +35,7 @@ class Batch:
     attention_mask: torch.Tensor | None  # [b, 1, s, s] bool, true = may attend; None: causal
     source: torch.Tensor  # [b] int64, index of the source each sample came from
     digest: int = 0  # sum of the samples' digests (see data.dataset.Mixture), modulo 2^64
+    keys: tuple[SampleKey, ...] = ()  # of each training sample; made-up ones have none
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -64,6 +65,7 @@ def collate(samples: list[dict]) -> Batch:
         attention_mask=attention_mask,
         source=torch.tensor([sample.get("source", 0) for sample in samples]),
         digest=sum(sample.get("digest", 0) for sample in samples) % 2**64,
+        keys=tuple(sample["key"] for sample in samples if "key" in sample),
     )
 
 

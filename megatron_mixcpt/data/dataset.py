@@ -11,7 +11,7 @@ import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,24 @@ from megatron_mixcpt.data_prep.format import DOC_START, PAD
 from megatron_mixcpt.errors import ConfigError
 
 
+class SampleKey(NamedTuple):
+    """Which sequence a sample is, whatever the seed and the order in which samples are drawn."""
+
+    source: int
+    """Index into the mixture's training sources."""
+    sequence: int
+    """Number of the stored sequence in that source."""
+    content: int
+    """Hash (64 bits) of the tokens and of where documents begin: of all that a model's answers depend on."""
+
+
+def sample_key(source: int, sequence: int, tokens: np.ndarray, flags: np.ndarray) -> SampleKey:
+    """`tokens` int64 and `flags` uint8, `[seq_length + 1]`; the last of them is the next sequence's first."""
+    content = xxhash.xxh3_64(tokens[:-1].tobytes())
+    content.update((flags[:-1] & DOC_START).tobytes())
+    return SampleKey(source, sequence, content.intdigest())
+
+
 class TokenFlagsDataset(GPTDataset):
     """GPTDataset whose samples are `tokens` and `flags`, both `[seq_length + 1]`, read by one and the same query."""
 
@@ -40,14 +58,23 @@ class TokenFlagsDataset(GPTDataset):
         if not np.array_equal(self._flags_view.dataset.sequence_lengths, self.dataset.sequence_lengths):
             raise ConfigError(f"{dataset_path}: tokens and flags disagree about the sequence lengths; preprocess again")
 
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Sample `idx`: `tokens` int64 and `flags` uint8, `[seq_length + 1]`; None is a sample of padding only."""
-        tokens, _ = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
+    @property
+    def flags(self) -> IndexedDataset:
+        """The flags of the stored sequences."""
+        return self._flags_view.dataset
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        """Sample `idx`: `tokens` int64 and `flags` uint8, `[seq_length + 1]`; None is a sample of padding only.
+
+        `sequence` is the number of the stored sequence that the sample begins with.
+        """
+        tokens, documents = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
         flags, _ = self._flags_view._query_document_sample_shuffle_indices(0 if idx is None else idx)
         if idx is None:
             flags = np.full_like(flags, PAD)
         tokens = np.where(flags & PAD, 0, tokens)  # Megatron's padding id is no row of the embedding
-        return {"tokens": torch.from_numpy(tokens), "flags": torch.from_numpy(flags.astype(np.uint8))}
+        sample = {"tokens": torch.from_numpy(tokens), "flags": torch.from_numpy(flags.astype(np.uint8))}
+        return sample | {"sequence": int(documents[0])}
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -58,15 +85,26 @@ class Mixture(torch.utils.data.Dataset):
         self._keys = [f"{seed} {name}" for name in names]
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """`tokens` and `flags` as in TokenFlagsDataset, `source`, and `digest`, a hash of the sample and its order."""
+        """`tokens` and `flags` as in TokenFlagsDataset, `source`, `digest`, a hash of the sample and its order, and
+        `key`, which does not depend on the order."""
         dataset = self.datasets[draw.source]
         epoch, number = divmod(draw.number, len(dataset))
-        key = xxhash.xxh3_64_intdigest(f"{self._keys[draw.source]} {epoch}".encode())
-        sample: dict[str, Any] = dataset[permuted(number, len(dataset), key)]
+        order = xxhash.xxh3_64_intdigest(f"{self._keys[draw.source]} {epoch}".encode())
+        sample = dataset[permuted(number, len(dataset), order)]
         # The last token is the next sequence's first, which nothing learns from.
         digest = xxhash.xxh3_64(sample["tokens"][:-1].numpy(), seed=draw.order)
         digest.update(sample["flags"][:-1].numpy())
-        return {**sample, "source": draw.source, "digest": digest.intdigest()}
+        key = sample_key(draw.source, sample["sequence"], sample["tokens"].numpy(), sample["flags"].numpy())
+        return {**sample, "source": draw.source, "digest": digest.intdigest(), "key": key}
+
+    def stored(self, source: int, number: int) -> dict[str, Any]:
+        """Stored sequence `number` of a source as a sample; nothing follows its last token."""
+        dataset = self.datasets[source]
+        tokens = np.append(dataset.dataset[number].astype(np.int64), 0)
+        flags = np.append(dataset.flags[number].astype(np.uint8), np.uint8(PAD | DOC_START))
+        tokens = np.where(flags & PAD, 0, tokens)
+        sample = {"tokens": torch.from_numpy(tokens), "flags": torch.from_numpy(flags), "source": source}
+        return sample | {"sequence": number, "key": sample_key(source, number, tokens, flags)}
 
 
 def train_dataset(mix: Mix, seed: int, cache_dir: Path) -> Mixture:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
+from megatron_mixcpt.teacher.identity import refuse_other_weights, teacher_identity
 from megatron_mixcpt.teacher.initial import InitialTeacher
 from megatron_mixcpt.teacher.interface import Teacher
 
 
 def build_teacher(
-    config: Config, state: ParallelState, stage: MixGPTModel, empty_stage: Callable[[], MixGPTModel]
+    config: Config, state: ParallelState, mix: Mix, stage: MixGPTModel, empty_stage: Callable[[], MixGPTModel]
 ) -> Teacher | None:
     """The configuration's teacher; None where the loss needs none. Collective.
 
     Args:
+        mix: what is trained on.
         stage: the student's, at the starting weights.
         empty_stage: makes another one like it, with uninitialised weights.
+
+    Raises ConfigError where the teacher does not belong to the model or the data.
     """
     if not config.uses_teacher:
         return None
+    if config.teacher.source == "cached":
+        assert config.teacher.cache is not None
+        cache = Path(config.teacher.cache)
+        identity = open_cache(config, stage.arch, mix)
+        refuse_other_weights(cache, identity, teacher_identity(config, stage.start))
+        return CachedTeacher(cache, identity, mix, reads=state.is_last_stage)
     copy = empty_stage()
     copy.load_state_dict(stage.state_dict())
     return InitialTeacher(copy, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)

@@ -73,7 +73,7 @@ class MixCPTTask:
         self.objective: Objective = MixCPTObjective(loss, teacher)
         self.validation: Objective = MixCPTObjective(loss, None)
         self.row_length = mix.seq_length
-        self.flops_per_token = flops_per_token(arch, mix.seq_length, with_teacher=config.uses_teacher)
+        self.flops_per_token = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher)
 
     def train_dataset(self, seed: int, cache_dir: Path) -> Mixture:
         return train_dataset(self._mix, seed, cache_dir)
@@ -81,7 +81,8 @@ class MixCPTTask:
     def valid_datasets(self, seed: int, cache_dir: Path) -> dict[str, Dataset]:
         return dict(valid_datasets(self._mix, seed, cache_dir))
 
-    def collate(self, samples: list[dict]) -> Batch:
+    @staticmethod  # loader processes get a copy of it: it must not bring the teacher along
+    def collate(samples: list[dict]) -> Batch:
         return collate(samples)
 
     def fullest_batch(self, size: int) -> Batch:
@@ -103,7 +104,7 @@ def make_task(config: Config, mix: Mix, arch: Architecture, stage: MixGPTModel, 
     """Collective."""
     from megatron_mixcpt.train.setup import build_stage
 
-    teacher = build_teacher(config, state, stage, lambda: build_stage(config, arch, weights=False))
+    teacher = build_teacher(config, state, mix, stage, lambda: build_stage(config, arch, weights=False))
     loss = MixCPTLoss(
         config.loss,
         group=state.tensor_group if state.tensor_size > 1 else None,

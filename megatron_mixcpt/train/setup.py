@@ -26,6 +26,7 @@ from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
+from megatron_mixcpt.teacher.cached import open_cache
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
@@ -103,12 +104,23 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Archite
     return origin.arch
 
 
-def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
-    """Raise ConfigError, naming the key to change, unless model, data, batch and grid fit together."""
+def check_layout(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
+    """Raise ConfigError, naming the key to change, unless model, data and grid fit together."""
     arch, mix = read_model_and_mix(config, recipe)
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
     check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
+    if config.parallel.sequence and mix.seq_length % config.parallel.tensor:
+        raise ConfigError(
+            f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
+            "which parallel.sequence needs"
+        )
+    return arch, mix
+
+
+def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
+    """Raise ConfigError, naming the key to change, unless everything that a run needs fits together."""
+    arch, mix = check_layout(config, world_size, recipe)
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
     if config.train.global_batch_size % stride:
@@ -116,11 +128,8 @@ def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
             f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
         )
-    if config.parallel.sequence and mix.seq_length % config.parallel.tensor:
-        raise ConfigError(
-            f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
-            "which parallel.sequence needs"
-        )
+    if config.uses_teacher and config.teacher.source == "cached":
+        open_cache(config, arch, mix)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     needed, folder = checkpoint_bytes(arch, config.train.dtype), existing_parent(Path(config.run_dir))

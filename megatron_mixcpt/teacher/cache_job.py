@@ -1,0 +1,72 @@
+"""`mixcpt cache-teacher`: build the teacher alone, fill the cache, say what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.teacher.cache_format import read_manifest, record_dtype, shards_of
+from megatron_mixcpt.teacher.caching import claim_cache, fill_cache, new_identity
+from megatron_mixcpt.teacher.identity import teacher_identity
+from megatron_mixcpt.teacher.initial import InitialTeacher
+from megatron_mixcpt.train.failures import explained
+from megatron_mixcpt.train.setup import build_stage, read_model_and_mix
+from megatron_mixcpt.train.signals import StopRequest
+
+
+def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -> None:
+    """Fill `config.teacher.cache`, or what of it is missing.
+
+    Raises ConfigError where the directory holds something else, StoppedError (75) when stopped.
+    """
+    assert config.teacher.cache is not None
+    cache, grid = Path(config.teacher.cache), config.parallel
+    with explained(stop), parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed) as state:
+        arch, mix = read_model_and_mix(config)
+        stage = build_stage(config, arch)
+        identity = new_identity(config, arch, mix, teacher_identity(config, stage.start), top_k=top_k, bits=bits)
+        _claim(cache, identity, state)
+        fill_cache(
+            cache,
+            identity,
+            InitialTeacher(stage, pipelined=state.pipeline_size > 1),
+            mix,
+            state,
+            stop,
+            micro_batch_size=config.train.micro_batch_size,
+            vocab_start=stage.vocab_start,
+        )
+        if state.rank == 0:
+            _report(cache, identity, mix.seq_length)
+
+
+def _claim(cache: Path, identity: dict[str, Any], state: ParallelState) -> None:
+    message: list[Any] = [None]
+    if state.rank == 0:
+        try:
+            claim_cache(cache, identity)
+        except MixcptError as error:  # told to all ranks: they wait for the answer
+            message = [error]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise message[0]
+
+
+def _report(cache: Path, identity: dict[str, Any], seq_length: int) -> None:
+    shards = shards_of(identity)
+    known = read_manifest(cache)["shards"]
+    counts = {str(shard.path(cache).relative_to(cache)): shard.end - shard.begin for shard in shards}
+    size = record_dtype(seq_length, identity["top_k"], identity["vocab_size"], identity["bits"]).itemsize
+    sequences = sum(counts.values())
+    tail = sum(known[name]["tail"] * count for name, count in counts.items()) / sequences
+    print(
+        f"{cache}: complete, {sequences} sequences of {seq_length} tokens in {len(shards)} shards, "
+        f"{sequences * size / 2**30:.3f} GiB, {size / seq_length:.1f} bytes a token "
+        f"({identity['top_k']} tokens kept, {identity['bits']} bits); "
+        f"the tail holds {tail:.2%} of the teacher's probability"
+    )

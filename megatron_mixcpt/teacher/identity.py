@@ -1,0 +1,97 @@
+"""What a cache was made of, so that no run reads another model's answers, or answers about other data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from megatron_mixcpt.checkpoint.manifest import hash_file
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.model.architecture import Architecture
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def hash_hf_model(folder: Path) -> str:
+    """Hash of the configuration and the weight files of a Hugging Face directory. Raises ConfigError."""
+    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    try:
+        entries = [f"{path.name} {hash_file(path)}" for path in [folder / "config.json", *files]]
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read: {error}") from None
+    return xxhash.xxh3_128_hexdigest("\n".join(entries).encode())
+
+
+def teacher_identity(config: Config, start: str | None) -> dict[str, Any]:
+    """Which weights the cached answers are of: what training starts from. Collective.
+
+    `start`: hash of the manifest of `model.checkpoint`, where the run starts from one.
+    """
+    folder = config.model.hf
+    if folder is not None:
+        message: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:  # the others would read the same bytes
+            try:
+                message = [hash_hf_model(Path(folder))]
+            except MixcptError as error:
+                message = [error]
+        torch.distributed.broadcast_object_list(message, src=0)
+        if isinstance(message[0], MixcptError):
+            raise message[0]
+        return {"hf": message[0]}
+    if config.model.checkpoint is not None:
+        return {"checkpoint": start}
+    return {"preset": config.model.preset, "seed": config.train.seed}
+
+
+def data_identity(config: Config, arch: Architecture, mix: Mix) -> dict[str, Any]:
+    """What the data and the loss must have in common with a cache; opens no weights."""
+    return {
+        "temperature": config.loss.temperature,
+        "vocab_size": arch.vocab_size,
+        "seq_length": mix.seq_length,
+        "tokenizer": mix.tokenizer_hash,
+        "sources": {
+            source.train.content: {"name": source.name, "sequences": source.train.sequences}
+            for source in mix.train_sources
+            if source.train
+        },
+    }
+
+
+def refuse_foreign(cache: Path, identity: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ConfigError, naming what differs, unless a cache with this `identity` answers for the `wanted` data (see
+    `data_identity`). It may hold more sources than are wanted."""
+    reasons = {
+        "temperature": "was made for loss.temperature {0}, the run has {1}",
+        "vocab_size": "is of a vocabulary of {0} entries, the model has {1}",
+        "seq_length": "is of sequences of {0} tokens, the data has {1}",
+        "tokenizer": "is of data of another tokenizer ({0}, the data has {1})",
+    }
+    for key, reason in reasons.items():
+        if identity[key] != wanted[key]:
+            raise ConfigError(f"teacher.cache: {cache} {reason.format(identity[key], wanted[key])}; {REMEDY}")
+    for content, source in wanted["sources"].items():
+        known = identity["sources"].get(content)
+        if known is None or known["sequences"] != source["sequences"]:
+            raise ConfigError(
+                f"teacher.cache: {cache} holds nothing of source {source['name']} as it is now (data {content}): it "
+                f"is stale or of another mixture; {REMEDY}"
+            )
+
+
+REMEDY = "run `mixcpt cache-teacher` with this configuration and an empty teacher.cache"
+
+
+def refuse_other_weights(cache: Path, identity: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """Raise ConfigError unless the cache is of this teacher (see `teacher_identity`)."""
+    if identity["teacher"] != teacher:
+        raise ConfigError(
+            f"teacher.cache: {cache} is of another model ({identity['teacher']}) than this run's teacher ({teacher}); "
+            f"{REMEDY}"
+        )

@@ -1,0 +1,263 @@
+"""A cached teacher against the online one on every grid; jobs that are killed; caches that do not belong."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.teacher import cache_format, caching
+from megatron_mixcpt.teacher.cache_job import cache_teacher
+from megatron_mixcpt.train.loop import train
+from megatron_mixcpt.train.signals import StopRequest
+from tests.helpers.corpus import write_mix
+from tests.helpers.spawn import free_port, run_distributed
+from tests.train.runs import run_steps, settings
+
+VOCABULARY = 250
+GRIDS = {
+    "one": (1, {}),
+    "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "PP2": (2, {"parallel": {"pipeline": 2}}),
+    "DP2": (2, {}),
+}
+SMALL_SHARDS = 5  # sequences
+
+
+def cached(mix, folder, cache, **sections):
+    return settings(mix, folder, **{"teacher": {"source": "cached", "cache": str(cache)}} | sections)
+
+
+def fill(values, *, top_k=VOCABULARY, bits=32):
+    """One job, with shards so small that there are several."""
+    config = validate(Config, values, "test")
+    dtype = cache_format.record_dtype(32, top_k, VOCABULARY, bits)
+    with StopRequest() as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caching, "SHARD_BYTES", SMALL_SHARDS * dtype.itemsize)
+        cache_teacher(config, stop, top_k=top_k, bits=bits)
+
+
+def files(cache):
+    """Hash of every file that training reads."""
+    return {
+        str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and "index" not in path.parts
+    }
+
+
+def records(cache):
+    """Everything kept, by name of the column, in the order of the shards."""
+    manifest = json.loads((cache / "cache.json").read_text())
+    identity = manifest["identity"]
+    dtype = cache_format.record_dtype(
+        identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"]
+    )
+    parts = [np.fromfile(shard.path(cache), dtype) for shard in cache_format.shards_of(identity)]
+    return np.concatenate(parts)
+
+
+def _cache_and_train(rank, world_size, jobs):
+    """`{name: (port, configuration, configuration of the cache job or None)}`; results of training by name."""
+    results = {}
+    for name, (ports, values, job) in jobs.items():
+        if job is not None:
+            os.environ["MASTER_PORT"] = str(ports[0])
+            fill(job)
+        os.environ["MASTER_PORT"] = str(ports[1])
+        results[name] = run_steps(values)
+    return results
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, results): trained on the online teacher, and on every grid on a cache that the grid itself filled."""
+    folder = tmp_path_factory.mktemp("cached")
+    mix = write_mix(folder / "data", vocab_size=VOCABULARY, train=13)
+    results = {}
+    for size in (1, 2):
+        jobs = {} if size == 2 else {"online": ((0, free_port()), settings(mix, folder / "online"), None)}
+        for name, (world_size, sections) in GRIDS.items():
+            if world_size == size:
+                values = cached(mix, folder / name, folder / f"cache {name}", **sections)
+                jobs[name] = ((free_port(), free_port()), values, values)
+        results |= run_distributed(_cache_and_train, size, jobs, timeout=300, warm=True)[0]
+    return folder, mix, results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("grid", GRIDS)
+def test_with_the_whole_vocabulary_kept_training_is_that_with_the_online_teacher(world, grid):
+    _, _, results = world
+    np.testing.assert_allclose(results[grid]["losses"], results["online"]["losses"], rtol=1e-6)
+    np.testing.assert_allclose(results[grid]["norms"], results["online"]["norms"], rtol=1e-5)
+    for name, gradient in results["online"]["gradients"].items():
+        np.testing.assert_allclose(results[grid]["gradients"][name], gradient, atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one"])
+def test_every_grid_fills_the_same_cache(world, grid):
+    folder, _, _ = world
+    one, other = records(folder / "cache one"), records(folder / f"cache {grid}")
+    assert len(one) == 26 and np.array_equal(one["content"], other["content"])
+    np.testing.assert_allclose(one["gold"], other["gold"], atol=1e-5)
+    np.testing.assert_allclose(one["logp"], other["logp"], atol=1e-5)
+
+
+def _killed(rank, world_size, values, shards):
+    """Dies without warning while it writes shard number `shards`, which is half on disk then."""
+    written, write = [], caching.write_shard
+
+    def dying(cache, shard, content):
+        written.append(shard)
+        if len(written) == shards:
+            path = shard.path(cache)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".partial").write_bytes(content.tobytes()[:100])
+            path.write_bytes(content.tobytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(cache, shard, content)
+
+    caching.write_shard = dying
+    fill(values, top_k=8, bits=16)
+
+
+def _fill(rank, world_size, values):
+    fill(values, top_k=8, bits=16)
+
+
+def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
+    _, mix, _ = world
+    straight, broken = (cached(mix, tmp_path / "run", tmp_path / name) for name in ("straight", "broken"))
+    run_distributed(_fill, 1, straight, warm=True)
+    for shards in (2, 2):  # twice: once anew, once on the way
+        with pytest.raises(AssertionError, match="did not finish"):
+            run_distributed(_killed, 1, broken, shards, warm=True)
+    assert "shards" not in json.loads((tmp_path / "broken" / "cache.json").read_text())
+    with pytest.raises(ConfigError, match="is not finished"):
+        train(validate(Config, broken, "test"))
+    run_distributed(_fill, 1, broken, warm=True)
+    for name in [*(tmp_path / "broken").rglob("*.partial")]:
+        pytest.fail(f"{name} is left over")
+    assert files(tmp_path / "broken") == files(tmp_path / "straight")
+    # A damaged shard is mended by the same command.
+    victim = sorted((tmp_path / "broken").rglob("*.bin"))[1]
+    content = bytearray(victim.read_bytes())
+    content[200] ^= 1
+    victim.write_bytes(content)
+    run_distributed(_fill, 1, broken, warm=True)
+    assert files(tmp_path / "broken") == files(tmp_path / "straight")
+
+
+def test_a_stop_is_75_and_keeps_complete_shards(world, tmp_path):
+    _, mix, _ = world
+    values = cached(mix, tmp_path / "run", tmp_path / "cache")
+    write, fired = caching.write_shard, []
+
+    def stopping(cache, shard, content):
+        write(cache, shard, content)
+        if not fired:
+            fired.append(shard)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caching, "write_shard", stopping)
+        patch.setattr(caching, "SHARD_BYTES", 1)
+        assert main(["cache-teacher", str(config), "--top-k", "8"]) == 75
+        assert cache_format.is_written(tmp_path / "cache", fired[0])
+        assert main(["cache-teacher", str(config), "--top-k", "8"]) == 0
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    """(values, cache) of a finished cache with 32 of 250 tokens in 16 bits."""
+    _, mix, _ = world
+    folder = tmp_path_factory.mktemp("small")
+    values = cached(mix, folder / "run", folder / "cache")
+    fill(values, top_k=32, bits=16)
+    return values, folder / "cache"
+
+
+def changed(values, **sections):
+    return validate(
+        Config, settings(values["data"]["mix"], values["run_dir"], **{"teacher": values["teacher"]} | sections), "t"
+    )
+
+
+def test_thirty_two_tokens_train_nearly_as_the_whole_teacher(world, small, capsys):
+    _, _, results = world
+    losses = run_steps(small[0])["losses"]
+    online = results["online"]["losses"]
+    # A random model has no favourites: most of its mass is tail. The coarser divergence is never above the whole one.
+    assert all(found <= whole + 1e-3 for found, whole in zip(losses, online))
+    np.testing.assert_allclose(losses, online, rtol=0.05)
+
+
+def test_at_most_250_bytes_a_token_at_32_tokens():
+    for vocabulary in (50_000, 128_256):
+        assert cache_format.record_dtype(4096, 32, vocabulary, 16).itemsize / 4096 <= 250
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"temperature": 2.0}}, "was made for loss.temperature 1.0, the run has 2.0"),
+        ({"train": {"seed": 5}}, "is of another model"),
+    ],
+)
+def test_a_cache_of_another_loss_or_model_is_refused(small, sections, message):
+    values, _ = small
+    base = {name: values[name] | part for name, part in sections.items()}
+    with pytest.raises(ConfigError, match=message):
+        train(changed(values, **base))
+
+
+def test_a_cache_of_other_data_is_refused(small, tmp_path):
+    values, _ = small
+    other = write_mix(tmp_path / "data", vocab_size=VOCABULARY, train=13, seed=9)
+    with pytest.raises(ConfigError, match="holds nothing of source facts as it is now"):
+        train(validate(Config, cached(other, tmp_path / "run", values["teacher"]["cache"]), "t"))
+
+
+def test_another_cache_in_the_directory_is_left_alone(small):
+    values, cache = small
+    before = files(cache)
+    with pytest.raises(ConfigError, match="differs in"):
+        fill(values, top_k=4)
+    assert files(cache) == before
+
+
+def test_damage_is_found_when_the_record_is_read(small, tmp_path):
+    values, cache = small
+    shutil.copytree(cache, tmp_path / "cache")
+    for path in (tmp_path / "cache").rglob("*.bin"):
+        content = bytearray(path.read_bytes())
+        content[1::100] = bytes(value ^ 1 for value in content[1::100])
+        path.write_bytes(content)
+    with pytest.raises(VerificationError, match=r"record \d+ is damaged: remove its shard"):
+        train(validate(Config, cached(values["data"]["mix"], tmp_path / "run", tmp_path / "cache"), "t"))
+    next((tmp_path / "cache").rglob("*.bin")).unlink()
+    with pytest.raises(ConfigError, match="missing or truncated"):
+        train(validate(Config, cached(values["data"]["mix"], tmp_path / "run", tmp_path / "cache"), "t"))
+
+
+def test_the_command_reports_bytes_a_token_and_training_reads_with_workers(small, tmp_path, capsys):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
+    for _ in range(2):  # the second time it is complete already
+        assert main(["cache-teacher", str(config)]) == 0
+    output = capsys.readouterr().out
+    assert "132.5 bytes a token (32 tokens kept, 16 bits); the tail holds" in output, output
+    assert main(["train", str(config), "data.num_workers=1", "train.steps=2"]) == 0
+    assert main(["cache-teacher", str(config), "teacher.source=initial"]) == 2
+    assert main(["cache-teacher", str(config), "--top-k", "251"]) == 2
