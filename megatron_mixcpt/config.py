@@ -290,9 +290,13 @@ def validate(schema: type[C], values: Any, origin: str) -> C:
         raise ConfigError(f"{origin}: wrong configuration\n{problems}") from None
 
 
+def rendered(config: BaseModel) -> str:
+    """The resolved configuration as YAML, every default included: what `config.yaml` of a run holds."""
+    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+
+
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write the resolved configuration, every default included."""
-    path.write_text(yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False))
+    path.write_text(rendered(config))
 
 
 def _explain(schema: type[BaseModel], problem: Any) -> str:

@@ -58,8 +58,16 @@ def _launch() -> tuple[int, int, int] | None:
             f"RANK or WORLD_SIZE is set but {', '.join(missing)} is not: start several processes with "
             "`mixcpt train --nproc N` or torchrun, or unset them for one process"
         )
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return rank, world_size, int(os.environ.get("LOCAL_RANK", rank))
+    rank = integer_variable("RANK", 0)
+    return rank, integer_variable("WORLD_SIZE", 1), integer_variable("LOCAL_RANK", rank)
+
+
+def integer_variable(name: str, default: int) -> int:
+    """An environment variable that launchers set. Raises ConfigError where it is no number."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {value!r}, not a number: unset it, or use a launcher")
+    return int(value)
 
 
 @functools.cache

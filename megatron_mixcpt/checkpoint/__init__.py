@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info, seal
-from megatron_mixcpt.checkpoint.verify import find_checkpoint, newest_good
+from megatron_mixcpt.checkpoint.verify import find_checkpoint, newest_checkpoint, newest_good
 
 if TYPE_CHECKING:
     from megatron_mixcpt.checkpoint.saver import Outcome, Saver
@@ -16,6 +16,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_model_weights",
+    "newest_checkpoint",
     "newest_good",
     "read_info",
     "save_checkpoint",

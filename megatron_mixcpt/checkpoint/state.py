@@ -25,7 +25,7 @@ from megatron_mixcpt.checkpoint.optimizer_state import (
 )
 from megatron_mixcpt.checkpoint.saver import Saver
 from megatron_mixcpt.checkpoint.store import read_info
-from megatron_mixcpt.checkpoint.verify import find_checkpoint
+from megatron_mixcpt.checkpoint.verify import find_checkpoint, silent, warn
 from megatron_mixcpt.errors import MixcptError, VerificationError
 from megatron_mixcpt.model.architecture import Architecture
 
@@ -80,16 +80,8 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
 
     Collective. Verifies first; `trust` and errors as in `find_checkpoint`.
     """
-    message: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            message = [find_checkpoint(run_or_checkpoint, trust=trust)]
-        except MixcptError as error:  # told to all ranks: they wait for the answer
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    checkpoint = message[0]
-    if isinstance(checkpoint, MixcptError):
-        raise checkpoint
+    tell = warn if torch.distributed.get_rank() == 0 else silent
+    checkpoint = find_checkpoint(run_or_checkpoint, trust=trust, tell=tell, together=True)
     stage = unwrap_model(model)
     loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
     stage.load_state_dict(loaded["model"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
 from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
-from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 
 TRUST_HINT = (
     "if you know where it comes from, mixcpt train --trust loads it without a manifest (it can run any program)"
@@ -19,26 +20,44 @@ def warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def find_checkpoint(path: Path, *, trust: bool = False, tell: Callable[[str], None] = warn) -> Path:
+def newest_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, or the newest one of a run directory, whether or not it verifies.
+
+    Raises ConfigError where there is none.
+    """
+    return _candidates(path)[0]
+
+
+def find_checkpoint(
+    path: Path, *, trust: bool = False, tell: Callable[[str], None] = warn, together: bool = False
+) -> Path:
     """`path` itself if it is a checkpoint, or the newest one of a run directory that verifies. Changes nothing on disk.
 
     Args:
         trust: accept checkpoints without a manifest, unverified.
         tell: called with a line for each newer checkpoint that was passed over.
+        together: collective; reading is spread over the ranks, and all get the same answer or error.
 
     Raises ConfigError where there never was one, VerificationError where none verifies.
     """
-    if is_checkpoint(path) or (path / MANIFEST).exists():
-        damage = _damage(path, trust)
+    candidates = _from_first(lambda: _candidates(path)) if together else _candidates(path)
+    if candidates == [path]:
+        damage = _damage(path, trust, together)
         if damage:
             raise VerificationError(_refusal(path, damage))
         return path
+    return _first_good(candidates, trust, tell, together)[0]
+
+
+def _candidates(path: Path) -> list[Path]:
+    if is_checkpoint(path) or (path / MANIFEST).exists():
+        return [path]
     candidates = list_checkpoints(path / "checkpoints")
     if not candidates:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such directory")
         raise ConfigError(f"{path}: neither a checkpoint nor a run directory that has saved one")
-    return _first_good(candidates, trust, tell)[0]
+    return candidates
 
 
 def newest_good(parent: Path, *, trust: bool, tell: Callable[[str], None]) -> Path | None:
@@ -51,16 +70,16 @@ def newest_good(parent: Path, *, trust: bool, tell: Callable[[str], None]) -> Pa
 
     rank = torch.distributed.get_rank()
     # All ranks walk the same list: rank 0's, taken before any of them writes.
-    candidates = _from_first(list_checkpoints(parent))
+    candidates = _from_first(lambda: list_checkpoints(parent))
     if not candidates:
-        bad = _from_first(list_quarantined(parent))
+        bad = _from_first(lambda: list_quarantined(parent))
         if bad:
             raise VerificationError(
                 f"{parent}: no good checkpoint is left, only {', '.join(path.name for path in bad)}, set aside because "
                 "they did not verify: restore one from a backup, or move run_dir away to start anew"
             )
         return None
-    good, bad_ones = _first_good(candidates, trust, tell if rank == 0 else _silent, together=True)
+    good, bad_ones = _first_good(candidates, trust, tell if rank == 0 else silent, together=True)
     if rank == 0:
         for path in bad_ones:
             tell(f"{path.name}: set aside as {quarantine(path).name}")
@@ -100,13 +119,21 @@ def _refusal(path: Path, damage: list[str]) -> str:
     return f"{path} is damaged: {describe(damage)}{hint}"
 
 
-def _from_first(value: list[Path]) -> list[Path]:
+def _from_first(find: Callable[[], list[Path]]) -> list[Path]:
+    """Collective: what rank 0 finds, or its error, on every rank."""
     import torch
 
-    message = [value]
+    message: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            message = [find()]
+        except MixcptError as error:
+            message = [error]
     torch.distributed.broadcast_object_list(message, src=0)
+    if isinstance(message[0], MixcptError):
+        raise message[0]
     return message[0]
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     pass

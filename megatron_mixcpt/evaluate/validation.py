@@ -31,7 +31,7 @@ def validation_perplexity(
     """
     import torch
 
-    from megatron_mixcpt.checkpoint import find_checkpoint, load_model_weights, read_info
+    from megatron_mixcpt.checkpoint import load_model_weights, newest_checkpoint, read_info
     from megatron_mixcpt.config import LossConfig
     from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
@@ -46,7 +46,7 @@ def validation_perplexity(
     if from_hf:
         arch = architecture_from_hf(path)
     else:
-        arch = Architecture.from_dict(read_info(find_checkpoint(path))["architecture"])
+        arch = Architecture.from_dict(read_info(newest_checkpoint(path))["architecture"])
     if mix.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mixcpt.checkpoint import find_checkpoint, read_info
+from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import Architecture
 
@@ -27,14 +27,17 @@ class Origin:
     tokenizer_dir: Path | None
 
 
-def find_origin(path: Path) -> Origin:
+def find_origin(path: Path, *, verify: bool = True) -> Origin:
     """`path`: a run directory, one of its checkpoints, or a checkpoint that `mixcpt convert` wrote.
+
+    Args:
+        verify: compare the checkpoint with its hashes; without, the newest one is taken as it is.
 
     Raises:
         VerificationError: it holds no complete checkpoint.
         ConfigError: the run started from a Hugging Face directory that is gone.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path) if verify else newest_checkpoint(path)
     info = read_info(checkpoint)
     arch = Architecture.from_dict(info["architecture"])
     if (checkpoint / "hf").is_dir():
@@ -49,7 +52,7 @@ def find_origin(path: Path) -> Origin:
     tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
     start = config["model"].get("checkpoint")
     if start:
-        source = find_origin(Path(start)).source_dir
+        source = find_origin(Path(start), verify=False).source_dir
         return Origin(checkpoint, info, arch, run_dir, config, mix, Path(start), source, tokenizer)
     base = config["model"].get("hf")
     if base and not Path(base).is_dir():

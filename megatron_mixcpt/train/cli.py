@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from megatron_mixcpt.train.signals import StopRequest
 
@@ -40,12 +39,17 @@ def run(args: argparse.Namespace) -> int:
         from megatron_mixcpt.launcher import is_distributed, launch
 
         config = load_config(Config, args.config, args.overrides)
+        from megatron_mixcpt.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
+        from megatron_mixcpt.train.resume import finished
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
-        check(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
+        check(config, world_size=integer_variable("WORLD_SIZE", args.nproc))
         stop.check()
+        if not is_distributed() and finished(config):
+            print(f"finished: {config.train.steps} steps; next: mixcpt export {config.run_dir} --out DIR")
+            return 0
         if args.nproc > 1 and not is_distributed():
             trust = ["--trust"] if args.trust else []
             return launch(args.nproc, ["train", args.config, *args.overrides, *trust])

@@ -53,13 +53,16 @@ def _train(
     if state.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
     parts = build(config, state, recipe)
+    watchdog.beat("resuming")
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
     progress = Progress(config, state, parts, position, guard, saved)
     for note in notes:
         progress.message(note)
+    watchdog.beat("the dry run")
     dry_run(config, parts, state)
+    watchdog.beat("opening the data")
 
     cache = run_dir / "index_cache"
     dataset = parts.task.train_dataset(settings.seed, cache)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
-from megatron_mixcpt.config import Config
+from megatron_mixcpt.checkpoint.manifest import find_damage
+from megatron_mixcpt.checkpoint.store import list_checkpoints
+from megatron_mixcpt.config import Config, rendered
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.setup import Parts
 
@@ -42,6 +44,22 @@ def resume(
     return info["step"], position, guard, info, notes
 
 
+def finished(config: Config) -> bool:
+    """Whether the run was brought to its last step with these very settings, so that nothing is left to do.
+
+    One process, before any rank starts; where anything is in doubt, resuming decides.
+    """
+    run_dir = Path(config.run_dir)
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    try:
+        same = (run_dir / "config.yaml").read_text() == rendered(config)
+        info = read_info(checkpoints[0]) if checkpoints and same else {}
+    except (OSError, VerificationError):
+        return False
+    whole = info.get("step") == config.train.steps and info.get("validated", False)
+    return bool(whole) and not find_damage(checkpoints[0])
+
+
 def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:
     if "data" not in info:
         raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
@@ -54,8 +72,13 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
         )
     if parts.start != info.get("start", parts.start):
         raise ConfigError(
-            f"{checkpoint} was trained from another checkpoint than {config.model.checkpoint} holds now, and so with "
-            "another teacher: name the folder of that checkpoint (step_...), or set another run_dir"
+            f"{checkpoint} was trained from other weights than {config.model.source} holds now, and so with another "
+            "teacher: put those back (of a run, name the folder of the checkpoint, step_...), or set another run_dir"
+        )
+    if info["step"] > config.train.steps:
+        raise ConfigError(
+            f"{checkpoint} has {info['step']} steps behind it, train.steps is {config.train.steps}: raise it, or set "
+            "another run_dir"
         )
     if info["seq_length"] != parts.mix.seq_length:
         raise ConfigError(

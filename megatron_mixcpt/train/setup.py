@@ -22,6 +22,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
+from megatron_mixcpt.model.hf_weights import weights_fingerprint
 from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
@@ -93,7 +94,7 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Archite
             f"model.checkpoint {checkpoint} is part of run_dir itself: a run resumes without it; to start anew from "
             "its weights set another run_dir"
         )
-    origin = find_origin(Path(checkpoint))
+    origin = find_origin(Path(checkpoint), verify=False)  # loading verifies it, once
     if origin.tokenizer_dir and origin.tokenizer_dir.is_dir() and mix.tokenizer_dir.is_dir():
         rows = extended_vocab_size(origin.tokenizer_dir, mix.tokenizer_dir, origin.arch.vocab_size)
         if rows > origin.arch.vocab_size:
@@ -183,6 +184,7 @@ def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> 
     stage.start = None
     if weights and config.model.hf:
         load_hf(stage, config.model.hf)
+        stage.start = weights_fingerprint(config.model.hf)
     if weights and config.model.checkpoint:
         stage.start = load_model_weights(stage, Path(config.model.checkpoint))["start"]
     return stage

@@ -8,7 +8,9 @@ import resource
 import signal
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.doctor import _clock, examine
@@ -78,6 +80,43 @@ def test_another_tokenizer_than_the_models_is_refused(tmp_path, capsys):
 def test_a_run_is_not_resumed_with_settings_that_change_what_it_is(tmp_path, mix, straight, override, message):
     config = write_config(tmp_path / "train.yaml", run_settings(mix, straight[0], train={"steps": STEPS + 1}))
     assert message in finish(config, override, code=2)
+
+
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(tmp_path, mix, straight):
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, straight[0]))
+    output = finish(config, f"train.steps={STEPS - 1}", code=2)
+    assert f"has {STEPS} steps behind it, train.steps is {STEPS - 1}: raise it" in output
+
+
+def test_a_finished_run_is_not_started_again(tmp_path, mix, straight):
+    config = write_config(tmp_path / "train.yaml", run_settings(mix, straight[0]))
+    output = finish(config)
+    assert f"finished: {STEPS} steps; next: mixcpt export" in output and "resumed" not in output
+
+
+def test_a_run_is_not_resumed_with_another_models_weights(tmp_path, mix):
+    def write_model(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=32, **sizes)).save_pretrained(hf)
+
+    hf = tmp_path / "hf"
+    write_model(0)
+    train = {"steps": 1, "warmup_steps": 0}
+    config = write_config(
+        tmp_path / "train.yaml", run_settings(mix, tmp_path / "run", model={"hf": str(hf)}, train=train)
+    )
+    finish(config)
+    write_model(1)
+    assert "from other weights than" in finish(config, "train.steps=2", code=2)
+    write_model(0)
+    assert "resumed from" in finish(config, "train.steps=2")
+
+
+def test_a_launch_variable_that_is_no_number_is_named(tmp_path, mix, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["train", str(write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run")))]) == 2
+    assert "WORLD_SIZE is 'two', not a number" in capsys.readouterr().err
 
 
 def test_the_doctor_examines_the_machine(tmp_path, capsys):
