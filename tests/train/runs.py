@@ -4,15 +4,17 @@ import os
 
 import torch
 
-from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.data.batch import train_batches
-from megatron_mixcpt.data.dataset import train_dataset
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.config import validate as validated
+from megatron_mixcpt.data.batch import collate, train_batches
+from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.losses.mixcpt import STATISTICS
 from megatron_mixcpt.model.layout import unshard
 from megatron_mixcpt.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.setup import build
+from megatron_mixcpt.train.validate import validate
 
 
 def settings(mix, run_dir, **sections):
@@ -56,9 +58,10 @@ def whole_tensors(parts, state, value):
 def run_steps(values):
     """Train `values` (a configuration) from the start; call in every rank.
 
-    Returns losses and gradient norms by step, the first step's gradients and the final weights, whole.
+    Returns losses and gradient norms by step, the first step's gradients and the final weights, whole, and what the
+    trained model scores on the held-out data.
     """
-    config = validate(Config, values, "test")
+    config = validated(Config, values, "test")
     with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
         parts = build(config, state)
         batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
@@ -81,8 +84,17 @@ def run_steps(values):
                 gradients = whole_tensors(parts, state, lambda parameter: parameter.main_grad)
             losses.append((totals[:, STATISTICS.index("loss")].sum() / totals[:, 0].sum()).item())
             norms.append(optimizer_step(parts.optimizer, step, config.train))
-        weights = whole_tensors(parts, state, lambda parameter: parameter.data)
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+        weights = whole_tensors(parts, state, lambda parameter: parameter.data.float())
+        measured, _ = validate(
+            dict(valid_datasets(parts.mix, 1234, _cache(config))),
+            parts.validation,
+            collate,
+            state=state,
+            micro_batch_size=micro,
+            max_samples=None,
+            stop_requested=lambda: False,
+        )
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "validation": measured}
 
 
 def run_all(rank, world_size, runs):
