@@ -7,6 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from megatron_mixcpt.align.config import AlignSettings
 from megatron_mixcpt.config import Config
 
 INTRODUCTION = """# Configuration of `mixcpt train`
@@ -25,11 +26,17 @@ def page() -> str:
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            parts.append(f"## `{name}`\n\n{_summary(section)}\n\n{_table(name, section)}")
+            parts.append(f"## `{name}`\n\n{_section(name, section)}")
         else:
             own.append(_row(name, field))
     parts.append("## Top level\n\n" + _head() + "\n".join(own))
+    align = _section("align", AlignSettings)
+    parts.append(f"# Configuration of `mixcpt align`\n\nAll of the above, and\n\n## `align`\n\n{align}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _section(name: str, section: type[BaseModel]) -> str:
+    return f"{_summary(section)}\n\n{_table(name, section)}"
 
 
 def _summary(section: type[BaseModel]) -> str:

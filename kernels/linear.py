@@ -24,8 +24,8 @@ _MM_TAKES_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 def linear_lssd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     labels: Tensor,
     *,
     temperature: float = 1.0,
@@ -46,6 +46,7 @@ def linear_lssd_loss(
 
     student_hidden `[..., h]`, student_head `[v_local, h]`, teacher_hidden `[..., h_t]`, teacher_head `[v_t, h_t]`:
     bf16, fp16 or fp32, equal within the pairs; the heads are this rank's rows of the vocabulary. labels `[...]` int64.
+    Without a teacher (both None) it is cross-entropy alone.
     Gradients flow into student_hidden and student_head. With a tensor-parallel `group` the hidden states' gradient is
     summed over its ranks in backward.
     sequence_parallel: hidden states are this rank's part `[s / tp, b, h]` of the sequence, labels are whole `[s, b]`;
@@ -56,7 +57,8 @@ def linear_lssd_loss(
     The other arguments, the result and the errors are those of `lssd_loss`.
     """
     _check("student", student_hidden, student_head, labels, group if sequence_parallel else None)
-    _check("teacher", teacher_hidden, teacher_head, labels, group if sequence_parallel else None)
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise ValueError("teacher_hidden and teacher_head go together: give both or neither")
     if head_grad is not None and (head_grad.dtype, head_grad.shape) != (torch.float32, student_head.shape):
         raise ValueError(f"head_grad must be float32 {list(student_head.shape)}")
     if chunk_tokens < 1:
@@ -64,7 +66,7 @@ def linear_lssd_loss(
     objective = make_objective(
         labels,
         student_head.shape[0],
-        has_teacher=True,
+        has_teacher=teacher_hidden is not None,
         group=group,
         temperature=temperature,
         ce_weight=ce_weight,
@@ -75,9 +77,13 @@ def linear_lssd_loss(
         valid_vocab=valid_vocab,
         ignore_index=ignore_index,
     )
-    columns = student_head.shape[0] if valid_vocab is None else objective.valid
-    if teacher_head.shape[0] < columns or (valid_vocab is None and teacher_head.shape[0] > columns):
-        raise ValueError(f"teacher_head has {teacher_head.shape[0]} rows for {columns} of the vocabulary")
+    if teacher_hidden is not None and teacher_head is not None:
+        _check("teacher", teacher_hidden, teacher_head, labels, group if sequence_parallel else None)
+        columns = student_head.shape[0] if valid_vocab is None else objective.valid
+        if teacher_head.shape[0] < columns or (valid_vocab is None and teacher_head.shape[0] > columns):
+            raise ValueError(f"teacher_head has {teacher_head.shape[0]} rows for {columns} of the vocabulary")
+        teacher_hidden = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+        teacher_head = teacher_head.detach()
     plan = _Plan(labels.numel(), chunk_tokens, group, sequence_parallel)
     objective = dataclasses.replace(
         objective, ce_weight=plan.arrange(objective.ce_weight), kd_weight=plan.arrange(objective.kd_weight)
@@ -85,8 +91,8 @@ def linear_lssd_loss(
     outputs = _LinearLSSD.apply(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_head,
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_head.detach(),
+        teacher_hidden,
+        teacher_head,
         plan.arrange(labels.reshape(-1)),
         objective,
         plan,
@@ -152,7 +158,7 @@ class _LinearLSSD(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
             for local, tokens in plan.chunks():
                 student = _product(plan.gather(hidden[local]), head.t())
-                teacher = _product(plan.gather(t_hidden[local]), t_head.t())
+                teacher = None if t_head is None else _product(plan.gather(t_hidden[local]), t_head.t())
                 backend.stats(student, teacher, labels[tokens], objective, words[..., tokens])
                 del student, teacher  # before the next chunk's are made
         results = backend.combine(all_gather(words, plan.group), words[0], labels, objective, with_details)
@@ -174,7 +180,7 @@ class _LinearLSSD(torch.autograd.Function):
         for local, tokens in plan.chunks():
             chunk = plan.gather(hidden[local])
             grad = _product(chunk, head.t())
-            teacher = _product(plan.gather(t_hidden[local]), t_head.t())
+            teacher = None if t_head is None else _product(plan.gather(t_hidden[local]), t_head.t())
             weights = {name: _part(getattr(objective, name), tokens) for name in ("ce_weight", "kd_weight")}
             part = dataclasses.replace(objective, **weights)
             ctx.backend.gradient(grad, teacher, labels[tokens], record[:, tokens], upstream[tokens], part, grad)

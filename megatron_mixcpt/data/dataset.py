@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -80,7 +81,8 @@ class TokenFlagsDataset(GPTDataset):
 class Mixture(torch.utils.data.Dataset):
     """All sources' training splits, indexed by Draw."""
 
-    def __init__(self, names: list[str], datasets: list[TokenFlagsDataset], seed: int) -> None:
+    def __init__(self, names: list[str], datasets: Sequence[Any], seed: int) -> None:
+        """`datasets`: of TokenFlagsDataset or of another with its items."""
         self.datasets, self.seed = datasets, seed
         self._keys = [f"{seed} {name}" for name in names]
 

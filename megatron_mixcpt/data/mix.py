@@ -31,6 +31,8 @@ class Source:
     """Share of the tokens, padding left out; over the training sources of a mixture in any common unit."""
     train: Split | None
     valid: Split | None
+    pairs: tuple[Split | None, Split | None] = (None, None)
+    """Preference pairs for training and validation: two sequences a pair, chosen and rejected."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,7 @@ def reweighted(mix: Mix, weights: dict[str, float]) -> Mix:
 
 
 def _read_source(path: Path, entry: dict[str, Any]) -> Source:
-    def split(name: str) -> Split | None:
-        content = entry.get(name)
+    def split(content: dict[str, Any] | None) -> Split | None:
         if content is None or content["sequences"] == 0:
             return None
         prefix = path.parent / content["prefix"]
@@ -132,4 +133,12 @@ def _read_source(path: Path, entry: dict[str, Any]) -> Source:
                 raise ConfigError(f"data.mix: {path}: {prefix}{suffix} is missing; preprocess again")
         return Split(prefix, int(content["sequences"]), int(content["tokens"]), content["hash"])
 
-    return Source(entry["name"], entry["kind"], float(entry["weight"]), split("train"), split("valid"))
+    pairs = entry.get("pairs") or {}
+    return Source(
+        entry["name"],
+        entry["kind"],
+        float(entry["weight"]),
+        split(entry.get("train")),
+        split(entry.get("valid")),
+        (split(pairs.get("train")), split(pairs.get("valid"))),
+    )

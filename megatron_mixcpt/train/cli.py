@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from megatron_mixcpt.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.config import Config
+    from megatron_mixcpt.train.task import Recipe
 
 NAME = "train"
 HELP = """Train on a mixture with Mix-CPT's loss, on one process or many. Running the same command again resumes from
@@ -34,24 +40,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with StopRequest() as stop:  # a stop while the libraries load is a stop like any other
+    def read() -> tuple[Config, Recipe]:
         from megatron_mixcpt.config import Config, load_config
-        from megatron_mixcpt.launcher import is_distributed, launch
 
         config = load_config(Config, args.config, args.overrides)
+        from megatron_mixcpt.train.mixcpt import MIXCPT
+
+        return config, MIXCPT
+
+    return start(NAME, args, read)
+
+
+def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Config, Recipe]]) -> int:
+    """Train here, or in the ranks that are started for it. `read` loads the configuration and what it asks for."""
+    with StopRequest() as stop:  # a stop while the libraries load is a stop like any other
+        config, recipe = read()
+        from megatron_mixcpt.launcher import is_distributed, launch
         from megatron_mixcpt.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
         from megatron_mixcpt.train.resume import finished
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
-        check(config, world_size=integer_variable("WORLD_SIZE", args.nproc))
+        check(config, integer_variable("WORLD_SIZE", args.nproc), recipe)
         stop.check()
         if not is_distributed() and finished(config):
             print(f"finished: {config.train.steps} steps; next: mixcpt export {config.run_dir} --out DIR")
             return 0
         if args.nproc > 1 and not is_distributed():
             trust = ["--trust"] if args.trust else []
-            return launch(args.nproc, ["train", args.config, *args.overrides, *trust])
-        train(config, trust=args.trust)
+            return launch(args.nproc, [command, args.config, *args.overrides, *trust])
+        train(config, trust=args.trust, recipe=recipe)
     return 0

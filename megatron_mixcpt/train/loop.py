@@ -52,7 +52,7 @@ def _train(
     run_dir, settings = Path(config.run_dir), config.train
     if state.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-    parts = build(config, state, recipe)
+    parts = build(config, state, recipe, watchdog.beat)
     watchdog.beat("resuming")
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own

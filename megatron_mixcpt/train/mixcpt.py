@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +100,14 @@ def read_text_mix(config: Config) -> Mix:
     return reweighted(read_mix(config.data.mix, config.data.seq_length), config.data.weights)
 
 
-def make_task(config: Config, mix: Mix, arch: Architecture, stage: MixGPTModel, state: ParallelState) -> Task:
+def make_task(
+    config: Config,
+    mix: Mix,
+    arch: Architecture,
+    stage: MixGPTModel,
+    state: ParallelState,
+    beat: Callable[[str], None],
+) -> Task:
     """Collective."""
     from megatron_mixcpt.train.setup import build_stage
 

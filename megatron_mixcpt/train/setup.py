@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,11 +148,13 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def build(config: Config, state: ParallelState, recipe: Recipe = MIXCPT) -> Parts:
+def build(
+    config: Config, state: ParallelState, recipe: Recipe = MIXCPT, beat: Callable[[str], None] = lambda phase: None
+) -> Parts:
     """Build model, task (its teacher or reference) and optimizer at the starting weights. Collective."""
     arch, mix = read_model_and_mix(config, recipe)
     stage = build_stage(config, arch)
-    task = recipe.make_task(config, mix, arch, stage, state)
+    task = recipe.make_task(config, mix, arch, stage, state, beat)
     model = DistributedDataParallel(
         stage.config,
         DistributedDataParallelConfig(

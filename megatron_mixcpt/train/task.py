@@ -72,5 +72,6 @@ class Recipe:
     """How a kind of training reads its data and is built once the starting weights are there."""
 
     read_mix: Callable[[Config], Mix]
-    make_task: Callable[[Config, Mix, Architecture, MixGPTModel, ParallelState], Task]
-    """Collective; the stage holds the starting weights and is not wrapped yet."""
+    make_task: Callable[[Config, Mix, Architecture, MixGPTModel, ParallelState, Callable[[str], None]], Task]
+    """Collective; the stage holds the starting weights and is not wrapped yet. The last argument is to be called with a
+    few words whenever something long goes on."""

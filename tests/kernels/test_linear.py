@@ -155,3 +155,19 @@ def test_wrong_argument_is_named(changes, error, message):
     names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
     with pytest.raises(error, match=message):
         linear_lssd_loss(**(dict(zip(names, tensors), labels=labels) | changes))
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 1000])
+def test_without_a_teacher_it_is_the_cross_entropy_of_the_logits(device, chunk_tokens):
+    (hidden, head, *_), labels, upstream = inputs(device)
+    tracked = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
+    loss = linear_lssd_loss(*tracked, None, None, labels, chunk_tokens=chunk_tokens, valid_vocab=VALID)
+    plain = [tensor.double().requires_grad_() for tensor in (hidden, head)]
+    logits = (plain[0] @ plain[1].t())[..., :VALID]
+    expected_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(loss.double(), expected_loss.view(labels.shape), rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(loss, tracked, upstream)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected_loss, plain, upstream.flatten().double())):
+        close(gradient, reference, 2e-6)
+    with pytest.raises(ValueError, match="give both or neither"):
+        linear_lssd_loss(hidden, head, hidden, None, labels)

@@ -1,0 +1,148 @@
+"""Log-probabilities of preference pairs under the starting weights: computed once, kept in the run directory.
+
+They are computed in the very rows that training uses, so the loss of the first step is log 2 without label smoothing;
+afterwards no reference model is held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_mixcpt.align.logprobs import TokenLogProbs, sums_by
+from megatron_mixcpt.align.pairs import PairBatch, PairRows, collate_pairs
+from megatron_mixcpt.align.scores import compute_parts
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.data.mix import Split
+from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.train.step import ForwardBackward
+
+FOLDER = "reference"
+MICRO_BATCHES = 8  # a part, on each data-parallel rank
+TELL_SECONDS = 5.0
+
+
+class _Answers:
+    """An objective that only keeps the answers' log-probabilities."""
+
+    statistics: tuple[str, ...] = ("pairs", "loss", "tokens")
+
+    def __init__(self, log_probs: TokenLogProbs) -> None:
+        self._log_probs = log_probs
+        self.found: dict[int, Tensor] = {}
+
+    def begin_step(self, batches: list[Batch]) -> None:
+        self.found = {}
+
+    def bind(self, stage: MixGPTModel, index: int, batch: Batch, statistics: Tensor) -> None:
+        pairs = cast(PairBatch, batch)
+        num_documents = 2 * len(pairs.rows)
+
+        def keep(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+            token = self._log_probs(hidden, head, labels, pairs.targets)
+            self.found[index] = sums_by(pairs.documents, num_documents, token).view(-1, 2)
+            return token
+
+        stage.token_loss, stage.hidden_loss = None, keep
+
+    def count(self, batch: Batch) -> Tensor:
+        return torch.ones((), dtype=torch.int32, device=batch.tokens.device)
+
+    def metrics(self, total: Sequence[float], by_source: dict[str, Sequence[float]]) -> dict[str, float]:
+        return {}
+
+    def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def describe(self) -> str:
+        return "reference log-probabilities"
+
+
+@torch.no_grad()
+def reference_log_probs(
+    config: Config,
+    name: str,
+    split: Split,
+    rows: PairRows,
+    stage: MixGPTModel,
+    state: ParallelState,
+    log_probs: TokenLogProbs,
+    beat: Callable[[str], None],
+) -> np.ndarray:
+    """fp64 `[pairs, 2]`, the same on every rank. Collective; `stage` holds the starting weights.
+
+    Kept in `run_dir/reference/<name>`, with a hash, under a fingerprint of the weights, the pairs and the precision.
+    """
+    answers = _Answers(log_probs)
+    run = ForwardBackward(stage, answers, num_sources=1, contributes=False)
+    contributes = state.is_last_stage and state.tensor_rank == 0
+    size = config.train.micro_batch_size
+    stride = size * state.data_size * MICRO_BATCHES
+    began = told = time.monotonic()
+
+    def compute(part: int) -> np.ndarray:
+        mine = [
+            [part * stride + (m * state.data_size + state.data_rank) * size + i for i in range(size)]
+            for m in range(MICRO_BATCHES)
+            if part * stride + m * state.data_size * size < len(rows)
+        ]
+        batches = [
+            collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]).to(state.device)
+            for indices in mine
+        ]
+        run(batches, forward_only=True)
+        first = part * stride
+        ends = np.cumsum([0, *(len(pairs) for pairs in rows.pairs_of[first : first + stride])])
+        values = torch.zeros(int(ends[-1]), 2, dtype=torch.float64, device=state.device)
+        if contributes:
+            for number, indices in enumerate(mine):
+                begin, end = (ends[min(i, len(rows)) - first] for i in (indices[0], indices[-1] + 1))
+                values[begin:end] = answers.found[number]
+        torch.distributed.all_reduce(values)
+        return values.cpu().numpy()
+
+    def done(part: int, computed: bool) -> None:
+        nonlocal told
+        beat(f"reference log-probabilities of {name}")
+        now, share = time.monotonic(), min(1.0, (part + 1) * stride / len(rows))
+        if computed and state.rank == 0 and (now - told > TELL_SECONDS or share == 1.0):
+            told = now
+            print(f"reference {name}: {share:.0%} in {now - began:.0f} s", file=sys.stderr, flush=True)
+
+    training = stage.training
+    stage.eval()
+    parts = compute_parts(
+        Path(config.run_dir) / FOLDER / name,
+        _fingerprint(config, stage, split, stride),
+        -(-len(rows) // stride),
+        compute,
+        state,
+        done,
+    )
+    stage.train(training)
+    reference = np.empty((len(rows.row_of), 2))
+    reference[np.concatenate(rows.pairs_of)] = np.concatenate(parts)
+    return reference
+
+
+def _fingerprint(config: Config, stage: MixGPTModel, split: Split, stride: int) -> str:
+    """Of what the log-probabilities follow from. The layout is no part of it, but where it cuts the parts."""
+    weights: list[object] = [config.model.model_dump(), stage.start]
+    if config.model.hf:
+        files = sorted(Path(config.model.hf).glob("*.safetensors"))
+        weights += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if config.model.preset:
+        weights.append(config.train.seed)
+    parts = [weights, split.content, config.train.dtype, stride]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

@@ -1,0 +1,67 @@
+"""The preference losses against their formulas written down again, in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_mixcpt.align.config import AlignSettings
+from megatron_mixcpt.align.preference import preference_loss
+
+VARIANTS = {
+    "dpo": {},
+    "dpo strong": {"beta": 2.0},
+    "dpo smoothed": {"label_smoothing": 0.2},
+    "dpo normalised": {"length_normalized": True, "beta": 3.0},
+    "ipo": {"loss": "ipo"},
+    "ipo normalised": {"loss": "ipo", "length_normalized": True},
+}
+
+
+def plain(policy, reference, lengths, *, loss="sigmoid", beta=0.1, label_smoothing=0.0, length_normalized=False):
+    """One pair of Python numbers at a time."""
+    losses = []
+    for (pc, pr), (rc, rr), (nc, nr) in zip(policy, reference, lengths):
+        a, b = (pc - rc) / (nc if length_normalized else 1), (pr - rr) / (nr if length_normalized else 1)
+        if loss == "ipo":
+            losses.append((a - b - 0.5 / beta) ** 2)
+        else:
+            x = beta * (a - b)
+            win, lose = 1 / (1 + torch.exp(-x)), 1 / (1 + torch.exp(x))
+            losses.append(-(1 - label_smoothing) * torch.log(win) - label_smoothing * torch.log(lose))
+    return torch.stack(losses)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(3)
+    policy = (-20 * torch.rand(7, 2, generator=generator, dtype=torch.float64)).requires_grad_()
+    reference = policy.detach() + 3 * torch.randn(7, 2, generator=generator, dtype=torch.float64)
+    return policy, reference, torch.randint(1, 20, (7, 2), generator=generator)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_are_those_of_the_formula(variant):
+    policy, reference, lengths = inputs()
+    loss, rewards = preference_loss(policy, reference, lengths, AlignSettings(method="dpo", **VARIANTS[variant]))
+    expected = plain(policy, reference, lengths, **VARIANTS[variant])
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), policy)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), policy)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+    assert not rewards.requires_grad and rewards.shape == (7, 2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_where_nothing_was_learned_the_loss_is_log_2(smoothing):
+    policy, _, lengths = inputs()
+    settings = AlignSettings(method="dpo", label_smoothing=smoothing)
+    loss, rewards = preference_loss(policy, policy.detach(), lengths, settings)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2.0)))
+    assert not rewards.any()
+
+
+def test_far_pairs_give_finite_losses_and_gradients():
+    policy = torch.tensor([[-5000.0, 0.0], [0.0, -5000.0]], dtype=torch.float64, requires_grad=True)
+    loss, _ = preference_loss(policy, torch.zeros(2, 2), torch.ones(2, 2), AlignSettings(method="dpo", beta=1.0))
+    (gradient,) = torch.autograd.grad(loss.sum(), policy)
+    assert loss.tolist() == [5000.0, 0.0] and gradient.isfinite().all()
