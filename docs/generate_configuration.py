@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -44,8 +44,19 @@ def _summary(section: type[BaseModel]) -> str:
 
 
 def _table(prefix: str, section: type[BaseModel]) -> str:
-    rows = [_row(f"{prefix}.{field.alias or name}", field) for name, field in section.model_fields.items()]
-    return _head() + "\n".join(rows)
+    return _head() + "\n".join(_rows(prefix, section))
+
+
+def _rows(prefix: str, section: type[BaseModel]) -> list[str]:
+    rows = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}.{field.alias or name}"
+        rows.append(_row(key, field))
+        optional = () if get_origin(field.annotation) is dict else get_args(field.annotation)
+        for option in optional:  # a section that may be left out
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                rows += _rows(key, option)
+    return rows
 
 
 def _head() -> str:
@@ -70,6 +81,7 @@ def _values(field) -> str:
     kind = next(
         word
         for name, word in (
+            ("Config", "mapping"),
             ("dict", "mapping"),
             ("bool", "true, false"),
             ("float", "number"),

@@ -80,6 +80,15 @@ class LayoutConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps that torch's profiler traces."""
+
+    start: Positive = 10
+    """First step that is traced, counted from 1."""
+    steps: Positive = 3
+    """How many are."""
+
+
 class TrainConfig(Section):
     """Optimization: AdamW on the mean loss over the global batch's target tokens."""
 
@@ -127,6 +136,8 @@ class TrainConfig(Section):
     """Stop after so many skipped steps in a row (non-finite, or spikes)."""
     timeout_minutes: Annotated[float, Field(gt=0.0)] = 10.0
     """End all ranks, with their stacks in run_dir/stacks, when a step, validation batch or save makes no progress."""
+    profile: ProfileConfig | None = None
+    """Trace some steps into run_dir/profile, as `{start: 10, steps: 3}`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -218,6 +229,21 @@ class CheckpointConfig(Section):
     """Copy the values and write them while training goes on, one checkpoint at a time."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases, beside metrics.jsonl; whatever becomes of it, training goes on."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: WANDB_MODE where it is set, else online where an API key is found, else offline into run_dir/wandb."""
+    project: str = "megatron-mixcpt"
+    """Project the run belongs to."""
+    entity: str | None = None
+    """User or team; None takes the account's default."""
+    name: str | None = None
+    """Name of the run; None takes the folder name of run_dir."""
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0
+    """How long the end of a run waits for wandb to finish."""
+
+
 class Config(Section):
     """`mixcpt train`."""
 
@@ -229,6 +255,7 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    wandb: WandbConfig = WandbConfig()
     run_dir: str
     """Folder of the run: resolved configuration, metrics, checkpoints. The same folder resumes."""
 

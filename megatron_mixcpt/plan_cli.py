@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.observe.throughput import PEAK_BF16, flops_per_token
+    from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan import make_plan
     from megatron_mixcpt.train.setup import check, existing_parent, read_model_and_mix
 
@@ -55,8 +55,16 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = plan.tokens(train.steps)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[args.gpu]
-    work = tokens * flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher)
-    hours = work / (world_size * peak * args.mfu) / 3600
+    flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher)
+    executed = executed_flops_per_token(
+        arch,
+        mix.seq_length,
+        with_teacher=config.runs_teacher,
+        recompute=train.recompute == "full",
+        fuse_lm_head=config.loss.fuse_lm_head,
+        tensor=grid.tensor,
+    )
+    hours = tokens * flops / (world_size * peak * args.mfu) / 3600
     device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
     total = sum(source.weight for source in mix.train_sources)
@@ -64,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
         assert source.train is not None
         passes = train.steps * train.global_batch_size * share / source.train.sequences
         print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
+    print(
+        f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
+        "with recomputation, padding and masked attention"
+    )
     print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
 
     every = config.checkpoint.every

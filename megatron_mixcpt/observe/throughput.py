@@ -19,15 +19,50 @@ PEAK_BF16 = {
 
 
 def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool) -> float:
-    """Model FLOPs to train on one token: 6 a matrix weight plus causal attention, and a third more for a teacher.
+    """Model FLOPs to train on one token: three forward passes (one forward, two for the gradients) and the teacher's.
 
-    Counts what the mathematics needs (PaLM, arXiv 2204.02311, appendix B), not recomputation; attention over packed
-    documents is counted as one document, an upper bound.
+    Counts what the mathematics needs (PaLM, arXiv 2204.02311, appendix B): no recomputation, no padding of the
+    vocabulary, causal attention as half a square; packed documents are counted as one document, an upper bound.
     """
-    embedding = arch.vocab_size * arch.hidden_size
-    matrices = arch.num_parameters - embedding * (0 if arch.tie_word_embeddings else 1)
-    attention = arch.num_layers * arch.num_attention_heads * arch.head_dim * seq_length  # q k^T and a v, half masked
-    return (6.0 * matrices + 6.0 * attention) * (4.0 / 3.0 if with_teacher else 1.0)
+    forward = 2.0 * (_layer_matrices(arch) + arch.vocab_size * arch.hidden_size) + 0.5 * _attention(arch, seq_length)
+    return forward * (4.0 if with_teacher else 3.0)
+
+
+def executed_flops_per_token(
+    arch: Architecture,
+    seq_length: int,
+    *,
+    with_teacher: bool,
+    recompute: bool = False,
+    fuse_lm_head: bool = False,
+    tensor: int = 1,
+) -> float:
+    """FLOPs of all matrix products that training on one token runs, over all ranks of a replica.
+
+    Beyond `flops_per_token`: layers computed again in backward, heads computed twice by the fused loss, rows that pad
+    the vocabulary, and attention as the full square that a mask over packed documents takes.
+
+    Args:
+        recompute: `train.recompute: full`.
+        fuse_lm_head: `loss.fuse_lm_head`.
+        tensor: tensor-parallel ranks, which decide on the padding.
+    """
+    layers = 2.0 * _layer_matrices(arch) + _attention(arch, seq_length)
+    head = 2.0 * arch.padded_vocab_size(tensor) * arch.hidden_size
+    passes = 4.0 if with_teacher else 3.0
+    return layers * (passes + recompute) + head * (passes + (2.0 if fuse_lm_head else 0.0))
+
+
+def _layer_matrices(arch: Architecture) -> int:
+    """Weights of all layers that take part in matrix products."""
+    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    layer = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
+    return arch.num_layers * layer
+
+
+def _attention(arch: Architecture, seq_length: int) -> float:
+    """FLOPs a token of one forward pass for q k^T and a v without a causal saving."""
+    return 4.0 * arch.num_layers * arch.num_attention_heads * arch.head_dim * seq_length
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,0 +1,88 @@
+"""The analytic FLOP counts against the matrix products that the model runs."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.data.batch import train_batches
+from megatron_mixcpt.data.dataset import train_dataset
+from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.model.architecture import PRESETS
+from megatron_mixcpt.observe.throughput import executed_flops_per_token, flops_per_token, peak_flops
+from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.train.setup import build
+from tests.helpers.corpus import write_mix
+from tests.train.runs import settings
+
+GQA = dataclasses.replace(PRESETS["tiny"], num_layers=2, hidden_size=64, ffn_hidden_size=96, head_dim=16)
+DENSE = dataclasses.replace(GQA, num_query_groups=4, tie_word_embeddings=False, head_dim=24)
+CASES = {
+    "dense": (DENSE, {"loss": {"target": "none"}, "teacher": {"source": "none"}}),
+    "grouped queries, tied": (GQA, {"loss": {"target": "none"}, "teacher": {"source": "none"}}),
+    "teacher": (DENSE, {}),
+    "teacher, recompute": (GQA, {"train": {"recompute": "full"}}),
+    "fused head": (DENSE, {"loss": {"fuse_lm_head": True}}),
+    "fused head, tied, recompute": (GQA, {"loss": {"fuse_lm_head": True}, "train": {"recompute": "full"}}),
+}
+
+
+def addmm_flops(total, a, b, *args, out_shape=None, **kwargs):
+    """Of shapes `[m, n]`, `[m, k]`, `[k, n]`."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return write_mix(tmp_path_factory.mktemp("flops") / "data", seq_length=32, vocab_size=250)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_count_is_what_a_step_executes(tmp_path, mix, monkeypatch, case):
+    arch, sections = CASES[case]
+    monkeypatch.setitem(PRESETS, "tiny", arch)
+    config = validate(Config, settings(mix, tmp_path / "run", **sections), "test")
+    with parallel_context() as state:
+        parts = build(config, state)
+        batches = train_batches(
+            train_dataset(parts.mix, 1, tmp_path),
+            Position.start(parts.mix, 1),
+            micro_batch_size=2,
+            data_rank=0,
+            data_size=1,
+            num_workers=0,
+            device=state.device,
+        )
+        # What the counter does not know: the CPU's fused attention, which runs as matrix products here; addmm in place.
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            parts.run([next(batches)])
+    found = executed_flops_per_token(
+        parts.arch,
+        parts.mix.seq_length,
+        with_teacher=config.uses_teacher,
+        recompute=config.train.recompute == "full",
+        fuse_lm_head=config.loss.fuse_lm_head,
+    )
+    assert found * 2 * parts.mix.seq_length == counter.get_total_flops()
+
+
+def test_model_flops_leave_out_what_only_this_way_of_computing_takes():
+    arch = dataclasses.replace(DENSE, vocab_size=256)  # no padding
+    for teacher in (False, True):
+        executed = executed_flops_per_token(arch, 32, with_teacher=teacher)
+        causal = 2.0 * arch.num_layers * arch.num_attention_heads * arch.head_dim * 32 * (4 if teacher else 3)
+        assert flops_per_token(arch, 32, with_teacher=teacher) == executed - causal
+
+
+def test_a_llama_takes_six_flops_a_weight_and_token():
+    arch = dataclasses.replace(PRESETS["small"], num_layers=32)
+    weights = arch.num_parameters  # tied: the embedding is the head
+    assert flops_per_token(arch, 1, with_teacher=False) == pytest.approx(6.0 * weights, rel=2e-3)
+
+
+def test_an_unknown_device_has_no_peak_and_so_no_mfu():
+    assert peak_flops(torch.device("cpu")) is None
