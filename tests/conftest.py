@@ -9,3 +9,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A process of wandb for each of hundreds of tiny runs would take longer than they do; tests/observe has its own.
+os.environ["WANDB_MODE"] = "disabled"

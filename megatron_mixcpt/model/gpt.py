@@ -18,6 +18,7 @@ from megatron_mixcpt.model.init import initialize
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.specs import block_spec, transformer_config
+from megatron_mixcpt.observe.timing import MegatronTimers, section
 
 # (logits [s, b, v/tp], labels [b, s]) -> loss of every token [b, s] fp32, 0 where ignored
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +43,7 @@ class MixGPTModel(GPTModel):
     def __init__(self, arch: Architecture, **config: Any) -> None:
         """`config`: the keywords of `specs.transformer_config`."""
         settings = transformer_config(arch, **config)
+        settings.timers = MegatronTimers()
         tensor = settings.tensor_model_parallel_size
         super().__init__(
             config=settings,
@@ -75,11 +77,13 @@ class MixGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         if self.token_loss is None:
             raise RuntimeError("model.token_loss is not set")
-        return self.token_loss(logits, labels)
+        with section("loss"):
+            return self.token_loss(logits, labels)
 
     def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor:
         if self.hidden_loss is not None and self.post_process and labels is not None:
-            return self.hidden_loss(hidden_states, self.head_weight(), labels)
+            with section("loss"):
+                return self.hidden_loss(hidden_states, self.head_weight(), labels)
         return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
 
     def head_weight(self) -> Tensor:

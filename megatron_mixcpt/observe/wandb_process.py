@@ -69,10 +69,13 @@ class WandbProcess:
         mode: `online` or `offline`.
         run_id: of `run_id_of`.
         values: the resolved configuration.
+        timeout: seconds that `close` waits at most.
     """
 
-    def __init__(self, config: WandbConfig, run_dir: Path, *, mode: str, run_id: str, values: dict[str, Any]) -> None:
-        self._run_dir, self._timeout = run_dir, config.timeout_seconds
+    def __init__(
+        self, config: WandbConfig, run_dir: Path, *, mode: str, run_id: str, values: dict[str, Any], timeout: float
+    ) -> None:
+        self._run_dir, self._timeout = run_dir, timeout
         self._process: subprocess.Popen[bytes] | None = None
         metrics = run_dir / "metrics.jsonl"
         settings = {
@@ -97,7 +100,12 @@ class WandbProcess:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # signals to the run are the run's
-                    env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+                    env={
+                        "WANDB_ERROR_REPORTING": "false",
+                        "WANDB_DATA_DIR": str((run_dir / FOLDER / "data").absolute()),
+                        "WANDB_CACHE_DIR": str((run_dir / FOLDER / "cache").absolute()),
+                        **os.environ,
+                    },
                 )
         except OSError as error:
             self._error = str(error)

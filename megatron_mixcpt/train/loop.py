@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.dry_run import dry_run
@@ -43,11 +44,18 @@ def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> No
             grid.tensor, grid.pipeline, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
         ) as state:
             with Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog:
-                _train(config, recipe, state, stop, watchdog, trust)
+                with ExitStack() as stack:
+                    _train(config, recipe, state, stop, watchdog, stack, trust)
 
 
 def _train(
-    config: Config, recipe: Recipe, state: ParallelState, stop: StopRequest, watchdog: Watchdog, trust: bool
+    config: Config,
+    recipe: Recipe,
+    state: ParallelState,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    stack: ExitStack,
+    trust: bool,
 ) -> None:
     run_dir, settings = Path(config.run_dir), config.train
     if state.rank == 0:
@@ -57,7 +65,7 @@ def _train(
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
-    progress = Progress(config, state, parts, position, guard, saved)
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
@@ -97,25 +105,28 @@ def _train(
         progress.validated(step, metrics, whole=not stopping)
         return stopping
 
+    progress.start_clock()
     stopping = stop.defer(state.device)
     cut_short = saved is not None and step == settings.steps and not saved.get("validated", True)
     if not stopping and (step == 0 or cut_short):
         stopping = evaluate(step)  # what the model knew before; or what a stop left out at the end
     while step < settings.steps and not stopping:
         watchdog.beat(f"step {step + 1}")
-        began = time.monotonic()
-        step_batches = [next(batches) for _ in range(micro_batches)]
-        data_seconds = time.monotonic() - began
+        progress.begin_step(step + 1)
+        with section("data"):
+            step_batches = [next(batches) for _ in range(micro_batches)]
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
         sums = parts.run(step_batches)
         digest = sum(batch.digest for batch in step_batches) if parts.run.contributes else 0
-        totals = agree(sums, digest % 2**64, stop=stop.received is not None)
-        grad_norm = optimizer_step(parts.optimizer, step, settings, partial(guard.admits, totals.loss))
+        with section("communication"):
+            totals = agree(sums, digest % 2**64, stop=stop.received is not None)
+        with section("optimizer"):
+            grad_norm = optimizer_step(parts.optimizer, step, settings, partial(guard.admits, totals.loss))
         position.draw(settings.global_batch_size)
         step += 1
 
-        progress.stepped(step, totals, grad_norm, data_seconds, time.monotonic() - began)
+        progress.stepped(step, totals, grad_norm)
         guard.check(step)
         saver.poll()
         last, stopping = step == settings.steps, totals.stopping
@@ -124,7 +135,7 @@ def _train(
         if stopping or last or _due(step, config.checkpoint.every):
             watchdog.beat(f"saving step {step}")
             saver.save(step, last=stopping or last)
-    progress.close()
+    watchdog.beat("the end of the run")
     if step < settings.steps or stopping:
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"

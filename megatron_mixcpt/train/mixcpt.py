@@ -19,6 +19,7 @@ from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.observe.throughput import flops_per_token
+from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
@@ -37,10 +38,12 @@ class MixCPTObjective:
 
     def begin_step(self, batches: list[Batch]) -> None:
         if self.teacher is not None:
-            self.teacher.begin_step(batches)
+            with section("teacher"):
+                self.teacher.begin_step(batches)
 
     def bind(self, stage: MixGPTModel, index: int, batch: Batch, statistics: Tensor) -> None:
-        target = self.teacher.target(index, batch) if self.teacher is not None else None
+        with section("teacher"):
+            target = self.teacher.target(index, batch) if self.teacher is not None else None
         self.loss.attach(stage, batch.kinds, target, statistics)
 
     def count(self, batch: Batch) -> Tensor:

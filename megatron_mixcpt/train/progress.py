@@ -11,14 +11,18 @@ import xxhash
 from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.observe.console import TrainConsole, duration
-from megatron_mixcpt.observe.metrics import MetricsFile
+from megatron_mixcpt.observe.console import duration
+from megatron_mixcpt.observe.profile import StepProfiler
+from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.observe.throughput import peak_flops, peak_memory_gib
+from megatron_mixcpt.observe.timing import StepTimer
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
+
+SHORTEST_STEP = 1e-9  # seconds; guards a division
 
 
 class Progress:
@@ -49,54 +53,86 @@ class Progress:
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
         self._tokens_column = parts.task.objective.statistics.index("tokens")
         self._peak = peak_flops(state.device)
-        self._console: TrainConsole | None = None
+        self._before: dict[str, float] = saved.get("validation_before", {})
+        self._timer = StepTimer(state.device)
+        self._profiler = StepProfiler(
+            config.train.profile,
+            Path(config.run_dir) / "profile",
+            state.rank,
+            traces=state.data_rank == state.tensor_rank == 0,
+            timer=self._timer,
+        )
+        self._record: Record | None = None
         if state.rank == 0:
-            self._file = MetricsFile(Path(config.run_dir) / "metrics.jsonl", step)
-            self._console = TrainConsole(config.train.steps, step)
+            self._record = Record(config, step, saved)
             self._introduce(step)
 
-    def stepped(self, step: int, totals: StepTotals, grad_norm: float, data_seconds: float, seconds: float) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timer.remove()
+        self._tell(self._profiler.close())
+        if self._record is not None:
+            self._record.close(finished=kind is None)
+
+    def start_clock(self) -> None:
+        """From now on every moment counts to a row; what was before is no step's."""
+        self._timer.lap()
+        self._timer.install()
+
+    def begin_step(self, step: int) -> None:
+        """`step` counts from 1."""
+        self._profiler.begin(step)
+
+    def stepped(self, step: int, totals: StepTotals, grad_norm: float) -> None:
         """Account for a finished step."""
         self._step = step
         for name, row in zip(self.sources, totals.rows):
             self.tokens[name] += int(row[self._tokens_column])
         self.stream = xxhash.xxh3_64_hexdigest(f"{self.stream} {totals.digest:016x}".encode())
-        if self._console is not None:
-            metrics = self._metrics(step, totals, grad_norm, data_seconds, seconds)
-            self._file.write(step, metrics)
-            self._console.step(step, metrics)
+        self._tell(self._profiler.end(step))
+        times = self._timer.lap()
+        if self._record is not None:
+            self._record.step(step, self._metrics(step, totals, grad_norm, times))
             if self.guard.reason:
-                self._console.message(f"step {step}: skipped, its {self.guard.reason}")
+                self.message(f"step {step}: skipped, its {self.guard.reason}")
 
     def validated(self, step: int, metrics: dict[str, float], *, whole: bool) -> None:
         """`whole`: no stop cut it short."""
         if whole:
             self._validated_step = step
-        if self._console is not None and metrics:
-            self._file.write(step, metrics)
+        losses = {name.split("/")[1]: metrics[f"{name[:-3]}loss"] for name in metrics if name.endswith("/ppl")}
+        if step == 0:
+            self._before |= losses
+        forgotten = {
+            f"forget/{name}/delta": loss - self._before[name] for name, loss in losses.items() if name in self._before
+        }
+        if self._record is not None and metrics:
+            self._write(step, metrics | forgotten)
             parts = [
                 f"{name.split('/', 1)[1].replace('/', ' ')} {value:.2f}"
                 for name, value in metrics.items()
                 if name.endswith(("/ppl", "/accuracy"))
             ]
-            self._console.message(f"step {step}: validation | " + " | ".join(parts))
+            self.message(f"step {step}: validation | " + " | ".join(parts))
 
     def saved(self, outcome: Outcome) -> None:
-        if self._console is None:
+        if self._record is None:
             return
         if outcome.path is None:
-            self._file.write(outcome.step, {"ckpt/failed": 1})
-            self._console.message(
+            self._write(outcome.step, {"ckpt/failed": 1})
+            self.message(
                 f"warning: the checkpoint of step {outcome.step} was not saved, training goes on with the one before: "
                 f"{outcome.error}"
             )
             return
-        self._file.write(outcome.step, {"ckpt/seconds": outcome.seconds, "ckpt/blocked_seconds": outcome.blocked})
-        self._console.message(f"step {outcome.step}: saved {outcome.path} in {duration(outcome.seconds)}")
+        self._write(outcome.step, {"ckpt/seconds": outcome.seconds, "ckpt/blocked_seconds": outcome.blocked})
+        self.message(f"step {outcome.step}: saved {outcome.path} in {duration(outcome.seconds)}")
 
     def message(self, text: str) -> None:
-        if self._console is not None:
-            self._console.message(text)
+        if self._record is not None:
+            self._record.console.message(text)
 
     def checkpoint_info(self) -> dict[str, Any]:
         """What a later run, export or report needs to know, for `checkpoint.json`."""
@@ -110,6 +146,8 @@ class Progress:
             "validated": self._validated_step == self._step,
             "tokens_by_source": self.tokens,
             "sample_stream": self.stream,
+            "validation_before": self._before,
+            "wandb_id": self._record.wandb_id if self._record else None,
             "guard": self.guard.state(),
             "start": self.parts.start,
             "dtype": config.train.dtype,
@@ -117,18 +155,21 @@ class Progress:
             "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},
         }
 
-    def close(self) -> None:
-        if self._console is not None:
-            self._console.close()
-            self._file.close()
+    def _tell(self, text: str | None) -> None:
+        if text:
+            self.message(text)
 
-    def _metrics(
-        self, step: int, totals: StepTotals, grad_norm: float, data_seconds: float, seconds: float
-    ) -> dict[str, Any]:
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        """A row beside those of the steps."""
+        assert self._record is not None
+        self._record.write(step, {"train/tokens": sum(self.tokens.values()), **metrics, **self._timer.lap()})
+
+    def _metrics(self, step: int, totals: StepTotals, grad_norm: float, times: dict[str, float]) -> dict[str, Any]:
         rows = totals.rows
         total = [sum(column) for column in zip(*rows)]
         all_tokens = sum(self.tokens.values())
         processed = self.config.train.global_batch_size * self.parts.task.row_length
+        seconds = max(sum(times.values()) - times.get("time/checkpoint", 0.0), SHORTEST_STEP)
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
@@ -146,8 +187,9 @@ class Progress:
             "data/stream": self.stream,
             "speed/tok_per_s_gpu": rate,
             "speed/step_seconds": seconds,
-            "speed/data_pct": 100.0 * data_seconds / seconds,
+            "speed/data_pct": 100.0 * times.get("time/data", 0.0) / seconds,
             "mem/peak_gib": peak_memory_gib(self.state.device),
+            **times,
         }
         if self._peak is not None:
             metrics["speed/mfu"] = rate * self.parts.task.flops_per_token / self._peak
@@ -155,7 +197,6 @@ class Progress:
 
     def _introduce(self, step: int) -> None:
         """Every derived number, once, at the start."""
-        assert self._console is not None
         config, state, mix, arch = self.config, self.state, self.parts.mix, self.parts.arch
         batch_tokens = config.train.global_batch_size * self.parts.task.row_length
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
@@ -171,7 +212,7 @@ class Progress:
         if step:
             lines.append(f"resume  at step {step} of {config.train.steps}")
         for line in lines:
-            self._console.message(line)
+            self.message(line)
 
 
 def _finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts
 
@@ -26,6 +27,7 @@ class RunSaver:
             background=config.checkpoint.background,
         )
 
+    @section("checkpoint")
     def save(self, step: int, *, last: bool) -> None:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._settle(self._saver.finish())
@@ -34,6 +36,7 @@ class RunSaver:
         if last or not self._saver.background:
             self._settle(self._saver.finish(), last=last)
 
+    @section("checkpoint")
     def poll(self) -> None:
         """After each step: complete a save that all ranks have written."""
         self._settle(self._saver.poll())

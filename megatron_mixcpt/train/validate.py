@@ -8,11 +8,13 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_mixcpt.data.batch import Batch, valid_batches
+from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.step import ForwardBackward
 
 
 @torch.no_grad()
+@section("validation")
 def validate(
     datasets: dict[str, Dataset],
     run: ForwardBackward,

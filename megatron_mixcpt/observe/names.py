@@ -1,0 +1,57 @@
+"""The names of all metrics, one list for metrics.jsonl, wandb and the documentation (docs/observability.md).
+
+`<source>` stands for the name of a source of the mixture.
+"""
+
+from __future__ import annotations
+
+import re
+
+METRICS = {
+    "train/tokens": "target tokens learned from so far; the x-axis of every curve in wandb",
+    "train/loss": "what is minimised: mean over the step's target tokens (preference pairs in DPO)",
+    "train/ce": "cross-entropy in nats a target token, unweighted",
+    "train/kd": "divergence from the (swapped) teacher in nats a target token, unweighted",
+    "train/ce/<source>": "cross-entropy of one source's target tokens; absent in a step without any",
+    "train/swap_rate": "share of target tokens where the teacher's first choice is not the gold token",
+    "mix/share/<source>": "share of a source in the target tokens so far",
+    "mix/tokens/<source>": "target tokens of a source so far",
+    "optim/lr": "learning rate of the step",
+    "optim/grad_norm": "global gradient norm before clipping; null where it was not finite",
+    "optim/skipped": "steps so far that changed no weight: not finite, or a spike",
+    "speed/tok_per_s_gpu": "tokens a second and rank, padding and masked tokens included",
+    "speed/step_seconds": "seconds from step to step, without saving and validation",
+    "speed/mfu": "model FLOPs against the device's bf16 peak; absent where the peak is not known",
+    "speed/data_pct": "percent of the step spent waiting for data",
+    "mem/peak_gib": "most memory rank 0 has held: of its device, or on CPU its resident set",
+    "time/data": "waiting for the loader and copying the batch to the device",
+    "time/teacher": "the teacher's forward pass, or reading its cache",
+    "time/forward": "the student's forward pass, tensor-parallel communication included",
+    "time/loss": "the objective, from logits to loss; where it computes its gradient in forward, that too",
+    "time/backward": "backward, recomputation and tensor-parallel communication included",
+    "time/communication": "pipeline sends and receives, gradient reduction, agreement of the ranks",
+    "time/optimizer": "gradient norm, clipping and update",
+    "time/checkpoint": "how long training stood still for a checkpoint",
+    "time/validation": "validation",
+    "time/other": "everything else since the row before",
+    "ckpt/seconds": "from the beginning of a save to its end",
+    "ckpt/blocked_seconds": "of these, how long training stood still",
+    "ckpt/failed": "1 where a save failed and training went on",
+    "val/<source>/loss": "cross-entropy in nats on the source's held-out sequences",
+    "val/<source>/ppl": "exp of it",
+    "forget/<source>/delta": "val/<source>/loss minus its value before training: below 0 learned, above 0 forgotten",
+    "data/stream": "chained hash of all samples so far: equal streams, equal data in equal order",
+}
+
+_PATTERNS = [re.compile(re.escape(name).replace("<source>", r"[^/]+") + r"\Z") for name in METRICS]
+
+
+def documented(name: str) -> bool:
+    """Whether `name` is one of METRICS."""
+    return any(pattern.match(name) for pattern in _PATTERNS)
+
+
+def table() -> str:
+    """METRICS as a Markdown table."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in METRICS.items()]
+    return "\n".join(["| name | meaning |", "|---|---|", *rows])

@@ -1,0 +1,55 @@
+"""What rank 0 shows and keeps of a run: console, metrics.jsonl, wandb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.observe.console import TrainConsole
+from megatron_mixcpt.observe.metrics import MetricsFile
+from megatron_mixcpt.observe.wandb_process import WandbProcess, choose_mode, run_id_of
+
+
+class Record:
+    """One run's outputs.
+
+    Args:
+        step: steps done so far.
+        saved: `checkpoint.json` of the checkpoint that is resumed, or its defaults.
+    """
+
+    def __init__(self, config: Config, step: int, saved: dict[str, Any]) -> None:
+        run_dir = Path(config.run_dir)
+        self._file = MetricsFile(run_dir / "metrics.jsonl", step)
+        self.console = TrainConsole(config.train.steps, step)
+        self.wandb_id: str | None = saved.get("wandb_id")
+        self._wandb: WandbProcess | None = None
+        mode = choose_mode(config.wandb)
+        if mode != "disabled":
+            self.wandb_id = run_id_of(run_dir, saved)
+            self._wandb = WandbProcess(
+                config.wandb,
+                run_dir,
+                mode=mode,
+                run_id=self.wandb_id,
+                values=config.model_dump(by_alias=True),
+                # The watchdog must not take the wait for a hang.
+                timeout=min(config.wandb.timeout_seconds, 30.0 * config.train.timeout_minutes),
+            )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keep a row."""
+        self._file.write(step, metrics)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keep and show the row of a step."""
+        self.write(step, metrics)
+        self.console.step(step, metrics)
+
+    def close(self, *, finished: bool) -> None:
+        """`finished`: neither stopped nor failed."""
+        self.console.close()
+        self._file.close()
+        if self._wandb is not None:
+            self.console.message(self._wandb.close(finished=finished))
