@@ -68,7 +68,7 @@ class PairRows(Dataset):
         return self.num_rows
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
-        """Row `index`: `tokens` int64 and `flags` uint8 `[row_length + 1]`, `reference` fp64 `[pairs, 2]`.
+        """Row `index`: `tokens` int64 and `flags` uint8 `[row_length + 1]`, `reference` fp64 `[pairs, 2]`, `sequence` its number.
 
         None is a row of padding only.
         """
@@ -86,6 +86,7 @@ class PairRows(Dataset):
             "tokens": torch.from_numpy(tokens),
             "flags": torch.from_numpy(flags),
             "reference": torch.from_numpy(self.reference[pairs]),
+            "sequence": 0 if index is None else index,
         }
 
 
