@@ -194,16 +194,32 @@ class LossConfig(Section):
 class TeacherConfig(Section):
     """Where the distillation target comes from."""
 
-    source: Literal["initial", "cached", "none"] = "initial"
+    source: Literal["initial", "cached", "deepspeed", "none"] = "initial"
     """initial: a frozen copy of the starting weights; cached: answers that `mixcpt cache-teacher` computed beforehand;
-    none: only with loss.target none."""
+    deepspeed: another Hugging Face model with the same tokenizer, in pieces over all ranks (ZeRO-3); none: only with
+    loss.target none."""
     cache: str | None = None
     """Directory of the cached answers, for source cached."""
+    hf: str | None = None
+    """Hugging Face directory of the teacher, for source deepspeed; with source cached, the answers are of this model
+    instead of the starting weights."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the weights of the model in teacher.hf wait: on the device, in host memory, or on a local NVMe disk."""
+    nvme_path: str | None = None
+    """Directory on the disk, for offload nvme."""
 
     @model_validator(mode="after")
     def _complete(self) -> TeacherConfig:
         if self.source == "cached" and self.cache is None:
             raise ValueError("teacher.source cached needs teacher.cache, a directory that `mixcpt cache-teacher` fills")
+        if self.source == "deepspeed" and self.hf is None:
+            raise ValueError("teacher.source deepspeed needs teacher.hf, the directory of a Hugging Face model")
+        if self.hf is not None and self.source not in ("cached", "deepspeed"):
+            raise ValueError(f"teacher.hf is for teacher.source deepspeed or cached, not {self.source}")
+        if self.offload != "none" and self.hf is None:
+            raise ValueError("teacher.offload is for the model of teacher.hf: set it, or offload to none")
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("teacher.offload nvme needs teacher.nvme_path, a directory on the disk")
         return self
 
 

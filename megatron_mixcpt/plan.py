@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.hf_weights import open_source
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
 
 FP32 = 4
@@ -101,11 +102,29 @@ def _stage(
         weights=count * size,
         gradients=count * FP32,
         optimizer=optimizer,
-        teacher=count * size if config.runs_teacher else 0,
+        teacher=_teacher_bytes(config, arch, count, data_size, last),
         activations=activations,
         logits=logits,
         snapshot=count * size + optimizer if config.checkpoint.background else 0,
     )
+
+
+def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: int, last: bool) -> int:
+    """On the device; what is offloaded is not. `count`: parameters of this rank's part of the student."""
+    size = DTYPE_BYTES[config.train.dtype]
+    if not config.runs_teacher:
+        return 0
+    if config.teacher.source != "deepspeed":
+        return count * size
+    assert config.teacher.hf is not None
+    source = open_source(config.teacher.hf)
+    numbers = {name: math.prod(source.shape(name)) for name in source.names()}
+    grid = config.parallel
+    hidden = next(source.shape(name)[-1] for name in source.names() if numbers[name] == max(numbers.values()))
+    head = arch.padded_vocab_size(grid.tensor) // grid.tensor * hidden
+    pieces = sum(numbers.values()) // (data_size * grid.tensor * grid.pipeline)
+    here = pieces if config.teacher.offload == "none" else 0
+    return size * (here + head + max(numbers.values()))
 
 
 def _parameters(arch: Architecture, tensor: int, pipeline: int, index: int) -> int:

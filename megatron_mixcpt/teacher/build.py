@@ -7,12 +7,24 @@ from pathlib import Path
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.hf_weights import DTYPES
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
 from megatron_mixcpt.teacher.identity import refuse_other_weights, teacher_identity
 from megatron_mixcpt.teacher.initial import InitialTeacher
 from megatron_mixcpt.teacher.interface import Teacher
+
+
+def check_teacher(config: Config, arch: Architecture, mix: Mix) -> None:
+    """Raise ConfigError or VerificationError, before any process starts, where the teacher cannot be right."""
+    if config.teacher.hf is not None:
+        from megatron_mixcpt.teacher.deepspeed import check_hf_teacher
+
+        check_hf_teacher(config.teacher, mix)
+    if config.teacher.source == "cached":
+        open_cache(config, arch, mix)
 
 
 def build_teacher(
@@ -35,6 +47,18 @@ def build_teacher(
         identity = open_cache(config, stage.arch, mix)
         refuse_other_weights(cache, identity, teacher_identity(config, stage.start))
         return CachedTeacher(cache, identity, mix, reads=state.is_last_stage)
+    if config.teacher.source == "deepspeed":
+        return build_hf_teacher(config, state, stage.arch)
     copy = empty_stage()
     copy.load_state_dict(stage.state_dict())
     return InitialTeacher(copy, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
+
+
+def build_hf_teacher(config: Config, state: ParallelState, arch: Architecture) -> Teacher:
+    """The model of `teacher.hf`, for a student of architecture `arch`. Collective; raises ConfigError."""
+    from megatron_mixcpt.teacher.deepspeed import DeepSpeedTeacher
+
+    width = arch.padded_vocab_size(state.tensor_size) // state.tensor_size
+    return DeepSpeedTeacher(
+        config.teacher, state, vocab_start=state.tensor_rank * width, width=width, dtype=DTYPES[config.train.dtype]
+    )

@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
         from megatron_mixcpt.train.setup import check_layout
 
         arch, mix = check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
+        if config.teacher.hf is not None:
+            from megatron_mixcpt.teacher.deepspeed import check_hf_teacher
+
+            check_hf_teacher(config.teacher, mix)
         new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
         stop.check()
         if args.nproc > 1 and not is_distributed():

@@ -10,10 +10,12 @@ import torch
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.teacher.build import build_hf_teacher
 from megatron_mixcpt.teacher.cache_format import read_manifest, record_dtype, shards_of
 from megatron_mixcpt.teacher.caching import claim_cache, fill_cache, new_identity
 from megatron_mixcpt.teacher.identity import teacher_identity
 from megatron_mixcpt.teacher.initial import InitialTeacher
+from megatron_mixcpt.teacher.interface import Teacher
 from megatron_mixcpt.train.failures import explained
 from megatron_mixcpt.train.setup import build_stage, read_model_and_mix
 from megatron_mixcpt.train.signals import StopRequest
@@ -28,19 +30,18 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -
     cache, grid = Path(config.teacher.cache), config.parallel
     with explained(stop), parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed) as state:
         arch, mix = read_model_and_mix(config)
-        stage = build_stage(config, arch)
-        identity = new_identity(config, arch, mix, teacher_identity(config, stage.start), top_k=top_k, bits=bits)
+        teacher: Teacher
+        if config.teacher.hf is not None:
+            teacher = build_hf_teacher(config, state, arch)
+            start, vocab_start = None, arch.padded_vocab_size(grid.tensor) // grid.tensor * state.tensor_rank
+        else:
+            stage = build_stage(config, arch)
+            start, vocab_start = stage.start, stage.vocab_start
+            teacher = InitialTeacher(stage, pipelined=state.pipeline_size > 1)
+        identity = new_identity(config, arch, mix, teacher_identity(config, start), top_k=top_k, bits=bits)
         _claim(cache, identity, state)
-        fill_cache(
-            cache,
-            identity,
-            InitialTeacher(stage, pipelined=state.pipeline_size > 1),
-            mix,
-            state,
-            stop,
-            micro_batch_size=config.train.micro_batch_size,
-            vocab_start=stage.vocab_start,
-        )
+        size = config.train.micro_batch_size
+        fill_cache(cache, identity, teacher, mix, state, stop, micro_batch_size=size, vocab_start=vocab_start)
         if state.rank == 0:
             _report(cache, identity, mix.seq_length)
 

@@ -110,8 +110,10 @@ def fill_cache(
     dataset = train_dataset(mix, 0, cache / "index")
     mine = missing[state.data_rank :: state.data_size]
     # All ranks go the same number of rounds: a teacher may need every one of them at every pass.
-    rounds = _rounds(missing[:: state.data_size], micro_batch_size, state.pipeline_size)
-    work = _work(mine, dataset, mix, dtype, micro_batch_size, state.pipeline_size)
+    # In each of them a replica has a micro-batch for each of its ranks.
+    width = state.tensor_size * state.pipeline_size
+    rounds = _rounds(missing[:: state.data_size], micro_batch_size, width)
+    work = _work(mine, dataset, mix, dtype, micro_batch_size, width)
     total = sum(shard.end - shard.begin for shard in shards_of(identity))
     left = sum(shard.end - shard.begin for shard in missing)
     writes = state.is_last_stage and state.tensor_rank == 0

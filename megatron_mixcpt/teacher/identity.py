@@ -5,48 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-
-from megatron_mixcpt.checkpoint.manifest import hash_file
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
-from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import Architecture
-
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
-
-
-def hash_hf_model(folder: Path) -> str:
-    """Hash of the configuration and the weight files of a Hugging Face directory. Raises ConfigError."""
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
-    try:
-        entries = [f"{path.name} {hash_file(path)}" for path in [folder / "config.json", *files]]
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be read: {error}") from None
-    return xxhash.xxh3_128_hexdigest("\n".join(entries).encode())
+from megatron_mixcpt.model.hf_weights import weights_fingerprint
 
 
 def teacher_identity(config: Config, start: str | None) -> dict[str, Any]:
-    """Which weights the cached answers are of: what training starts from. Collective.
+    """Which weights the cached answers are of: `teacher.hf`, or else what training starts from.
 
-    `start`: hash of the manifest of `model.checkpoint`, where the run starts from one.
+    `start`: what tells the starting weights from others (see train.setup.Parts); a preset's follow from the seed.
     """
-    folder = config.model.hf
-    if folder is not None:
-        message: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:  # the others would read the same bytes
-            try:
-                message = [hash_hf_model(Path(folder))]
-            except MixcptError as error:
-                message = [error]
-        torch.distributed.broadcast_object_list(message, src=0)
-        if isinstance(message[0], MixcptError):
-            raise message[0]
-        return {"hf": message[0]}
-    if config.model.checkpoint is not None:
-        return {"checkpoint": start}
-    return {"preset": config.model.preset, "seed": config.train.seed}
+    if config.teacher.hf is not None:
+        return {"weights": weights_fingerprint(config.teacher.hf)}
+    if config.model.preset is not None:
+        return {"preset": config.model.preset, "seed": config.train.seed}
+    return {"weights": start}
 
 
 def data_identity(config: Config, arch: Architecture, mix: Mix) -> dict[str, Any]:

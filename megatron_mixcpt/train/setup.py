@@ -28,7 +28,7 @@ from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.model.tokenizers import extended_vocab_size
 from megatron_mixcpt.parallel import ParallelState, check_grid
 from megatron_mixcpt.plan import checkpoint_bytes
-from megatron_mixcpt.teacher.cached import open_cache
+from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
@@ -130,8 +130,8 @@ def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
             f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
         )
-    if config.uses_teacher and config.teacher.source == "cached":
-        open_cache(config, arch, mix)
+    if config.uses_teacher:
+        check_teacher(config, arch, mix)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     needed, folder = checkpoint_bytes(arch, config.train.dtype), existing_parent(Path(config.run_dir))
