@@ -28,6 +28,7 @@ from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, 
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.model.architecture import Architecture
 
+TOUCH_SECONDS = 1.0
 RESERVE = 1 << 20  # bytes beyond the tensors: indices, manifest, directory
 
 
@@ -52,9 +53,11 @@ class _Pending:
     folder: Path | None
     writer: ShareWriter | None
     error: str | None  # of this rank
-    thread: threading.Thread | None = None
     written: Any = None
     blocked: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=_write, args=(self,), name="checkpoint", daemon=True)
 
 
 class Saver:
@@ -80,6 +83,8 @@ class Saver:
         info: dict[str, Any] | None = None,
     ) -> None:
         """Start saving; `poll` or `finish` tells how it ended. Finish a save that is under way first.
+
+        Without `background` no value may change before `finish`.
 
         Args:
             model: this rank's stage, bare or wrapped.
@@ -111,30 +116,28 @@ class Saver:
             needed = torch.tensor([pending.writer.num_bytes], dtype=torch.int64, device=torch.cuda.current_device())
             torch.distributed.all_reduce(needed)
             _, pending.error = _from_first(lambda: require_space(self.parent, int(needed.item()) + RESERVE))
-        if self.background:
-            pending.thread = threading.Thread(target=_write, args=(pending,), name="checkpoint", daemon=True)
-            pending.thread.start()
+        pending.thread.start()
         pending.blocked = time.monotonic() - began
 
     def poll(self) -> Outcome | None:
         """The outcome, if a save has been written by all ranks since the last call."""
         if self._pending is None:
             return None
-        thread = self._pending.thread
-        done = torch.tensor([thread is None or not thread.is_alive()], device=torch.cuda.current_device()).int()
+        done = torch.tensor([not self._pending.thread.is_alive()], device=torch.cuda.current_device()).int()
         torch.distributed.all_reduce(done, op=torch.distributed.ReduceOp.MIN)
         return self.finish() if done.item() else None
 
-    def finish(self) -> Outcome | None:
-        """Wait for the save that is under way, and tell how it ended; None where there is none."""
+    def finish(self, progressed: Callable[[], None] = lambda: None) -> Outcome | None:
+        """Wait for the save that is under way, and tell how it ended; None where there is none.
+
+        Args:
+            progressed: called now and then while some rank gets on with its share; never while all stand still.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         began = time.monotonic()
-        if pending.thread is None:
-            _write(pending)
-        else:
-            pending.thread.join()
+        _wait(pending, progressed)
         shares: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shares, (pending.written, pending.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(shares) if error]
@@ -154,6 +157,24 @@ class Saver:
         if self.keep is not None:
             prune(self.parent, self.keep, self.keep_every, remove=_remove_later if self.background else shutil.rmtree)
         return path
+
+
+def _wait(pending: _Pending, progressed: Callable[[], None]) -> None:
+    """Until all ranks have written. They keep in touch, so that a long save is told from one that hangs."""
+    before = -1
+    while True:
+        pending.thread.join(TOUCH_SECONDS)
+        written = pending.writer.num_written if pending.writer is not None else 0
+        state = torch.tensor(
+            [pending.thread.is_alive(), written], device=torch.cuda.current_device(), dtype=torch.int64
+        )
+        torch.distributed.all_reduce(state)
+        writing, written = state.tolist()
+        if written > before:
+            before = written
+            progressed()
+        if not writing:
+            return
 
 
 def _remove_later(folder: Path) -> None:

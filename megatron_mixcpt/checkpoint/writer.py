@@ -7,6 +7,7 @@ child never fills. Here a share is written by a thread (or the main thread) into
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class ShareWriter(FileSystemWriterAsync):
         self._items: list[tuple[WriteItem, Any]] = []
         self.metadata: Metadata | None = None  # on rank 0
         self.num_bytes = 0
+        self.num_written = 0  # grows while `write` runs
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Called at the end of planning, with the items that fall to this rank."""
@@ -69,7 +71,7 @@ class ShareWriter(FileSystemWriterAsync):
             return results, {}
         name = f"{self._prefix}0.distcp"
         with open(Path(self.checkpoint_dir) / name, "wb") as file:
-            stream: Any = _Hashing(file)
+            stream: Any = _Hashing(file, self._count)
             for item, value in self._items:
                 if item.type != WriteItemType.BYTE_IO:
                     value = value.cpu()
@@ -81,18 +83,22 @@ class ShareWriter(FileSystemWriterAsync):
         self._items.clear()
         return results, {name: stream.entry()}
 
+    def _count(self, num_bytes: int) -> None:
+        self.num_written += num_bytes
+
 
 class _Hashing:
-    """A file for writing that hashes what passes, in the order in which it passes."""
+    """A file for writing that hashes what passes, in the order in which it passes, and tells how much."""
 
-    def __init__(self, file: Any) -> None:
-        self._file, self._state, self._size = file, xxhash.xxh3_128(), 0
+    def __init__(self, file: Any, tell: Callable[[int], None]) -> None:
+        self._file, self._state, self._size, self._tell = file, xxhash.xxh3_128(), 0, tell
 
     def write(self, data: Any) -> int:
         self._state.update(data)
         self._file.write(data)
         count = memoryview(data).nbytes
         self._size += count
+        self._tell(count)
         return count
 
     def tell(self) -> int:

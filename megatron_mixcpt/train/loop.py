@@ -86,7 +86,7 @@ def _train(
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, parts, progress)
+    saver = RunSaver(config, parts, progress, watchdog.beat)
 
     def stop_requested() -> bool:
         watchdog.beat(f"validation after step {step}")

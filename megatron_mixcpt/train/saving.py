@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mixcpt.checkpoint import Outcome, Saver
@@ -16,10 +17,13 @@ class RunSaver:
     """Saves the run's state. A save that fails is told, and training goes on; only the last one must succeed.
 
     All methods are collective.
+
+    Args:
+        beat: told what goes on while a save gets on (see Watchdog).
     """
 
-    def __init__(self, config: Config, parts: Parts, progress: Progress) -> None:
-        self._parts, self._progress = parts, progress
+    def __init__(self, config: Config, parts: Parts, progress: Progress, beat: Callable[[str], None]) -> None:
+        self._parts, self._progress, self._beat = parts, progress, beat
         self._saver = Saver(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -30,16 +34,19 @@ class RunSaver:
     @section("checkpoint")
     def save(self, step: int, *, last: bool) -> None:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
-        self._settle(self._saver.finish())
+        self._finish()
         parts = self._parts
         self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
         if last or not self._saver.background:
-            self._settle(self._saver.finish(), last=last)
+            self._finish(last=last)
 
     @section("checkpoint")
     def poll(self) -> None:
         """After each step: complete a save that all ranks have written."""
         self._settle(self._saver.poll())
+
+    def _finish(self, *, last: bool = False) -> None:
+        self._settle(self._saver.finish(lambda: self._beat("writing a checkpoint")), last=last)
 
     def _settle(self, outcome: Outcome | None, *, last: bool = False) -> None:
         if outcome is None:

@@ -38,6 +38,43 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def write_slowly(seconds):
+    """Take so many seconds over each mebibyte of a checkpoint."""
+    from megatron_mixcpt.checkpoint.writer import _Hashing
+
+    original = _Hashing.write
+
+    def wrapped(self, data):
+        time.sleep(seconds * memoryview(data).nbytes / 2**20)
+        return original(self, data)
+
+    _Hashing.write = wrapped
+
+
+def test_a_save_that_takes_longer_than_the_timeout_but_gets_on_is_left_alone(tmp_path, mix):
+    values = run_settings(
+        mix, tmp_path / "run", train={"timeout_minutes": TIMEOUT / 60, "steps": 3}, parallel={"tensor": 2}
+    )
+    config = write_config(tmp_path / "train.yaml", values | {"checkpoint": {"every": 0}})
+    fleet = Fleet(config, ranks=2, faults={1: (write_slowly, 3.0)})  # about 5 MiB
+    fleet.until(lambda: 2 in metrics(tmp_path / "run", "train/loss"))
+    with timed() as took:
+        codes = fleet.wait()
+    assert codes == [0, 0], fleet.output()
+    assert took["seconds"] > TIMEOUT and list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_save_that_stands_still_ends_all_ranks(tmp_path, mix):
+    values = run_settings(
+        mix, tmp_path / "run", train={"timeout_minutes": TIMEOUT / 60, "steps": 3}, parallel={"tensor": 2}
+    )
+    config = write_config(tmp_path / "train.yaml", values | {"checkpoint": {"every": 0}})
+    fleet = Fleet(config, ranks=2, faults={1: (write_slowly, 1e8)})
+    assert fleet.wait() == [1, 1], fleet.output()
+    assert "in writing a checkpoint" in fleet.output() or "in saving step 3" in fleet.output()
+    assert "in wrapped" in (tmp_path / "run" / "stacks" / "rank_00001.txt").read_text()
+
+
 def test_a_hanging_rank_ends_all_ranks_and_leaves_all_stacks(tmp_path, mix, record):
     values = run_settings(mix, tmp_path / "run", train={"timeout_minutes": TIMEOUT / 60})
     fleet = Fleet(write_config(tmp_path / "train.yaml", values), ranks=2, faults={1: (at_step, 9, hang)})
