@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("megatron_mixcpt.plan_cli", "what a configuration would take: memory a rank, tokens, hours, disk"),
     "train": ("megatron_mixcpt.train.cli", "train on a mixture, or resume the run"),
     "cache-teacher": ("megatron_mixcpt.teacher.cache_cli", "compute the teacher's answers once, before training"),
+    "select": ("megatron_mixcpt.align.select_cli", "choose samples for alignment by their score under a model"),
     "align": ("megatron_mixcpt.align.cli", "teach the format with a few samples: SFT or DPO"),
     "checkpoint": ("megatron_mixcpt.checkpoint.cli", "list, verify or prune the checkpoints of a run"),
     "data-state": ("megatron_mixcpt.data.state_cli", "what a run has consumed of each source"),

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from megatron_mixcpt.align.answers import AnswerBatch
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.batch import IGNORE_INDEX, Batch, collate
+from megatron_mixcpt.data.batch import IGNORE_INDEX, collate
 from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import DOC_START, PAD, open_indexed
@@ -28,11 +29,9 @@ from megatron_mixcpt.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class PairBatch(Batch):
+class PairBatch(AnswerBatch):
     """A micro-batch of rows of pairs. Documents 2i and 2i + 1 are the chosen and the rejected answer of pair i."""
 
-    targets: torch.Tensor  # [t] int64, places of the answers' tokens in [r, b], flat
-    documents: torch.Tensor  # [t] int64, which of the 2n documents each belongs to
     rows: torch.Tensor  # [n] int64, row of each pair
     reference: torch.Tensor  # [n, 2] fp64, the starting weights' log-probabilities of the answers
 
@@ -68,9 +67,8 @@ class PairRows(Dataset):
         return self.num_rows
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
-        """Row `index`: `tokens` int64 and `flags` uint8 `[row_length + 1]`, `reference` fp64 `[pairs, 2]`, `sequence` its number.
-
-        None is a row of padding only.
+        """Row `index`: `tokens` int64 and `flags` uint8 `[row_length + 1]`, `reference` fp64 `[pairs, 2]`, and
+        `sequence`, its number. None is a row of padding only.
         """
         tokens = np.zeros(self.row_length + 1, dtype=np.int64)
         flags = np.full(self.row_length + 1, PAD, dtype=np.uint8)
@@ -139,6 +137,7 @@ def collate_pairs(samples: list[dict]) -> PairBatch:
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
         targets=targets,
         documents=document[targets],
+        num_documents=2 * int(counts.sum()),
         rows=torch.repeat_interleave(torch.arange(len(samples)), counts),
         reference=torch.cat([sample["reference"] for sample in samples]),
     )

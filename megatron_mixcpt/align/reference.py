@@ -9,20 +9,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
 
-from megatron_mixcpt.align.logprobs import TokenLogProbs, sums_by
-from megatron_mixcpt.align.pairs import PairBatch, PairRows, collate_pairs
+from megatron_mixcpt.align.answers import AnswerSums
+from megatron_mixcpt.align.logprobs import TokenLogProbs
+from megatron_mixcpt.align.pairs import PairRows, collate_pairs
 from megatron_mixcpt.align.scores import compute_parts
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.mix import Split
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.parallel import ParallelState
@@ -31,42 +29,6 @@ from megatron_mixcpt.train.step import ForwardBackward
 FOLDER = "reference"
 MICRO_BATCHES = 8  # a part, on each data-parallel rank
 TELL_SECONDS = 5.0
-
-
-class _Answers:
-    """An objective that only keeps the answers' log-probabilities."""
-
-    statistics: tuple[str, ...] = ("pairs", "loss", "tokens")
-
-    def __init__(self, log_probs: TokenLogProbs) -> None:
-        self._log_probs = log_probs
-        self.found: dict[int, Tensor] = {}
-
-    def begin_step(self, batches: list[Batch]) -> None:
-        self.found = {}
-
-    def bind(self, stage: MixGPTModel, index: int, batch: Batch, statistics: Tensor) -> None:
-        pairs = cast(PairBatch, batch)
-        num_documents = 2 * len(pairs.rows)
-
-        def keep(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-            token = self._log_probs(hidden, head, labels, pairs.targets)
-            self.found[index] = sums_by(pairs.documents, num_documents, token).view(-1, 2)
-            return token
-
-        stage.token_loss, stage.hidden_loss = None, keep
-
-    def count(self, batch: Batch) -> Tensor:
-        return torch.ones((), dtype=torch.int32, device=batch.tokens.device)
-
-    def metrics(self, total: Sequence[float], by_source: dict[str, Sequence[float]]) -> dict[str, float]:
-        return {}
-
-    def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
-        return {}
-
-    def describe(self) -> str:
-        return "reference log-probabilities"
 
 
 @torch.no_grad()
@@ -84,7 +46,7 @@ def reference_log_probs(
 
     Kept in `run_dir/reference/<name>`, with a hash, under a fingerprint of the weights, the pairs and the precision.
     """
-    answers = _Answers(log_probs)
+    answers = AnswerSums(log_probs)
     run = ForwardBackward(stage, answers, num_sources=1, contributes=False)
     contributes = state.is_last_stage and state.tensor_rank == 0
     size = config.train.micro_batch_size
@@ -108,7 +70,7 @@ def reference_log_probs(
         if contributes:
             for number, indices in enumerate(mine):
                 begin, end = (ends[min(i, len(rows)) - first] for i in (indices[0], indices[-1] + 1))
-                values[begin:end] = answers.found[number]
+                values[begin:end] = answers.found[number].view(-1, 2)
         torch.distributed.all_reduce(values)
         return values.cpu().numpy()
 

@@ -1,0 +1,62 @@
+"""Sums of log-probabilities of answers, without gradient, through Megatron's pipeline schedules.
+
+Shapes: b micro-batch, s sequence, t tokens that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron_mixcpt.align.logprobs import TokenLogProbs, sums_by
+from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.model.gpt import MixGPTModel
+
+
+@dataclass(kw_only=True)
+class AnswerBatch(Batch):
+    """A micro-batch that knows which of its labels belong to which document."""
+
+    targets: torch.Tensor  # [t] int64, places of the answers' tokens in [s, b], flat
+    documents: torch.Tensor  # [t] int64, document of each
+    num_documents: int
+
+
+class AnswerSums:
+    """An objective (train.task.Objective) that minimises nothing: it keeps each document's sum in `found`."""
+
+    statistics: tuple[str, ...] = ("documents", "loss", "tokens")
+
+    def __init__(self, log_probs: TokenLogProbs) -> None:
+        self._log_probs = log_probs
+        self.found: dict[int, Tensor] = {}
+        """By micro-batch of the step, on the last pipeline stage: fp64 `[num_documents]`."""
+
+    def begin_step(self, batches: list[Batch]) -> None:
+        self.found = {}
+
+    def bind(self, stage: MixGPTModel, index: int, batch: Batch, statistics: Tensor) -> None:
+        answers = cast(AnswerBatch, batch)
+
+        def keep(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+            token = self._log_probs(hidden, head, labels, answers.targets)
+            self.found[index] = sums_by(answers.documents, answers.num_documents, token)
+            return token
+
+        stage.token_loss, stage.hidden_loss = None, keep
+
+    def count(self, batch: Batch) -> Tensor:
+        return torch.ones((), dtype=torch.int32, device=batch.tokens.device)
+
+    def metrics(self, total: Sequence[float], by_source: dict[str, Sequence[float]]) -> dict[str, float]:
+        return {}
+
+    def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def describe(self) -> str:
+        return "log-probabilities of answers"
