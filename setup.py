@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_mixcpt/__init__.py").read_text()).group(1)
 NESTED = {"megatron_mixcpt.kernels": "kernels", "megatron_mixcpt.data_prep": "data_prep"}
 
+# Scripts and example configurations; `mixcpt launch` reads them from the package where there is no checkout.
+LAUNCH = {"megatron_mixcpt.launch": "launch"}
+
 packages = find_packages(include=["megatron_mixcpt", "megatron_mixcpt.*"])
 for name, folder in NESTED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
@@ -25,12 +28,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=packages,
-    package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED},
+    packages=[*packages, *LAUNCH],
+    package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED, **LAUNCH},
     package_data={
         "megatron_mixcpt": ["py.typed"],
         "megatron_mixcpt.demo": ["data/*"],
         "megatron_mixcpt.evaluate": ["tasks/*"],
+        "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*.yaml"],
     },
     install_requires=[
         "torch>=2.6",

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.observe.provenance import record_provenance
 from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.agreement import agree
@@ -18,6 +19,7 @@ from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
+from megatron_mixcpt.train.run_lock import hold
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.signals import StopRequest
@@ -43,9 +45,12 @@ def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> No
         with parallel_context(
             grid.tensor, grid.pipeline, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
         ) as state:
-            with Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog:
-                with ExitStack() as stack:
-                    _train(config, recipe, state, stop, watchdog, stack, trust)
+            with (
+                Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,
+                hold(Path(config.run_dir), state.rank),
+                ExitStack() as stack,
+            ):
+                _train(config, recipe, state, stop, watchdog, stack, trust)
 
 
 def _train(
@@ -58,13 +63,12 @@ def _train(
     trust: bool,
 ) -> None:
     run_dir, settings = Path(config.run_dir), config.train
-    if state.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
     parts = build(config, state, recipe, watchdog.beat)
     watchdog.beat("resuming")
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
+        record_provenance(run_dir / "provenance")
     progress = stack.enter_context(Progress(config, state, parts, position, guard, saved))
     for note in notes:
         progress.message(note)

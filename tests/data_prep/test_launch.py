@@ -71,6 +71,7 @@ def test_a_task_that_is_told_to_stop_goes_back_into_the_queue(tmp_path):
     tools.mkdir()
     (tools / "mixcpt").write_text("#!/bin/bash\ntrap 'exit 75' TERM\ntouch started\nwhile true; do sleep 0.05; done\n")
     (tools / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
+    (tools / "squeue").write_text("#!/bin/bash\necho RUNNING\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "MIXCPT": str(tools / "mixcpt")}

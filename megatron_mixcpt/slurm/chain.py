@@ -1,0 +1,74 @@
+"""A chain of commands, each a job that starts when the one before has ended well."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from megatron_mixcpt.cli import COMMANDS
+from megatron_mixcpt.config import Positive, Section, load_config, validate
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.slurm.jobs import command_jobs, preprocess_jobs
+from megatron_mixcpt.slurm.resources import Resources
+from megatron_mixcpt.slurm.submit import Job
+
+
+class Stage(Resources):
+    """One command, and what its job asks for."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Short, and different from the other stages'."""
+    command: str
+    """A mixcpt command line without `mixcpt`, as `train train.yaml`."""
+    array: Positive | None = None
+    """For `preprocess` alone: tasks that share the work."""
+
+
+class Chain(Section):
+    """`mixcpt launch CHAIN`."""
+
+    out: str
+    """Folder of scripts and logs of the stages that have no run directory."""
+    defaults: dict[str, Any] = Field(default={})
+    """Keys of all stages that do not set them."""
+    stages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    """Stages in their order."""
+
+
+def is_chain(path: str) -> bool:
+    """Whether a YAML file describes a chain, and not a training run."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False  # which the reader of configurations explains
+    return isinstance(content, dict) and "stages" in content
+
+
+def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
+    """The jobs of a chain in their order. `options`: laid over the chain's defaults.
+
+    Raises ConfigError naming the stage and key.
+    """
+    chain = load_config(Chain, path)
+    jobs: list[Job] = []
+    names: set[str] = set()
+    for index, values in enumerate(chain.stages):
+        origin = f"{path}: stage {values.get('name', index + 1)}"
+        stage = validate(Stage, chain.defaults | options | values, origin)
+        words = shlex.split(stage.command)
+        if not words or words[0] not in COMMANDS:
+            raise ConfigError(f"{origin}: {stage.command!r} is no mixcpt command; these are: {', '.join(COMMANDS)}")
+        if stage.name in names:
+            raise ConfigError(f"{origin}: there are two stages of this name")
+        names.add(stage.name)
+        if stage.array is None:
+            jobs += command_jobs(stage.name, words, stage, Path(chain.out))
+        elif words[0] == "preprocess" and len(words) == 2:
+            jobs += preprocess_jobs(stage.name, words[1], stage.array, stage, Path(chain.out))
+        else:
+            raise ConfigError(f"{origin}: array is for `preprocess CONFIG` alone")
+    return jobs

@@ -1,0 +1,117 @@
+"""From a mixcpt command and what it asks for to the jobs that run it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.slurm.render import render, template
+from megatron_mixcpt.slurm.resources import SAVE_MARGIN, Resources
+from megatron_mixcpt.slurm.submit import Job, job_name
+
+PREPROCESS_GRACE = "B:TERM@60"
+
+
+def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> list[Job]:
+    """The job that runs `mixcpt WORDS`.
+
+    Args:
+        stage: short name of what it does.
+        folder: where script and logs go when the command has no run directory; with one they go there.
+
+    Raises ConfigError for a configuration of `train` that is wrong.
+    """
+    if words[0] == "train":
+        config_path, overrides, flags = _split(words)
+        config = load_config(Config, config_path, overrides)
+        run_dir = Path(config.run_dir).resolve()
+        # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
+        frozen = run_dir / "launch" / "config.yaml"
+        text = yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+        return [_job(stage, ["train", str(frozen), *flags], ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
+    run_folder = _run_dir(words)
+    if run_folder:
+        return [_job(stage, words, ask, run_folder / "launch", run_folder / "logs", {})]
+    return [_job(stage, words, ask, folder.resolve() / stage, folder.resolve() / stage / "logs", {})]
+
+
+def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:
+    """Two jobs after launch/preprocess.sbatch: an array that tokenizes, and one that assembles and verifies."""
+    folder = folder.resolve() / stage
+    settings = {"MIXCPT": f"{Path(ask.python or sys.executable).parent / 'mixcpt'}"}
+    if ask.container:
+        raise ConfigError(f"stage {stage}: an array preprocesses without a container; leave one of the two out")
+    jobs = []
+    for step, array in (("tokenize", f"1-{tasks}"), ("assemble", "1-1")):
+        name = job_name(f"{stage}-{step}", folder)
+        options = _common_options(name, ask) | {
+            "array": array,
+            "nodes": "1",
+            "ntasks": "1",
+            "cpus-per-task": str(ask.cpus_per_task),
+            "signal": PREPROCESS_GRACE,
+            "output": str(folder / "logs" / "%A_%a.log"),
+        }
+        script = render(template("preprocess.sbatch"), options | ask.options, settings, [config, step])
+        jobs.append(Job(f"{stage}-{step}", name, script, folder, folder / "logs", is_array=True))
+    return jobs
+
+
+def _job(stage: str, words: list[str], ask: Resources, folder: Path, logs: Path, files: dict[Path, str]) -> Job:
+    name = job_name(stage, folder.parent)
+    options = _common_options(name, ask) | {
+        "nodes": str(ask.nodes),
+        "ntasks-per-node": str(ask.ranks_per_node),
+        "gpus-per-node": str(ask.gpus_per_node) if ask.gpus_per_node else None,
+        "cpus-per-task": str(ask.cpus_per_task),
+        "signal": f"B:USR1@{ask.grace}",
+        "output": str(logs / "%j.log"),
+    }
+    settings = {
+        "PYTHON": ask.python or ("python" if ask.container else sys.executable),
+        "STYLE": ask.style,
+        "MODULES": " ".join(ask.modules),
+        "CONTAINER": ask.container or "",
+        "CONTAINER_MOUNTS": ",".join(ask.container_mounts),
+        "LOGS": str(logs),
+        "MAX_RESTARTS": str(ask.max_restarts),
+        "SAVE_SECONDS": str(ask.grace - SAVE_MARGIN),
+    }
+    script = render(template("mixcpt.sbatch"), options | ask.options, settings, words)
+    return Job(stage, name, script, folder, logs, files=files)
+
+
+def _common_options(name: str, ask: Resources) -> dict[str, str | None]:
+    options: dict[str, str | None] = {"job-name": name, "time": ask.time, "chdir": str(Path.cwd())}
+    if ask.partition:
+        options["partition"] = ask.partition
+    if ask.account:
+        options["account"] = ask.account
+    return options
+
+
+def _split(words: list[str]) -> tuple[str, list[str], list[str]]:
+    """Configuration, overrides and flags of a `train` command line."""
+    flags = [word for word in words[1:] if word.startswith("-")]
+    plain = [word for word in words[1:] if not word.startswith("-")]
+    if not plain or set(flags) - {"--trust"}:
+        raise ConfigError(f"mixcpt {' '.join(words)}: a job takes `train CONFIG [--trust] [key=value ...]`")
+    return plain[0], plain[1:], flags
+
+
+def _run_dir(words: list[str]) -> Path | None:
+    """`run_dir` of the YAML file that the command names, if it has one; `run_dir=...` goes before."""
+    for word in reversed(words[1:]):
+        if word.startswith("run_dir="):
+            return Path(word.removeprefix("run_dir=")).resolve()
+    for word in words[1:]:
+        if word.endswith((".yaml", ".yml")) and Path(word).is_file():
+            content = OmegaConf.to_container(OmegaConf.load(word))
+            if isinstance(content, dict) and content.get("run_dir"):
+                return Path(str(content["run_dir"])).resolve()
+    return None

@@ -1,0 +1,88 @@
+"""`mixcpt launch CONFIG [options] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+NAME = "launch"
+HELP = """Submit a training run to SLURM, or a chain of stages. The job runs on a copy of the configuration, keeps a
+log a rank, and goes back into the queue when it is preempted, reaches its time limit or loses a node, to resume.
+Example: mixcpt launch train.yaml --nodes 2 --gpus-per-node 8 --partition gpu --time 12:00:00"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options without a value here take the default of slurm/resources.py."""
+    parser.add_argument("config", help="YAML file that `mixcpt train` takes, or a chain (with `stages`)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the training file's")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of a node, 0 without (default 8)")
+    parser.add_argument("--tasks-per-node", type=int, metavar="R", help="ranks of a node (default: one a GPU)")
+    parser.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of a rank (default 8)")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job (default 24:00:00)")
+    parser.add_argument("--partition", metavar="NAME")
+    parser.add_argument("--account", metavar="NAME")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image (pyxis/enroot)")
+    parser.add_argument("--container-mounts", nargs="+", metavar="A:B", help="folders it sees beside the working one")
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="environment modules to load")
+    parser.add_argument("--style", choices=("srun", "torchrun"), help="who starts the ranks of a node (default srun)")
+    parser.add_argument("--python", metavar="PATH", help="interpreter of the job (default: this one)")
+    parser.add_argument("--max-restarts", type=int, metavar="N", help="times the job may be requeued (default 20)")
+    parser.add_argument("--grace", type=int, metavar="SECONDS", help="time to save before the time limit (default 300)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option, as qos=high"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write and submit nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.config import validate
+    from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
+    from megatron_mixcpt.slurm.jobs import command_jobs
+    from megatron_mixcpt.slurm.resources import Resources
+
+    options = _resources(args)
+    if is_chain(args.config):
+        if args.overrides:
+            raise ConfigError(f"{args.config} is a chain: write {args.overrides[0]} into the command of its stage")
+        jobs = chain_jobs(args.config, options)
+    else:
+        ask = validate(Resources, options, "mixcpt launch")
+        jobs = command_jobs("train", ["train", args.config, *args.overrides], ask, Path())
+        _check(args, ask.world_size)
+    if args.dry_run:
+        for job in jobs:
+            print(job.script)
+        return 0
+
+    from megatron_mixcpt.slurm.submit import refuse_queued, submit_all
+
+    refuse_queued(jobs)
+    for job, number in submit_all(jobs):
+        print(f"job {number}: {job.stage}, {job.folder / job.stage}.sbatch; logs in {job.logs}", flush=True)
+    return 0
+
+
+def _check(args: argparse.Namespace, world_size: int) -> None:
+    """What `mixcpt train` would refuse is refused before anything waits in a queue."""
+    from megatron_mixcpt.config import Config, load_config
+    from megatron_mixcpt.train.setup import check
+
+    check(load_config(Config, args.config, args.overrides), world_size)
+
+
+def _resources(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given."""
+    from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.slurm.resources import Resources
+
+    given = {key: value for key, value in vars(args).items() if key in Resources.model_fields and value is not None}
+    extra = {}
+    for option in args.option:
+        key, _, value = option.removeprefix("--").partition("=")
+        if not key:
+            raise ConfigError(f"--option {option!r}: written KEY=VALUE, as qos=high, or KEY for one without a value")
+        extra[key] = value
+    return given | ({"options": extra} if extra else {})

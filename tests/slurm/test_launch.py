@@ -1,0 +1,202 @@
+"""What `mixcpt launch` writes and refuses; the scripts are accepted by bash, shellcheck and SLURM."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.slurm.render import render, template
+from megatron_mixcpt.slurm.resources import Resources, seconds
+from tests.helpers.corpus import write_mix
+from tests.slurm.runs import write_run
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sbatch"), *(ROOT / "launch").glob("*.sh")])
+EVERYTHING = (
+    *("--nodes=2", "--gpus-per-node=8", "--cpus-per-task=16", "--time=1-12", "--partition=gpu", "--account=physics"),
+    *("--container", "nvcr.io#nvidia/pytorch:25.06-py3", "--container-mounts", "/data:/data", "/scratch:/scratch"),
+    *("--modules", "cuda/12.8", "gcc", "--style", "torchrun", "--max-restarts", "3", "--grace=600"),
+    *("--python", "/opt/env/bin/python", "--option", "qos=high", "--option", "exclusive"),
+)
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return write_mix(tmp_path_factory.mktemp("launch-data") / "data", seq_length=16, vocab_size=120)
+
+
+@pytest.fixture
+def config(mix, tmp_path):
+    return write_run(mix, tmp_path)
+
+
+def dry_run(capsys, config, *options):
+    assert main(["launch", str(config), *options, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def options_of(script):
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_templates_are_plain_scripts_that_shellcheck_accepts(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (Debian: apt-get install shellcheck)")
+    subprocess.run(["shellcheck", script], check=True)
+
+
+def test_every_option_ends_up_in_the_script(capsys, config, tmp_path):
+    script = dry_run(capsys, config, *EVERYTHING)
+    options = options_of(script)
+    assert options.pop("job-name").startswith("mixcpt-train-run-")
+    assert options == {
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "16",
+        "time": "1-12",
+        "output": f"{tmp_path}/run/logs/%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "B:USR1@600",
+        "chdir": str(Path.cwd()),
+        "partition": "gpu",
+        "account": "physics",
+        "qos": "high",
+        "exclusive": "",
+    }
+    for line in (
+        "PYTHON=/opt/env/bin/python",
+        "STYLE=torchrun",
+        "MODULES='cuda/12.8 gcc'",
+        "CONTAINER='nvcr.io#nvidia/pytorch:25.06-py3'",
+        "CONTAINER_MOUNTS=/data:/data,/scratch:/scratch",
+        f"LOGS={tmp_path}/run/logs",
+        "MAX_RESTARTS=3",
+        "SAVE_SECONDS=540",
+    ):
+        assert any(written.startswith(line) for written in script.splitlines()), line
+    assert f"[ $# -gt 0 ] || set -- train {tmp_path}/run/launch/config.yaml" in script
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), EVERYTHING, ("--gpus-per-node=0", "--tasks-per-node=4", "--cpus-per-task=2")],
+    ids=("default", "everything", "cpu"),
+)
+def test_rendered_scripts_are_accepted_by_slurm_bash_and_shellcheck(capsys, config, tmp_path, cluster, options):
+    script = tmp_path / "job.sbatch"
+    script.write_text(dry_run(capsys, config, *options))
+    partition = () if "--gpus-per-node=0" in options else ("--partition=gpu", "--account=root")
+    cluster.call("sbatch", "--test-only", *partition, str(script))
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--nodes=0",), "nodes: Input should be greater than or equal to 1"),
+        (("--time=never",), "time 'never': write minutes"),
+        (("--time=5",), "time 5 is no longer than the grace of 300 s"),
+        (("--option", "=high"), "written KEY=VALUE"),
+        (
+            ("--gpus-per-node=3",),
+            "parallel.pipeline=1 needs a multiple of 2 processes, not 3",
+        ),
+        (("--gpus-per-node=0", "--tasks-per-node=1"), "needs a multiple of 2 processes, not 1"),
+        (("train.lr=-1",), "train.lr: Input should be greater than 0"),
+        ((), "there is no sbatch here"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_queued(capsys, config, tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", str(config), *options]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("90:30", 5430), ("12:00:01", 43201), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:5", 86405)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time, expected):
+    assert seconds(time) == expected
+
+
+def test_settings_keep_their_comment_and_unknown_ones_are_errors():
+    text = "#!/bin/bash\n#SBATCH --nodes=1\n#SBATCH --gpus=8\nA_B=${A_B:-x}  # why\n"
+    rendered = render(text, {"nodes": "2", "gpus": None, "mem": "1G"}, {"A_B": "it's"}, ["a b"])
+    assert rendered == (
+        "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --mem=1G\n[ $# -gt 0 ] || set -- 'a b'\nA_B='it'\"'\"'s'  # why\n"
+    )
+    with pytest.raises(KeyError, match="C"):
+        render(text, {}, {"C": "1"})
+
+
+def test_defaults_of_the_template_are_those_of_the_options(capsys, config):
+    """Who reads the file and who reads `--help` must not learn different things."""
+    defaults, shown = Resources(), options_of(template("mixcpt.sbatch"))
+    assert shown["nodes"] == str(defaults.nodes) and shown["gpus-per-node"] == str(defaults.gpus_per_node)
+    assert shown["cpus-per-task"] == str(defaults.cpus_per_task) and shown["time"] == defaults.time
+    assert shown["signal"] == f"B:USR1@{defaults.grace}"
+    assert f"MAX_RESTARTS:-{defaults.max_restarts}" in template("mixcpt.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "train"}, "there are two stages of this name"),
+        ({"command": "tarin x.yaml"}, "is no mixcpt command"),
+        ({"array": 4}, "array is for `preprocess CONFIG` alone"),
+        ({"nodez": 4}, "nodez: unknown key; did you mean nodes?"),
+        ({"name": "a b"}, "name: String should match pattern"),
+        ({"command": "train {config} train.lr=-1"}, "train.lr: Input should be greater than 0"),
+        ({"command": "train {config} --nproc 4"}, "a job takes `train CONFIG [--trust] [key=value ...]`"),
+    ],
+)
+def test_a_wrong_stage_is_named(capsys, config, tmp_path, change, message):
+    stages = [
+        {"name": "train", "command": f"train {config}"},
+        {"name": "last", "command": f"export {tmp_path} --out x"},
+    ]
+    stages[1] |= {
+        key: value.format(config=config) if isinstance(value, str) else value for key, value in change.items()
+    }
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "stages": stages}))
+    assert main(["launch", str(chain), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_the_command_line_are_laid_over_a_chain_s_defaults_and_stages_over_both(capsys, config, tmp_path):
+    stages = [{"name": "a", "command": f"train {config}", "nodes": 3}, {"name": "b", "command": f"export {tmp_path}"}]
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "defaults": {"nodes": 2, "account": "x"}, "stages": stages}))
+    scripts = dry_run(capsys, chain, "--nodes=5", "--partition=gpu").split("#!/bin/bash\n")[1:]
+    assert [options_of(script)["nodes"] for script in scripts] == ["3", "5"]
+    assert {(options_of(script)["account"], options_of(script)["partition"]) for script in scripts} == {("x", "gpu")}
+    assert main(["launch", str(chain), "train.lr=1", "--dry-run"]) == 2
+    assert "write train.lr=1 into the command of its stage" in capsys.readouterr().err
+
+
+def test_a_wheel_carries_the_templates(tmp_path):
+    folders = ["--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    subprocess.run([sys.executable, "setup.py", "-q", "build", *folders], cwd=ROOT, check=True, capture_output=True)
+    found = {path.name for path in (tmp_path / "lib" / "megatron_mixcpt" / "launch").iterdir()}
+    assert {"mixcpt.sbatch", "preprocess.sbatch"} <= found
+
+
+def test_a_missing_template_says_so():
+    with pytest.raises(MixcptError, match=r"launch/nothing\.sbatch is missing"):
+        template("nothing.sbatch")
