@@ -32,9 +32,9 @@ def mixcpt(cluster, folder, *arguments):
     return code, output.getvalue()
 
 
-def write_run(mix, folder, **sections):
+def write_run(mix, folder, global_batch_size=4, **sections):
     """Configuration of a run of STEPS steps over two ranks in `folder`/run; returns its path."""
-    train = {"steps": STEPS, "micro_batch_size": 1, "global_batch_size": 16}
+    train = {"steps": STEPS, "micro_batch_size": 1, "global_batch_size": global_batch_size}
     sections = {"parallel": {"tensor": 2}, "checkpoint": {"every": 5, "keep": 2}} | sections
     config = folder / "train.yaml"
     config.write_text(yaml.safe_dump(settings(mix, folder / "run", train=train, **sections)))

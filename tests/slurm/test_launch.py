@@ -32,7 +32,7 @@ def mix(tmp_path_factory):
 
 @pytest.fixture
 def config(mix, tmp_path):
-    return write_run(mix, tmp_path)
+    return write_run(mix, tmp_path, global_batch_size=16)
 
 
 def dry_run(capsys, config, *options):
