@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megatron_mixcpt.align.config import AlignSettings
-from megatron_mixcpt.config import Config
+from megatron_mixcpt.config import Config, section_of
 
 INTRODUCTION = """# Configuration of `mixcpt train`
 
@@ -24,9 +24,10 @@ def page() -> str:
     parts = [INTRODUCTION]
     own = []
     for name, field in Config.model_fields.items():
-        section = field.annotation
+        section = section_of(field.annotation)
         if isinstance(section, type) and issubclass(section, BaseModel):
-            parts.append(f"## `{name}`\n\n{_section(name, section)}")
+            note = "" if section is field.annotation else f"{field.description}\n\n"
+            parts.append(f"## `{name}`\n\n{note}{_section(name, section)}")
         else:
             own.append(_row(name, field))
     parts.append("## Top level\n\n" + _head() + "\n".join(own))

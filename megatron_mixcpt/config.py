@@ -194,10 +194,10 @@ class LossConfig(Section):
 class TeacherConfig(Section):
     """Where the distillation target comes from."""
 
-    source: Literal["initial", "cached", "deepspeed", "none"] = "initial"
-    """initial: a frozen copy of the starting weights; cached: answers that `mixcpt cache-teacher` computed beforehand;
-    deepspeed: another Hugging Face model with the same tokenizer, in pieces over all ranks (ZeRO-3); none: only with
-    loss.target none."""
+    source: Literal["initial", "adapter_off", "cached", "deepspeed", "none"] = "initial"
+    """initial: a frozen copy of the starting weights; adapter_off: the student without its adapters, which takes no
+    memory; cached: answers that `mixcpt cache-teacher` computed beforehand; deepspeed: another Hugging Face model with
+    the same tokenizer, in pieces over all ranks (ZeRO-3); none: only with loss.target none."""
     cache: str | None = None
     """Directory of the cached answers, for source cached."""
     hf: str | None = None
@@ -221,6 +221,46 @@ class TeacherConfig(Section):
         if self.offload == "nvme" and self.nvme_path is None:
             raise ValueError("teacher.offload nvme needs teacher.nvme_path, a directory on the disk")
         return self
+
+
+class AdapterConfig(Section):
+    """Train a small addition to each linear layer in place of the weights (docs/adapters.md)."""
+
+    method: Literal["lora", "alora"]
+    """lora: W x + alpha/rank B A x (arXiv 2106.09685); alora: causal attention over A x before B, our reading of arXiv
+    2405.17830."""
+    rank: Positive = 16
+    """Rows of A and columns of B, for each of the Hugging Face layers."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The addition is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the inputs of A that is dropped in training."""
+    heads: Positive | None = None
+    """alora: attention heads, which must divide rank; None: 4 from rank 16 on, below it 1."""
+    residual: bool = True
+    """alora: add A x itself to what the attention returns."""
+    targets: Annotated[list[str], Field(min_length=1)] = ["*_proj"]
+    """Layers by Hugging Face name: patterns of the last part (q_proj, *_proj) or of the whole name
+    (model.layers.1?.mlp.*)."""
+    init: str | None = None
+    """Adapter directory to start from, as PEFT or `mixcpt export --adapter` writes it."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> AdapterConfig:
+        if self.method == "lora" and (self.heads is not None or not self.residual):
+            raise ValueError("adapter.heads and adapter.residual belong to adapter.method alora: remove them for lora")
+        if self.method == "alora" and self.rank % self.num_heads:
+            raise ValueError(f"adapter.heads ({self.num_heads}) must divide adapter.rank ({self.rank})")
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or (4 if self.rank >= 16 else 1)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What two adapters must have in common for one to go on from the other."""
+        return self.model_dump(exclude={"dropout", "init"})
 
 
 class EvalConfig(Section):
@@ -269,6 +309,8 @@ class Config(Section):
     train: TrainConfig
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
+    adapter: AdapterConfig | None = None
+    """Without it all weights are trained."""
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
@@ -285,6 +327,11 @@ class Config(Section):
         if self.loss.fuse_lm_head and self.teacher.source == "cached":
             raise ValueError(
                 "loss.fuse_lm_head works on a teacher's hidden states, which no cache has: set it to false"
+            )
+        if self.teacher.source == "adapter_off" and self.adapter is None:
+            raise ValueError(
+                "teacher.source adapter_off is the model without its adapters: it needs an adapter section; to train "
+                "all weights set teacher.source=initial"
             )
         if self.loss.fuse_lm_head and not self.uses_teacher:
             raise ValueError("loss.fuse_lm_head is for distillation: it needs a loss.target and loss.kd_weight > 0")
@@ -357,12 +404,18 @@ def _explain(schema: type[BaseModel], problem: Any) -> str:
     return f"{key}: {problem['msg']} (got {problem['input']!r})"
 
 
+def section_of(annotation: Any) -> Any:
+    """The section class of a key that may also be null; any other annotation as it is."""
+    sections = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    return sections[0] if sections and type(None) in get_args(annotation) else annotation
+
+
 def _keys_of(schema: type[BaseModel], location: list[str]) -> list[str]:
     """Field names of the section at `location`."""
     section: Any = schema
     for part in location:
         if isinstance(section, type) and issubclass(section, BaseModel):
-            section = section.model_fields[part].annotation
+            section = section_of(section.model_fields[part].annotation)
         else:  # a mapping or list of sections
             section = next((arg for arg in reversed(get_args(section))), None)
     if isinstance(section, type) and issubclass(section, BaseModel):

@@ -130,6 +130,17 @@ def parallel_context(
         yield _join_grid(stack, rank, world_size, local_rank, device, tensor, pipeline, seed, timeout_minutes)
 
 
+def seed_step(state: ParallelState, seed: int, step: int) -> None:
+    """Make what a step draws (dropout) a function of seed, step and place in the grid, so that nothing of it need be
+    saved. Tensor ranks share one stream of torch's generator, and have one each in megatron-core's tracker."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    place = (seed, step, state.data_rank, state.pipeline_rank)
+    drawn = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 2  # room for megatron-core's offsets
+    torch.manual_seed(drawn)
+    model_parallel_cuda_manual_seed(drawn)
+
+
 def _join_grid(
     stack: contextlib.ExitStack,
     rank: int,

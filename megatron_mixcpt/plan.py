@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_mixcpt.config import Config
+from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.model.adapter_layout import adapted_linears, num_parameters
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.hf_weights import open_source
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
@@ -27,6 +28,8 @@ class StagePlan:
     """Bytes on one rank of a pipeline stage."""
 
     num_parameters: int
+    num_trained: int
+    """All of them, or those of the adapters."""
     weights: int
     gradients: int
     optimizer: int
@@ -62,14 +65,18 @@ def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> 
     data_size = world_size // (grid.tensor * grid.pipeline)
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
     stages = [_stage(config, arch, mix.seq_length, index, data_size, num_micro) for index in range(grid.pipeline)]
-    return RunPlan(
-        stages, data_size, num_micro, train.global_batch_size * mix.seq_length, checkpoint_bytes(arch, train.dtype)
-    )
+    checkpoint = checkpoint_bytes(arch, train.dtype, config.adapter)
+    return RunPlan(stages, data_size, num_micro, train.global_batch_size * mix.seq_length, checkpoint)
 
 
-def checkpoint_bytes(arch: Architecture, dtype: str) -> int:
-    """Size of one checkpoint: weights, two moments, and fp32 master weights where the weights are bf16."""
+def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | None = None) -> int:
+    """Size of one checkpoint: weights, two moments, and fp32 master weights where the weights are bf16.
+
+    With an adapter, its own, and its weights a second time as a directory for other programs.
+    """
     state = FP32 * (2 if dtype == "fp32" else 3)
+    if adapter is not None:
+        return num_parameters(arch, adapter) * (2 * DTYPE_BYTES[dtype] + state)
     return arch.num_parameters * (DTYPE_BYTES[dtype] + state)
 
 
@@ -80,7 +87,11 @@ def _stage(
     size = DTYPE_BYTES[train.dtype]
     last = index == pipeline - 1
     count = _parameters(arch, tensor, pipeline, index)
-    state = count * FP32 * (2 if train.dtype == "fp32" else 3)
+    trained = count
+    if config.adapter is not None:
+        trained = _adapter_parameters(arch, config.adapter, tensor, pipeline, index)
+        count += trained
+    state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
     optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
     tokens = train.micro_batch_size * seq_length
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
@@ -99,13 +110,14 @@ def _stage(
         activations += num_micro * tokens * arch.hidden_size * size  # the teacher's last hidden states of a step
     return StagePlan(
         num_parameters=count,
+        num_trained=trained,
         weights=count * size,
-        gradients=count * FP32,
+        gradients=trained * FP32,
         optimizer=optimizer,
         teacher=_teacher_bytes(config, arch, count, data_size, last),
         activations=activations,
         logits=logits,
-        snapshot=count * size + optimizer if config.checkpoint.background else 0,
+        snapshot=trained * size + optimizer if config.checkpoint.background else 0,
     )
 
 
@@ -146,6 +158,26 @@ def _parameters(arch: Architecture, tensor: int, pipeline: int, index: int) -> i
     return count
 
 
+def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int, pipeline: int, index: int) -> int:
+    layers = range(index * arch.num_layers // pipeline, (index + 1) * arch.num_layers // pipeline)
+    return sum(
+        math.prod(shape) // (1 if axis is None else tensor)
+        for linear in adapted_linears(arch, adapter)
+        if int(linear.linear.split(".")[2]) in layers
+        for shape, axis in linear.tensors().values()
+    )
+
+
+def _adapter_bytes(arch: Architecture, config: Config) -> int:
+    """Kept by the adapters of one layer for each token: z, what goes into B, and what ALoRA's attention keeps."""
+    if config.adapter is None:
+        return 0
+    linears = adapted_linears(arch, config.adapter)
+    width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
+    tensors = 2 if config.adapter.method == "lora" else 8
+    return tensors * width * DTYPE_BYTES[config.train.dtype]
+
+
 def _layer_bytes(arch: Architecture, config: Config, seq_length: int) -> int:
     """Kept by one layer for each token of a micro-batch, with several documents in a row."""
     tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
@@ -155,7 +187,14 @@ def _layer_bytes(arch: Architecture, config: Config, seq_length: int) -> int:
     attention = 4 * queries * size + seq_length * size  # q, k, v, output; the mask's row in the weights' type
     rotary = 4 * arch.head_dim * size
     mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
-    return norms + attention + rotary + mlp + FP32 * (arch.num_attention_heads // tensor + 2)
+    return (
+        _adapter_bytes(arch, config)
+        + norms
+        + attention
+        + rotary
+        + mlp
+        + FP32 * (arch.num_attention_heads // tensor + 2)
+    )
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:

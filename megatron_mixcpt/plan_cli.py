@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.model.adapter_layout import describe_adapter
     from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan import make_plan
     from megatron_mixcpt.train.setup import check, existing_parent, read_model_and_mix
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, arch, mix, world_size)
 
     print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
+    if config.adapter is not None:
+        print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
         f"grid        {world_size} ranks = tensor {grid.tensor} x pipeline {grid.pipeline} x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {mix.seq_length} tokens a step"
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = plan.tokens(train.steps)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[args.gpu]
-    flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher)
+    frozen = config.adapter is not None
+    flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
         mix.seq_length,
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         recompute=train.recompute == "full",
         fuse_lm_head=config.loss.fuse_lm_head,
         tensor=grid.tensor,
+        frozen=frozen,
     )
     hours = tokens * flops / (world_size * peak * args.mfu) / 3600
     device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu

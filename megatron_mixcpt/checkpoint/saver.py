@@ -25,7 +25,9 @@ from megatron_mixcpt import __version__
 from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, optimizer_step_count
 from megatron_mixcpt.checkpoint.store import FORMAT, commit, new_directory, prune, require_space
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
+from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.model.adapter_files import write_adapter_of
 from megatron_mixcpt.model.architecture import Architecture
 
 TOUCH_SECONDS = 1.0
@@ -49,6 +51,8 @@ class Outcome:
 class _Pending:
     step: int
     info: dict[str, Any]
+    adapter: AdapterConfig | None
+    arch: Architecture
     began: float
     folder: Path | None
     writer: ShareWriter | None
@@ -106,10 +110,11 @@ class Saver:
             "step": step,
             "architecture": arch.to_dict(),
             "optimizer_step": None if optimizer is None else optimizer_step_count(optimizer),
+            **({"adapter": stage.adapter.model_dump()} if stage.adapter else {}),
             **(info or {}),
         }
         folder, error = _from_first(lambda: new_directory(self.parent, step))
-        pending = _Pending(step, description, began, folder, None, error)
+        pending = _Pending(step, description, stage.adapter, arch, began, folder, None, error)
         self._pending = pending
         if folder is not None:
             pending.writer = plan_share(sharded, folder, self._buffers)
@@ -152,6 +157,8 @@ class Saver:
     def _commit(self, pending: _Pending, shares: list[Any]) -> Path:
         assert pending.writer is not None and pending.folder is not None
         write_index(pending.writer, [results for results, _ in shares])
+        if pending.adapter is not None:
+            write_adapter_of(pending.folder, pending.arch, pending.adapter)
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)
         if self.keep is not None:

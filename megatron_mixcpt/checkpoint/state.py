@@ -27,6 +27,7 @@ from megatron_mixcpt.checkpoint.saver import Saver
 from megatron_mixcpt.checkpoint.store import read_info
 from megatron_mixcpt.checkpoint.verify import find_checkpoint, silent, warn
 from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.model.adapter_start import load_adapted
 from megatron_mixcpt.model.architecture import Architecture
 
 
@@ -78,13 +79,17 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
 def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust: bool = False) -> dict[str, Any]:
     """Fill this rank's shard from a checkpoint or the newest one of a run, in any layout; returns `checkpoint.json`.
 
-    Collective. Verifies first; `trust` and errors as in `find_checkpoint`.
+    Collective. Verifies first; `trust` and errors as in `find_checkpoint`. Where the run trained adapters, see
+    `model.adapter_start.load_adapted`.
     """
     tell = warn if torch.distributed.get_rank() == 0 else silent
     checkpoint = find_checkpoint(run_or_checkpoint, trust=trust, tell=tell, together=True)
-    stage = unwrap_model(model)
-    loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(checkpoint))
-    stage.load_state_dict(loaded["model"])
+    stage, info = unwrap_model(model), read_info(checkpoint)
+    if info.get("adapter"):
+        load_adapted(stage, checkpoint, info)
+    else:
+        loaded = dist_checkpointing.load({"model": stage.weights_sharded_state_dict()}, str(checkpoint))
+        stage.load_state_dict(loaded["model"])
     manifest = checkpoint / MANIFEST
     start = xxhash.xxh3_128_hexdigest(manifest.read_bytes()) if manifest.exists() else None
-    return {**read_info(checkpoint), "start": start}
+    return {**info, "start": start}

@@ -59,11 +59,13 @@ def resolve_task(task: str) -> str | dict[str, Any]:
 
 
 def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype: str) -> list[TaskScore]:
-    """Score the model of a Hugging Face directory.
+    """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py).
 
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
     """
+    from megatron_mixcpt.hf_alora import is_alora, load_alora
+
     try:
         import lm_eval
     except ImportError:
@@ -71,11 +73,20 @@ def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"pretrained": str(hf_dir), "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
+    model: Any = "hf"
+    if is_alora(hf_dir):
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        adapted = load_alora(hf_dir, dtype=options["dtype"]).to(device)
+        model, options = HFLM(pretrained=adapted, tokenizer=tokenizer, batch_size=8), {}
     resolved = [resolve_task(task) for task in tasks]
     try:
         output = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(hf_dir), "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]},
+            model=model,
+            model_args=options,
             tasks=resolved,
             device=device,
             limit=limit,

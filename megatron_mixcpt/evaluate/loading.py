@@ -22,18 +22,22 @@ def quiet_libraries() -> None:
 
 
 def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
-    """The fp32 model in evaluation mode and its tokenizer.
+    """The fp32 model in evaluation mode and its tokenizer; `hf_dir` may also hold an ALoRA adapter (hf_alora.py).
 
     Raises ConfigError if `hf_dir` holds no model or no tokenizer that transformers can open.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (Path(hf_dir) / "config.json").is_file():
+    from megatron_mixcpt.hf_alora import is_alora, load_alora
+
+    alora = is_alora(hf_dir)
+    if not alora and not (Path(hf_dir) / "config.json").is_file():
         raise ConfigError(f"{hf_dir}: no config.json; give a Hugging Face directory such as `mixcpt export` writes")
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        load = load_alora if alora else AutoModelForCausalLM.from_pretrained
+        model = load(hf_dir, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{hf_dir}: transformers cannot open it: {error}") from error
     return model.eval(), tokenizer

@@ -17,19 +17,26 @@ def is_hf_directory(path: Path) -> bool:
 
 @contextlib.contextmanager
 def as_hf_directory(path: Path) -> Iterator[Path]:
-    """`path` as a Hugging Face directory; a run or checkpoint is exported to a temporary one.
+    """`path` as a directory for `loading.load_directory`; a run or checkpoint is exported to a temporary one.
 
     Raises:
         ConfigError: it is none of the three.
     """
-    if is_hf_directory(path):
+    from megatron_mixcpt.hf_alora import is_alora
+
+    if is_hf_directory(path) or is_alora(path):
         yield path
         return
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face directory")
-    from megatron_mixcpt.model.export_cli import export
+    from megatron_mixcpt.model.export_cli import export, export_adapter
+    from megatron_mixcpt.model.origin import find_origin
 
     with tempfile.TemporaryDirectory(prefix="mixcpt-") as folder:
         out = Path(folder) / path.resolve().name
-        export(path, out)
+        adapter = find_origin(path).adapter
+        if adapter is not None and adapter.method == "alora":  # which cannot be merged
+            export_adapter(path, out)
+        else:
+            export(path, out)
         yield out

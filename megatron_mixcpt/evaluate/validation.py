@@ -32,7 +32,7 @@ def validation_perplexity(
     import torch
 
     from megatron_mixcpt.checkpoint import load_model_weights, newest_checkpoint, read_info
-    from megatron_mixcpt.config import LossConfig
+    from megatron_mixcpt.config import AdapterConfig, LossConfig
     from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.losses.mixcpt import MixCPTLoss
@@ -43,10 +43,13 @@ def validation_perplexity(
     from megatron_mixcpt.train.validate import validate
 
     from_hf = is_hf_directory(path)
+    adapter = None
     if from_hf:
         arch = architecture_from_hf(path)
     else:
-        arch = Architecture.from_dict(read_info(newest_checkpoint(path))["architecture"])
+        info = read_info(newest_checkpoint(path))
+        arch = Architecture.from_dict(info["architecture"])
+        adapter = AdapterConfig(**info["adapter"]) if info.get("adapter") else None
     if mix.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
@@ -56,7 +59,7 @@ def validation_perplexity(
         from megatron_mixcpt.model.gpt import build_gpt
         from megatron_mixcpt.model.hf import load_hf
 
-        model = build_gpt(arch, params_dtype=DTYPES[dtype], seed=None)
+        model = build_gpt(arch, params_dtype=DTYPES[dtype], seed=None, adapter=adapter)
         if from_hf:
             load_hf(model, path)
         else:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from megatron_mixcpt import __version__
+from megatron_mixcpt.model.adapter_layout import describe_adapter
 from megatron_mixcpt.model.origin import Origin
 
 
@@ -33,11 +34,13 @@ def _training(origin: Origin) -> list[str]:
     config = origin.config
     train, loss = config["train"], config["loss"]
     base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
+    off = config.get("teacher", {}).get("source") == "adapter_off"
+    teacher = "the base model" if off else "the frozen starting weights"
     if loss["target"] == "none":
         objective = "cross-entropy alone"
     else:
         objective = (
-            f"{loss['ce_weight']} x cross-entropy + {loss['kd_weight']} x KL to the frozen starting weights with "
+            f"{loss['ce_weight']} x cross-entropy + {loss['kd_weight']} x KL to {teacher} with "
             f"target `{loss['target']}`, temperature {loss['temperature']}"
         )
     return [
@@ -45,6 +48,7 @@ def _training(origin: Origin) -> list[str]:
         "",
         f"- started from: {base}",
         f"- objective: {objective}",
+        *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
         f"- {origin.info['step']} of {train['steps']} steps of {train['global_batch_size']} sequences, "
         f"learning rate {train['lr']} ({train['schedule']}), {train['dtype']}, seed {train['seed']}",
         "",

@@ -3,7 +3,7 @@
 Shapes: s sequence, b batch, h hidden, v padded vocabulary, tp tensor-parallel ranks (s/tp under sequence parallelism).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.model.adapter_layout import adapted_linears, check_adapter_layout
+from megatron_mixcpt.model.adapter_state import PREFIX, adapter_sharded_state, load_adapter_state
+from megatron_mixcpt.model.adapters import Adapter, adapters_of, attach
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import window_mask
 from megatron_mixcpt.model.init import initialize
@@ -35,12 +39,13 @@ class MixGPTModel(GPTModel):
 
     Attributes:
         arch: the whole model's architecture.
+        adapter: what is trained in place of the weights, which are frozen then; None trains the weights.
         token_loss: what is minimised; the trainer sets it before the first forward with labels.
         hidden_loss: where set, it is minimised in place of `token_loss`, without logits in between.
         vocab_start: global id of this rank's first vocabulary row.
     """
 
-    def __init__(self, arch: Architecture, **config: Any) -> None:
+    def __init__(self, arch: Architecture, adapter: AdapterConfig | None = None, **config: Any) -> None:
         """`config`: the keywords of `specs.transformer_config`."""
         settings = transformer_config(arch, **config)
         settings.timers = MegatronTimers()
@@ -60,9 +65,18 @@ class MixGPTModel(GPTModel):
         self.hidden_loss: HiddenLoss | None = None
         self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
         self.rotary = Rotary(arch)
+        self.adapter = adapter
+        if adapter is not None:
+            attach(self, adapted_linears(arch, adapter), get_transformer_layer_offset(settings))
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.adapter is not None and self.pre_process and torch.is_grad_enabled() and embedded.is_leaf:
+            # Frozen embeddings need no gradient, but recomputation and the pipeline return none to what follows them
+            # unless their input asks for one.
+            config = self.config
+            if config.recompute_granularity is not None or config.pipeline_model_parallel_size > 1:
+                embedded.requires_grad_()
         return embedded, self.rotary(position_ids), *rest
 
     def forward(
@@ -103,10 +117,29 @@ class MixGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, weight=weight)[0]
 
+    def adapters(self) -> list[Adapter]:
+        """This stage's adapters, in the order of its layers."""
+        return adapters_of(self)
+
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Parameters only: the extra state that megatron-core adds for Transformer Engine is empty here."""
+        """What is trained: the weights, or with adapters those alone."""
+        if self.adapter is not None:
+            return adapter_sharded_state(self.adapters())
+        return self.weights_sharded_state_dict(*args, **kwargs)
+
+    def weights_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without adapters, and without the extra state of Transformer Engine, which is empty here."""
         state = super().sharded_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        return {key: value for key, value in state.items() if ".adapter." not in key and "_extra_state" not in key}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; a model with adapters also takes them alone (`sharded_state_dict`), or the weights alone."""
+        if self.adapter is not None:
+            if all(key.startswith(PREFIX) for key in state_dict):
+                return load_adapter_state(self.adapters(), state_dict)
+            own = {key: value for key, value in self.state_dict().items() if ".adapter." in key}
+            state_dict = own | dict(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @torch.no_grad()
     def zero_padding(self) -> None:
@@ -119,7 +152,7 @@ class MixGPTModel(GPTModel):
                 slot.parameter[max(self.arch.vocab_size - self.vocab_start, 0) :] = 0
 
     def slots(self) -> list[Slot]:
-        """This rank's parameters with their grid-independent names and whole shapes."""
+        """This rank's weights, without adapters, with their grid-independent names and whole shapes."""
         return slots(self, self.arch, get_transformer_layer_offset(self.config))
 
 
@@ -129,6 +162,7 @@ def build_gpt(
     params_dtype: torch.dtype = torch.float32,
     recompute: bool = False,
     seed: int | None = 1234,
+    adapter: AdapterConfig | None = None,
 ) -> MixGPTModel:
     """Build this rank's pipeline stage on its device, inside `parallel_context`.
 
@@ -138,14 +172,20 @@ def build_gpt(
         recompute: keep only each layer's input for backward.
         seed: of the random weights, which are the same on every grid; None leaves all but the vocabulary's padding
             uninitialised, for weights that are loaded next.
+        adapter: put these adapters beside the layers and freeze all else; their values are left uninitialised.
 
     Raises:
         ConfigError: the model cannot be cut this way; the message says which ways work.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    arch.check_layout(size, parallel_state.get_pipeline_model_parallel_world_size())
-    model = MixGPTModel(arch, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    arch.check_layout(size, stages)
+    if adapter is not None:
+        check_adapter_layout(arch, adapter, size, stages)
+    model = MixGPTModel(
+        arch, adapter, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute
+    )
     if seed is not None:
         initialize(model.slots(), arch, seed, rank, size)
     else:

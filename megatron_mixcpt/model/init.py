@@ -9,18 +9,22 @@ from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.layout import Slot, shard
 
 
-def _whole(name: str, shape: tuple[int, ...], arch: Architecture, seed: int) -> torch.Tensor:
+def initial_tensor(name: str, shape: tuple[int, ...], arch: Architecture, seed: int) -> torch.Tensor:
     """The tensor drawn from a generator of its own, seeded by its name."""
     if "layernorm" in name:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     std = arch.initializer_range
     if "linear_proj" in name or "linear_fc2" in name:
         std /= math.sqrt(2 * arch.num_layers)  # as GPT-2: keeps the residual stream's variance over depth
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """Random numbers that depend on the name and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -28,5 +32,5 @@ def initialize(slots: list[Slot], arch: Architecture, seed: int, tensor_rank: in
     """Fill every parameter in place: normal weights (drawn in fp32), unit norms, zero biases, zero padding rows."""
     padded = arch.padded_vocab_size(tensor_size)
     for slot in slots:
-        whole = _whole(slot.name, slot.shape, arch, seed)
+        whole = initial_tensor(slot.name, slot.shape, arch, seed)
         slot.parameter.copy_(shard(slot.name, whole, tensor_rank, tensor_size, padded))

@@ -48,10 +48,12 @@ def whole_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def slots(model: nn.Module, arch: Architecture, first_layer: int) -> list[Slot]:
-    """This rank's parameters with their names over the whole model. `first_layer`: layers on earlier stages."""
+    """This rank's weights with their names over the whole model. `first_layer`: layers on earlier stages."""
     shapes = whole_shapes(arch)
     result = []
     for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            continue
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + first_layer)

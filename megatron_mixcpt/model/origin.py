@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
+from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Origin:
     base: Path | None  # the model that the run started from: a Hugging Face directory, a checkpoint or a run
     source_dir: Path | None  # config.json and generation_config.json
     tokenizer_dir: Path | None
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What the checkpoint holds in place of the weights; they are those of `base`."""
+        return AdapterConfig(**self.info["adapter"]) if self.info.get("adapter") else None
 
 
 def find_origin(path: Path, *, verify: bool = True) -> Origin:
@@ -43,10 +49,7 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
     if (checkpoint / "hf").is_dir():
         return Origin(checkpoint, info, arch, None, {}, {}, None, checkpoint / "hf", checkpoint / "hf")
     run_dir = checkpoint.parent.parent
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error
+    config = run_config(checkpoint)
     mix_path = Path(config["data"]["mix"])
     mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
     tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
@@ -62,3 +65,33 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
         )
     source = Path(base) if base else None
     return Origin(checkpoint, info, arch, run_dir, config, mix, source, source, tokenizer)
+
+
+def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) -> Path | None:
+    """The Hugging Face directory whose weights a run's adapter stands beside, where they are its very own.
+
+    Args:
+        config: the run's configuration.
+    """
+    hf, start = config["model"].get("hf"), config["model"].get("checkpoint")
+    if hf:
+        # Rows that the run added for new tokens are not in the directory.
+        return Path(hf).resolve() if architecture_from_hf(hf).vocab_size == arch.vocab_size else None
+    if start:
+        origin = find_origin(Path(start))
+        if goes_on(origin.adapter, adapter):
+            return hf_base(origin.config, arch, adapter)
+    return None
+
+
+def goes_on(start: AdapterConfig | None, adapter: AdapterConfig | None) -> bool:
+    """Whether a run with `adapter` that starts from one with `start` goes on with its adapters."""
+    return start is not None and adapter is not None and start.shape == adapter.shape
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint stands in. Raises ConfigError where it stands in none."""
+    try:
+        return yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error

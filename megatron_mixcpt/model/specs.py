@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -16,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_mixcpt.cpu_backend import cuda_is_wanted
+from megatron_mixcpt.model.adapters import AdaptableColumnLinear, AdaptableRowLinear
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import SDPAttention
 from megatron_mixcpt.model.norm import RMSNorm
@@ -81,9 +81,9 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=AdaptableColumnLinear,
                     core_attention=SDPAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=AdaptableRowLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -91,7 +91,7 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP, submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=AdaptableRowLinear)
             ),
             mlp_bda=get_bias_dropout_add,
             # The names megatron-core's own checkpoints use, so that others can read ours.

@@ -18,14 +18,19 @@ PEAK_BF16 = {
 }
 
 
-def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool) -> float:
+def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool, frozen: bool = False) -> float:
     """Model FLOPs to train on one token: three forward passes (one forward, two for the gradients) and the teacher's.
 
     Counts what the mathematics needs (PaLM, arXiv 2204.02311, appendix B): no recomputation, no padding of the
     vocabulary, causal attention as half a square; packed documents are counted as one document, an upper bound.
+
+    Args:
+        frozen: adapters are trained, the weights' own gradients not computed. What the adapters themselves take, a
+            percent or so, is not counted.
     """
-    forward = 2.0 * (_layer_matrices(arch) + arch.vocab_size * arch.hidden_size) + 0.5 * _attention(arch, seq_length)
-    return forward * (4.0 if with_teacher else 3.0)
+    matrices = 2.0 * (_layer_matrices(arch) + arch.vocab_size * arch.hidden_size)
+    forward = matrices + 0.5 * _attention(arch, seq_length)
+    return forward * (4.0 if with_teacher else 3.0) - (matrices if frozen else 0.0)
 
 
 def executed_flops_per_token(
@@ -36,6 +41,7 @@ def executed_flops_per_token(
     recompute: bool = False,
     fuse_lm_head: bool = False,
     tensor: int = 1,
+    frozen: bool = False,
 ) -> float:
     """FLOPs of all matrix products that training on one token runs, over all ranks of a replica.
 
@@ -46,11 +52,13 @@ def executed_flops_per_token(
         recompute: `train.recompute: full`.
         fuse_lm_head: `loss.fuse_lm_head`.
         tensor: tensor-parallel ranks, which decide on the padding.
+        frozen: as in `flops_per_token`.
     """
     layers = 2.0 * _layer_matrices(arch) + _attention(arch, seq_length)
     head = 2.0 * arch.padded_vocab_size(tensor) * arch.hidden_size
     passes = 4.0 if with_teacher else 3.0
-    return layers * (passes + recompute) + head * (passes + (2.0 if fuse_lm_head else 0.0))
+    executed = layers * (passes + recompute) + head * (passes + (2.0 if fuse_lm_head else 0.0))
+    return executed - (2.0 * _layer_matrices(arch) + head if frozen else 0.0)
 
 
 def _layer_matrices(arch: Architecture) -> int:

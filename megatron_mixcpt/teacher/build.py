@@ -11,6 +11,7 @@ from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.hf_weights import DTYPES
 from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
 from megatron_mixcpt.teacher.identity import refuse_other_weights, teacher_identity
 from megatron_mixcpt.teacher.initial import InitialTeacher
@@ -49,6 +50,8 @@ def build_teacher(
         return CachedTeacher(cache, identity, mix, reads=state.is_last_stage)
     if config.teacher.source == "deepspeed":
         return build_hf_teacher(config, state, stage.arch)
+    if config.teacher.source == "adapter_off":
+        return AdapterOffTeacher(stage, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
     copy = empty_stage()
     copy.load_state_dict(stage.state_dict())
     return InitialTeacher(copy, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)

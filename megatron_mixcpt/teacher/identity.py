@@ -19,6 +19,11 @@ def teacher_identity(config: Config, start: str | None) -> dict[str, Any]:
     """
     if config.teacher.hf is not None:
         return {"weights": weights_fingerprint(config.teacher.hf)}
+    if config.adapter is not None and config.adapter.init is not None:
+        raise ConfigError(
+            "adapter.init with teacher.source cached: a cache names the base weights alone, so it would not notice "
+            "another adapter; set teacher.source=initial or adapter_off"
+        )
     if config.model.preset is not None:
         return {"preset": config.model.preset, "seed": config.train.seed}
     return {"weights": start}

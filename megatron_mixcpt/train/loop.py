@@ -11,7 +11,7 @@ from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.observe.provenance import record_provenance
 from megatron_mixcpt.observe.timing import section
-from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.parallel import ParallelState, parallel_context, seed_step
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.failures import explained
@@ -121,6 +121,8 @@ def _train(
             step_batches = [next(batches) for _ in range(micro_batches)]
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
+        if config.adapter is not None and config.adapter.dropout > 0.0:
+            seed_step(state, settings.seed, step)
         sums = parts.run(step_batches)
         digest = sum(batch.digest for batch in step_batches) if parts.run.contributes else 0
         with section("communication"):

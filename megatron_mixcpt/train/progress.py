@@ -11,6 +11,7 @@ import xxhash
 from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.model.adapter_layout import describe_adapter
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
@@ -209,6 +210,8 @@ class Progress:
             f"{config.train.steps} steps = {batch_tokens * config.train.steps / 1e6:.2f} M tokens",
             f"loss    {self.parts.task.objective.describe()}",
         ]
+        if config.adapter is not None:
+            lines.insert(1, f"adapter {describe_adapter(arch, config.adapter)}")
         if step:
             lines.append(f"resume  at step {step} of {config.train.steps}")
         for line in lines:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
 from megatron_mixcpt.checkpoint.store import list_checkpoints
-from megatron_mixcpt.config import Config, rendered
+from megatron_mixcpt.config import AdapterConfig, Config, rendered
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.train.guard import StepGuard
@@ -65,6 +65,9 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
         raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
     if info["architecture"] != parts.arch.to_dict():
         raise ConfigError(f"{checkpoint} holds another model than `model` describes: set it back, or another run_dir")
+    trained = AdapterConfig(**info["adapter"]) if info.get("adapter") else None
+    if (trained and trained.shape) != (config.adapter and config.adapter.shape):
+        raise ConfigError(f"{checkpoint} was trained with {_named(trained)}, not {_named(config.adapter)}: set it back")
     if info["tokenizer_hash"] != parts.mix.tokenizer_hash:
         raise ConfigError(
             f"{checkpoint} was trained on data of another tokenizer than {parts.mix.path}: restore that data.mix, or "
@@ -93,3 +96,7 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
     for key, before, now in same:
         if before != now:
             raise ConfigError(f"{checkpoint} was trained with {key}={before}, not {now}: set it back")
+
+
+def _named(adapter: AdapterConfig | None) -> str:
+    return "adapter " + ", ".join(f"{key}={value}" for key, value in adapter.shape.items()) if adapter else "no adapter"

@@ -20,6 +20,9 @@ from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.model.adapter_files import check_directory
+from megatron_mixcpt.model.adapter_layout import check_adapter_layout
+from megatron_mixcpt.model.adapter_start import start_adapters
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.model.hf import load_hf
@@ -86,6 +89,8 @@ def read_model_and_mix(config: Config, recipe: Recipe = MIXCPT) -> tuple[Archite
             "preprocess with a smaller seq_length"
         )
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    if config.adapter is not None:
+        check_adapter_layout(arch, config.adapter, config.parallel.tensor, config.parallel.pipeline)
     return arch, mix
 
 
@@ -134,7 +139,9 @@ def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
         check_teacher(config, arch, mix)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
-    needed, folder = checkpoint_bytes(arch, config.train.dtype), existing_parent(Path(config.run_dir))
+    if config.adapter is not None and config.adapter.init:
+        check_directory(Path(config.adapter.init), arch, config.adapter)
+    needed, folder = checkpoint_bytes(arch, config.train.dtype, config.adapter), existing_parent(Path(config.run_dir))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
@@ -183,8 +190,11 @@ def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> 
         params_dtype=DTYPES[config.train.dtype],
         recompute=config.train.recompute == "full",
         seed=config.train.seed if weights and config.model.preset else None,
+        adapter=config.adapter,
     )
     stage.start = None
+    if weights and config.adapter:
+        start_adapters(stage, config.train.seed)
     if weights and config.model.hf:
         load_hf(stage, config.model.hf)
         stage.start = weights_fingerprint(config.model.hf)

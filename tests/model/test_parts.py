@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, RopeScaling
-from megatron_mixcpt.model.init import _whole
+from megatron_mixcpt.model.init import initial_tensor
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
 from megatron_mixcpt.parallel import parallel_context
@@ -90,10 +90,10 @@ def test_unshard_inverts_shard(arch, size):
 def test_random_weights_depend_on_seed_and_name_alone():
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     shape = whole_shapes(TINY)[name]
-    first = _whole(name, shape, TINY, seed=1)
-    assert torch.equal(first, _whole(name, shape, TINY, seed=1))
-    assert not torch.equal(first, _whole(name, shape, TINY, seed=2))
-    assert not torch.equal(first, _whole(name.replace("1", "2", 1), shape, TINY, seed=1))
+    first = initial_tensor(name, shape, TINY, seed=1)
+    assert torch.equal(first, initial_tensor(name, shape, TINY, seed=1))
+    assert not torch.equal(first, initial_tensor(name, shape, TINY, seed=2))
+    assert not torch.equal(first, initial_tensor(name.replace("1", "2", 1), shape, TINY, seed=1))
     expected = TINY.initializer_range / math.sqrt(2 * TINY.num_layers)
     assert first.std() == pytest.approx(expected, rel=0.05)
 

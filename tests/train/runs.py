@@ -40,7 +40,10 @@ def settings(mix, run_dir, **sections):
 
 def whole_tensors(parts, state, value):
     """`{name: whole tensor}` of `value(parameter)` over the grid, on every rank; tied copies must agree."""
-    local = {slot.name: value(slot.parameter).detach().clone() for slot in parts.model.module.slots()}
+    stage = parts.model.module
+    if stage.adapter is not None:
+        return _whole_adapters(stage, state, value)
+    local = {slot.name: value(slot.parameter).detach().clone() for slot in stage.slots()}
     gathered = [None] * state.world_size
     torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
     shards = {}
@@ -53,6 +56,26 @@ def whole_tensors(parts, state, value):
             known[tensor_rank] = tensor
     vocab_size = parts.arch.vocab_size
     return {name: unshard(name, [of[r] for r in sorted(of)], vocab_size).numpy() for name, of in shards.items()}
+
+
+def _whole_adapters(stage, state, value):
+    local = {
+        adapter.layout.key(name): (axis, value(adapter.get_parameter(name)).detach().clone())
+        for adapter in stage.adapters()
+        for name, (_, axis) in adapter.layout.tensors().items()
+    }
+    gathered = [None] * state.world_size
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    shards = {}
+    for _, data_rank, _, tensors in sorted(gathered, key=lambda entry: entry[:3]):
+        for key, (axis, tensor) in tensors.items() if data_rank == 0 else ():
+            shards.setdefault(key, (axis, []))[1].append(tensor)
+    for key, (axis, copies) in shards.items():
+        if axis is None:
+            assert all(torch.equal(copy, copies[0]) for copy in copies), f"{key}: copies differ"
+    return {
+        key: (copies[0] if axis is None else torch.cat(copies, axis)).numpy() for key, (axis, copies) in shards.items()
+    }
 
 
 def run_steps(values):

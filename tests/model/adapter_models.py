@@ -1,0 +1,61 @@
+"""Models with adapters that do something, and a plain rewriting of what an adapter computes."""
+
+import torch
+
+from megatron_mixcpt.config import AdapterConfig
+
+METHODS = {
+    "lora": AdapterConfig(method="lora", rank=6, alpha=9.0),
+    "alora": AdapterConfig(method="alora", rank=8, alpha=12.0, heads=2),
+    "alora without residual": AdapterConfig(method="alora", rank=6, alpha=9.0, heads=3, residual=False),
+    "lora on some": AdapterConfig(method="lora", rank=4, targets=["q_proj", "v_proj", "model.layers.1.mlp.up_proj"]),
+    "alora on some": AdapterConfig(method="alora", rank=4, targets=["k_proj", "gate_proj", "down_proj"]),
+}
+
+
+def random_tensors(arch, adapter, seed=3, scale=0.2):
+    """Whole tensors by key, none of them zero."""
+    from megatron_mixcpt.model.adapter_layout import adapted_linears
+
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        linear.key(name): scale * torch.randn(shape, generator=generator)
+        for linear in adapted_linears(arch, adapter)
+        for name, (shape, _) in linear.tensors().items()
+    }
+
+
+def fill(model, tensors):
+    for adapter in model.adapters():
+        for name in adapter.layout.tensors():
+            adapter.fill(name, tensors[adapter.layout.key(name)])
+
+
+def adapted_output(linear, tensors, weight, x, doc_start):
+    """The whole layer's output in fp64, token by token: x `[s, in]` of one row, doc_start `[s]` -> `[s, out]`."""
+    config = linear.config
+    get = {name: tensors[linear.key(name)].double() for name in linear.tensors()}
+    down = get["down"].view(len(linear.targets), config.rank, -1)
+    up = get["up"].flatten(0, -2)
+    owners = linear.row_targets()
+    result = x.double() @ weight.double().T
+    for index in range(len(linear.targets)):
+        z = x.double() @ down[index].T  # [s, r]
+        a = z
+        if config.method == "alora":
+            query, key, value = (z @ get["attention_in"][index].T).chunk(3, dim=1)
+            width = config.rank // config.num_heads
+            mixed = torch.zeros_like(z)
+            begin = 0
+            for token in range(len(x)):
+                begin = token if doc_start[token] else begin
+                for head in range(config.num_heads):
+                    columns = slice(head * width, (head + 1) * width)
+                    scores = key[begin : token + 1, columns] @ query[token, columns] / width**0.5
+                    mixed[token, columns] = torch.softmax(scores, 0) @ value[begin : token + 1, columns]
+            a = mixed @ get["attention_out"][index].T
+            if config.residual:
+                a = a + z
+        adapted = owners[owners >= 0]
+        result[:, owners == index] += config.alpha / config.rank * (a @ up[adapted == index].T)
+    return result
