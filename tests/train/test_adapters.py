@@ -42,7 +42,7 @@ def results(tmp_path_factory):
     def add(world_size, name, adapter, source, sections):
         values = {"loss": {}} | sections | {"teacher": {"source": source}, "adapter": adapter}
         # Adam divides by the root of tiny moments; with this it shows no rounding error of a gradient near 0 in full.
-        values["train"] = {"steps": 3, "adam_eps": 1e-5} | values.get("train", {})
+        values["train"] = {"steps": 3, "adam_eps": 1e-5, "lr": 3e-4} | values.get("train", {})
         runs[world_size][name] = settings(mix, folder / name, **values)
 
     for method, values in ADAPTERS.items():
@@ -74,7 +74,7 @@ def test_layout_trains_adapters_like_one_process(results, method, layout):
     np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
     assert other["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
-        np.testing.assert_allclose(other["weights"][name], weight, atol=1e-6, rtol=0, err_msg=name)
+        np.testing.assert_allclose(other["weights"][name], weight, atol=1e-5, rtol=0, err_msg=name)
     for name, gradient in other["gradients"].items():
         scale = np.abs(one["gradients"][name]).max()
         assert scale > 0, f"{name} has no gradient"
