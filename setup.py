@@ -63,7 +63,15 @@ setup(
         "fastokens>=0.3.5; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "dev": [
+            "peft>=0.15",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+        ],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "eval": ["lm-eval[hf]>=0.4.5"],
         # What benchmarks/lssd_gpu.py stands beside; each is left out where it is missing.

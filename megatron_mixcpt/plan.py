@@ -124,7 +124,7 @@ def _stage(
 def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: int, last: bool) -> int:
     """On the device; what is offloaded is not. `count`: parameters of this rank's part of the student."""
     size = DTYPE_BYTES[config.train.dtype]
-    if not config.runs_teacher:
+    if not config.runs_teacher or config.teacher.source == "adapter_off":
         return 0
     if config.teacher.source != "deepspeed":
         return count * size

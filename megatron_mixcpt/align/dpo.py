@@ -127,7 +127,9 @@ class DPOTask:
         self.objective: Objective = DPOObjective(config.align, log_probs)
         self.validation: Objective = self.objective
         self.row_length = 2 * mix.seq_length
-        self.flops_per_token = flops_per_token(arch, mix.seq_length, with_teacher=False)
+        self.flops_per_token = flops_per_token(
+            arch, mix.seq_length, with_teacher=False, frozen=config.adapter is not None
+        )
         self.splits = {source.name: (source.train, source.valid) for source in mix.sources}
         self.datasets = {
             split.prefix: PairRows(split.prefix, self.row_length)

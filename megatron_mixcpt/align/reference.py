@@ -106,5 +106,7 @@ def _fingerprint(config: Config, stage: MixGPTModel, split: Split, stride: int) 
         weights += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if config.model.preset:
         weights.append(config.train.seed)
+    if config.adapter is not None and config.adapter.init is not None:
+        weights.append(config.adapter.model_dump())
     parts = [weights, split.content, config.train.dtype, stride]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
