@@ -162,9 +162,9 @@ def report(seconds: dict, peaks: dict[str, int], seq_length: int, documents: int
     memory = [f"| {name} | {peak / 2**20:.0f} | {peak / peaks['LoRA'] - 1:+.1%} |" for name, peak in peaks.items()]
     return f"""# Adapters on CPU
 
-`python -m benchmarks.adapters_cpu`: SmolLM2-135M's shape, adapters of rank {RANK} beside all linear layers, one sequence of
-{seq_length} tokens in {documents} packed documents a step, fp32, {threads} thread(s); forward, backward and optimizer;
-medians of {len(seconds["LoRA"])} interleaved rounds in one process.
+`python -m benchmarks.adapters_cpu`: SmolLM2-135M's shape, adapters of rank {RANK} beside all linear layers, one
+sequence of {seq_length} tokens in {documents} packed documents a step, fp32, {threads} thread(s); forward, backward and
+optimizer; medians of {len(seconds["LoRA"])} interleaved rounds in one process.
 
 | step | wall seconds | CPU seconds | LoRA = 1, wall | LoRA = 1, CPU |
 |---|---|---|---|---|
@@ -178,8 +178,8 @@ An ALoRA step takes **{ratio("ALoRA", "LoRA", 1):.2f} x** the CPU seconds of a L
 
 The aim for adapter_off is at most +2 %.
 
-Measured {date.today()} on {cpu_name()} ({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}), torch {torch.__version__},
-megatron-mixcpt {megatron_mixcpt.__version__}, Python {platform.python_version()}.
+Measured {date.today()} on {cpu_name()} ({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}), torch
+{torch.__version__}, megatron-mixcpt {megatron_mixcpt.__version__}, Python {platform.python_version()}.
 """
 
 
