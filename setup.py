@@ -35,6 +35,7 @@ setup(
         "megatron_mixcpt.demo": ["data/*"],
         "megatron_mixcpt.evaluate": ["tasks/*"],
         "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*.yaml"],
+        "megatron_mixcpt.observe": ["page/*"],
     },
     install_requires=[
         "torch>=2.6",

@@ -24,6 +24,7 @@ COMMANDS = {
     "cache-teacher": ("megatron_mixcpt.teacher.cache_cli", "compute the teacher's answers once, before training"),
     "select": ("megatron_mixcpt.align.select_cli", "choose samples for alignment by their score under a model"),
     "align": ("megatron_mixcpt.align.cli", "teach the format with a few samples: SFT or DPO"),
+    "report": ("megatron_mixcpt.observe.report_cli", "one HTML page about a run, or several beside each other"),
     "checkpoint": ("megatron_mixcpt.checkpoint.cli", "list, verify or prune the checkpoints of a run"),
     "data-state": ("megatron_mixcpt.data.state_cli", "what a run has consumed of each source"),
     "convert": ("megatron_mixcpt.model.convert_cli", "import a Hugging Face model as a checkpoint"),

@@ -1,0 +1,158 @@
+"""A run directory read back: settings, metrics, checkpoints. Needs no torch, and takes unfinished and broken runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mixcpt.checkpoint.store import INFO, list_checkpoints, size_of, step_of
+from megatron_mixcpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Point:
+    step: int
+    tokens: int
+    """Target tokens up to this step."""
+    value: float | None
+    """None where it was not finite."""
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    step: int
+    num_bytes: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Share:
+    """One source of the mixture."""
+
+    requested: float
+    """Share of the samples."""
+    samples: float
+    """Share of the samples that were drawn, up to the newest checkpoint."""
+
+
+@dataclass
+class Run:
+    """What one run directory holds."""
+
+    path: Path
+    name: str
+    settings: dict[str, Any]
+    """`section.key` -> value; empty where config.yaml is missing."""
+    written: datetime
+    """When the newest metric was."""
+    checkpoints: list[SavedCheckpoint]
+    """Newest first."""
+    shares: dict[str, Share]
+    """By source; empty before the first checkpoint."""
+    series: dict[str, list[Point]] = field(default_factory=dict)
+    """By metric, in the order of the steps."""
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        points = self.series.get("train/loss")
+        return points[-1].step if points else 0
+
+    @property
+    def tokens(self) -> int:
+        return max((points[-1].tokens for points in self.series.values()), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.settings.get("train.steps")
+
+    def last(self, name: str) -> float | None:
+        """Newest finite value of a metric."""
+        return next((point.value for point in reversed(self.series.get(name, [])) if point.value is not None), None)
+
+    def first(self, name: str) -> float | None:
+        return next((point.value for point in self.series.get(name, []) if point.value is not None), None)
+
+    def values(self, name: str) -> list[float]:
+        return [point.value for point in self.series.get(name, []) if point.value is not None]
+
+    def sources(self, prefix: str, suffix: str) -> list[str]:
+        """Names that stand between `prefix` and `suffix` in the metrics, as in val/<source>/loss."""
+        names = (name for name in self.series if name.startswith(prefix) and name.endswith(suffix))
+        return [name[len(prefix) : len(name) - len(suffix)] for name in names]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory. Raises ConfigError where it is none; what is damaged in it is left out."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        known = f"{path} is no run directory" if path.is_dir() else f"{path}: no such directory"
+        raise ConfigError(f"{known}: a run has a metrics.jsonl, which `mixcpt train` writes")
+    checkpoints = list_checkpoints(path / "checkpoints")
+    run = Run(
+        path=path,
+        name=path.absolute().name,
+        settings=_settings(path / "config.yaml"),
+        written=datetime.fromtimestamp(metrics.stat().st_mtime),
+        checkpoints=[SavedCheckpoint(step_of(folder), size_of(folder), folder) for folder in checkpoints],
+        shares=_shares(checkpoints[0] / INFO) if checkpoints else {},
+    )
+    tokens = 0
+    for line in metrics.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
+            continue  # the last line of a run that was killed while writing it
+        tokens = row.get("train/tokens", tokens)
+        for name, value in row.items():
+            if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+                run.series.setdefault(name, []).append(Point(step, tokens, value))
+    return run
+
+
+def distinct_names(runs: list[Run]) -> None:
+    """Name runs whose folders have the same name by their paths."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, by key; the run directory itself is left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    values = {key: [run.settings.get(key) for run in runs] for key in keys if key not in ("run_dir", "wandb.name")}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row[1:])}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return dict(_flat(values)) if isinstance(values, dict) else {}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat += _flat(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat
+
+
+def _shares(path: Path) -> dict[str, Share]:
+    try:
+        sources = json.loads(path.read_text())["data"]["sources"]
+        total = sum(source["drawn"] for source in sources.values()) or 1
+        return {name: Share(source["weight"], source["drawn"] / total) for name, source in sources.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return {}
