@@ -1,4 +1,4 @@
-"""What rank 0 shows and keeps of a run: console, metrics.jsonl, wandb."""
+"""What rank 0 shows and keeps of a run: console, metrics.jsonl, wandb, and at the end the report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.observe.console import TrainConsole
 from megatron_mixcpt.observe.metrics import MetricsFile
+from megatron_mixcpt.observe.report_page import REPORT, write_report
 from megatron_mixcpt.observe.wandb_process import WandbProcess, choose_mode, run_id_of
 
 
@@ -20,7 +21,7 @@ class Record:
     """
 
     def __init__(self, config: Config, step: int, saved: dict[str, Any]) -> None:
-        run_dir = Path(config.run_dir)
+        self._run_dir = run_dir = Path(config.run_dir)
         self._file = MetricsFile(run_dir / "metrics.jsonl", step)
         self.console = TrainConsole(config.train.steps, step)
         self.wandb_id: str | None = saved.get("wandb_id")
@@ -51,5 +52,9 @@ class Record:
         """`finished`: neither stopped nor failed."""
         self.console.close()
         self._file.close()
+        try:
+            write_report([self._run_dir], self._run_dir / REPORT)
+        except Exception as error:  # a page about the run must not fail the run
+            self.console.message(f"warning: no report: {type(error).__name__}: {error}")
         if self._wandb is not None:
             self.console.message(self._wandb.close(finished=finished))

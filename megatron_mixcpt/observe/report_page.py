@@ -23,6 +23,7 @@ from megatron_mixcpt.observe.report_tables import (
 )
 from megatron_mixcpt.observe.run_data import Point, Run, distinct_names, read_run
 
+REPORT = "report.html"  # in the run directory, unless another place is named
 COLOURS = 8
 
 

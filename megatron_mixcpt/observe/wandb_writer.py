@@ -34,6 +34,24 @@ class Rows:
         return [json.loads(line) for line in text[:end].splitlines()]
 
 
+class Point:
+    """Rows of one step are one point in wandb, where a later value replaces an earlier: their times are added up."""
+
+    def __init__(self) -> None:
+        self._step, self._times = -1, dict[str, float]()
+
+    def values(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
+        """What to log for `row`."""
+        if step != self._step:
+            self._step, self._times = step, {}
+        for name in row:
+            if name.startswith("time/"):
+                self._times[name] = row[name] + self._times.get(name, 0.0)
+        return {name: value for name, value in row.items() if value is not None} | {
+            name: self._times[name] for name in row if name in self._times
+        }
+
+
 class Lifeline(threading.Thread):
     """Notices the end of the run, and ends this process where wandb does not: in its main thread it may hang."""
 
@@ -84,12 +102,12 @@ def write(settings: dict[str, Any], lifeline: Lifeline) -> str:
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     artifact(run, "config", [run_dir / "config.yaml"])
-    rows, over = Rows(run_dir / "metrics.jsonl", settings["offset"]), False
+    rows, over, point = Rows(run_dir / "metrics.jsonl", settings["offset"]), False, Point()
     while not over:
         over = lifeline.over.wait(POLL_SECONDS)
         for row in rows.new():
             step = row.pop("step")
-            run.log({name: value for name, value in row.items() if value is not None}, step=step)
+            run.log(point.values(step, row), step=step)
             if "ckpt/seconds" in row:
                 manifest = run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json"
                 artifact(run, "checkpoint-manifest", [manifest], aliases=[f"step_{step}"])
