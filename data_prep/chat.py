@@ -117,11 +117,22 @@ def compile_chat_template(tokenizer: Tokenizer) -> Callable[[list[Message], Any,
     """A function (messages, tools, add_generation_prompt) -> text, with the environment that transformers gives
     templates (documented in its "chat templating" guide). Raises ConfigError for a broken template."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     assert tokenizer.chat_template is not None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+
+    class GenerationBlock(Extension):
+        """`{% generation %}` marks what an assistant says; the roles of the turns tell that already."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    extensions = [loopcontrols, GenerationBlock]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

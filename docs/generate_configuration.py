@@ -8,7 +8,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megatron_mixcpt.align.config import AlignSettings
+<<<<<<< HEAD
 from megatron_mixcpt.config import Config, section_of
+=======
+from megatron_mixcpt.align.select_config import SelectSettings
+from megatron_mixcpt.config import Config
+>>>>>>> c4fb1e1 (Assistant masks agree with transformers' own for three template families; generation blocks are read; chain of two stages as configurations; docs)
 
 INTRODUCTION = """# Configuration of `mixcpt train`
 
@@ -17,6 +22,8 @@ values are named with their ranges, all at once, before any process starts. Path
 The resolved configuration is written to `<run_dir>/config.yaml`. This page is made from the classes in
 `megatron_mixcpt/config.py` by `python docs/generate_configuration.py`.
 """
+
+SELECT = "`model` and `parallel` as above, `data.mix`, `out` (folder of the result), and"
 
 
 def page() -> str:
@@ -33,6 +40,8 @@ def page() -> str:
     parts.append("## Top level\n\n" + _head() + "\n".join(own))
     align = _section("align", AlignSettings)
     parts.append(f"# Configuration of `mixcpt align`\n\nAll of the above, and\n\n## `align`\n\n{align}")
+    select = _section("select", SelectSettings)
+    parts.append(f"# Configuration of `mixcpt select`\n\n{SELECT}\n\n## `select`\n\n{select}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 

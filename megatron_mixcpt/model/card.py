@@ -36,7 +36,10 @@ def _training(origin: Origin) -> list[str]:
     base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
     off = config.get("teacher", {}).get("source") == "adapter_off"
     teacher = "the base model" if off else "the frozen starting weights"
-    if loss["target"] == "none":
+    align = config.get("align") or {}
+    if align.get("method") == "dpo":
+        objective = f"DPO (`{align['loss']}`, beta {align['beta']}) on preference pairs, against the starting weights"
+    elif loss["target"] == "none":
         objective = "cross-entropy alone"
     else:
         objective = (

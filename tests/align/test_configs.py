@@ -1,0 +1,23 @@
+"""The example configurations are valid, and each begins where the one before it ended."""
+
+from pathlib import Path
+
+from megatron_mixcpt.align.config import AlignConfig
+from megatron_mixcpt.align.select_config import SelectConfig
+from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+
+FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"
+
+
+def test_the_chain_of_two_stages_fits_together():
+    data = load_preprocess(FOLDER / "preprocess.yaml")
+    stage1 = load_config(Config, FOLDER / "stage1.yaml")
+    select = load_config(SelectConfig, FOLDER / "select.yaml")
+    sft, dpo = (load_config(AlignConfig, FOLDER / f"{name}.yaml") for name in ("sft", "dpo"))
+    assert stage1.data.mix == select.data.mix == f"{data.out}/mix.json"
+    assert select.model.checkpoint == sft.model.checkpoint == stage1.run_dir
+    assert dpo.model.checkpoint == sft.run_dir
+    assert [sft.data.mix, dpo.data.mix] == [f"{select.out}/{name}/mix.json" for name in ("sft", "dpo")]
+    assert [sft.align.method, dpo.align.method] == ["sft", "dpo"] and not sft.uses_teacher
+    assert f"mixcpt export {dpo.run_dir}" in (FOLDER / "run.sh").read_text()
