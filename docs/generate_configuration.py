@@ -8,12 +8,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megatron_mixcpt.align.config import AlignSettings
-<<<<<<< HEAD
-from megatron_mixcpt.config import Config, section_of
-=======
 from megatron_mixcpt.align.select_config import SelectSettings
-from megatron_mixcpt.config import Config
->>>>>>> c4fb1e1 (Assistant masks agree with transformers' own for three template families; generation blocks are read; chain of two stages as configurations; docs)
+from megatron_mixcpt.config import Config, section_of
 
 INTRODUCTION = """# Configuration of `mixcpt train`
 
