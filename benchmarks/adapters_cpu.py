@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from datetime import date
@@ -194,9 +195,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    peaks = measure_memory(args.seq_length, args.documents, args.out.parent)
-    for index in range(len(MEMORY)):
-        (args.out.parent / f"adapters-{index}.json").unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = measure_memory(args.seq_length, args.documents, Path(folder))
     seconds = measure_speed(args.seq_length, args.documents, args.rounds)
     text = report(seconds, peaks, args.seq_length, args.documents, args.threads)
     print(text)

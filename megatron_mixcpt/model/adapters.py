@@ -41,6 +41,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mixcpt.model.adapter_layout import AdaptedLinear, shard
+from megatron_mixcpt.model.attention import causal_attention
 
 
 class Adapter(nn.Module):
@@ -141,7 +142,7 @@ class Adapter(nn.Module):
         qkv = torch.bmm(flat, self.attention_in.transpose(1, 2))  # [P, s * b, 3 * r]
         qkv = qkv.view(count, s, b, 3, heads, rank // heads).permute(3, 2, 0, 4, 1, 5)  # [3, b, P, n, s, r / n]
         query, key, value = qkv.reshape(3, b, count * heads, s, rank // heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, is_causal=self.mask is None)
+        mixed = causal_attention(query, key, value, self.mask)
         mixed = mixed.view(b, count, heads, s, rank // heads).permute(1, 3, 0, 2, 4).reshape(count, s * b, rank)
         a = torch.bmm(mixed, self.attention_out.transpose(1, 2))
         if self.settings.residual:

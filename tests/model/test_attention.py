@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.model.attention import SDPAttention, document_mask, window_mask
+from megatron_mixcpt.model.attention import SDPAttention, causal_attention, document_mask, window_mask
 
 starts = st.integers(1, 12).flatmap(
     lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)
@@ -95,3 +95,21 @@ def test_attention_and_its_gradients_match_the_reference(groups, packed):
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=1e-5)
     for ours, theirs in zip(actual, expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 300, 1100])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_in_blocks_is_attention_at_once(length, packed):
+    generator = torch.Generator().manual_seed(length)
+    doc_start = torch.zeros(2, length, dtype=torch.bool)
+    doc_start[1, length // 3] = doc_start[0, length // 2] = packed
+    mask = document_mask(doc_start)[1]
+    tensors = [torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    query, key, value = (tensor.requires_grad_() for tensor in tensors)
+    whole = mask if mask is not None else torch.ones(length, length, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=whole)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad(expected, tensors, upstream)
+    found = causal_attention(query, key, value, mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors, upstream), gradients)

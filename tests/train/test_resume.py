@@ -51,6 +51,8 @@ def saved_tensors(checkpoint):
     return tensors
 
 
+ALORA = {"adapter": {"method": "alora", "rank": 8, "heads": 2}, "teacher": {"source": "adapter_off"}}
+LORA = {"adapter": {"method": "lora", "rank": 4, "dropout": 0.2}, "teacher": {"source": "adapter_off"}}
 LAYOUTS = {
     "one process": (1, {}),
     "bf16": (1, {"train": {"dtype": "bf16"}}),
@@ -58,11 +60,16 @@ LAYOUTS = {
     "PP2": (2, {"parallel": {"pipeline": 2}}),
     "DP2 distributed optimizer": (2, {"train": {"distributed_optimizer": True}}),
     "DP2 bf16 distributed optimizer": (2, {"train": {"distributed_optimizer": True, "dtype": "bf16"}}),
+    "ALoRA": (1, ALORA),
+    "LoRA with dropout, TP2 SP": (2, LORA | {"parallel": {"tensor": 2, "sequence": True}}),
 }
+# name -> (layout that wrote the checkpoint, layout that goes on)
 RESHARDED = {
-    "TP2": {"parallel": {"tensor": 2}},
-    "PP2": {"parallel": {"pipeline": 2}},
-    "DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
+    "TP2": ("one process", {"parallel": {"tensor": 2}}),
+    "PP2": ("one process", {"parallel": {"pipeline": 2}}),
+    "DP2 distributed optimizer": ("one process", {"train": {"distributed_optimizer": True}}),
+    "ALoRA TP2 SP": ("ALoRA", ALORA | {"parallel": {"tensor": 2, "sequence": True}}),
+    "ALoRA PP2": ("ALoRA", ALORA | {"parallel": {"pipeline": 2}}),
 }
 
 
@@ -96,9 +103,9 @@ def runs(tmp_path_factory, mix):
             _keep_only_step(folder / name / "broken", 2)
         second = [(free_port(), values(name, "broken", sections)) for name, sections in chosen.items()]
         if world_size == 2:
-            for name, sections in RESHARDED.items():
+            for name, (source, sections) in RESHARDED.items():
                 target = folder / name / "resharded" / "checkpoints"
-                shutil.copytree(folder / "one process" / "straight" / "checkpoints", target)
+                shutil.copytree(folder / source / "straight" / "checkpoints", target)
                 _keep_only_step(target.parent, 2)
                 second.append((free_port(), values(name, "resharded", sections)))
         run_distributed(_train_all, world_size, second, timeout=300, warm=True)
@@ -115,6 +122,7 @@ def test_resume_is_bitwise(runs, layout):
     assert expected.keys() == found.keys()
     assert any(key.startswith("optimizer.exp_avg_sq.") for key in expected)
     assert any(key.startswith("optimizer.master.") for key in expected) == ("bf16" in layout)
+    assert all("adapter." in key for key in expected) == ("LoRA" in layout)  # the frozen weights are not saved
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
 
@@ -123,7 +131,7 @@ def test_resume_is_bitwise(runs, layout):
 @pytest.mark.parametrize("layout", RESHARDED)
 def test_a_checkpoint_resumes_in_another_layout(runs, layout):
     """From step 2 of one process; the losses go on as if nothing had changed."""
-    expected, found = losses(runs / "one process" / "straight"), losses(runs / layout / "resharded")
+    expected, found = losses(runs / RESHARDED[layout][0] / "straight"), losses(runs / layout / "resharded")
     np.testing.assert_allclose([found[step] for step in (3, 4)], [expected[step] for step in (3, 4)], rtol=1e-6)
 
 
