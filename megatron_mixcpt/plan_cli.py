@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
-    parser.add_argument("--gpu", default="H100", help="device whose bf16 peak counts: A100, H100, H200, B200")
+    parser.add_argument("--gpu", help="device whose bf16 peak counts: A100, H100 (default), H200, B200")
     parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak of another device, in TFLOP/s a rank")
 
 
@@ -28,23 +28,24 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.model.adapter_layout import describe_adapter
     from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan import make_plan
-    from megatron_mixcpt.train.setup import check, existing_parent, read_model_and_mix
+    from megatron_mixcpt.train.setup import check_settings, existing_parent
 
     grid, train = config.parallel, config.train
     world_size = args.nproc or grid.tensor * grid.pipeline
-    check(config, world_size)
-    if args.peak_tflops is None and args.gpu not in PEAK_BF16:
+    arch, mix = check_settings(config, world_size)
+    if args.gpu is not None and args.gpu not in PEAK_BF16:
         raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
     if not 0.0 < args.mfu <= 1.0:
         raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
-    arch, mix = read_model_and_mix(config)
+    if args.gpu is not None and train.dtype == "fp32":
+        raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
     plan = make_plan(config, arch, mix, world_size)
 
     print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
     if config.adapter is not None:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
-        f"grid        {world_size} ranks = tensor {grid.tensor} x pipeline {grid.pipeline} x data {plan.data_size}; "
+        f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {mix.seq_length} tokens a step"
     )
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")
 
     tokens = plan.tokens(train.steps)
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[args.gpu]
     frozen = config.adapter is not None
     flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
@@ -69,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
         tensor=grid.tensor,
         frozen=frozen,
     )
-    hours = tokens * flops / (world_size * peak * args.mfu) / 3600
-    device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
     total = sum(source.weight for source in mix.train_sources)
     for source, share in zip(mix.train_sources, mix.sample_shares()):
@@ -81,15 +79,22 @@ def run(args: argparse.Namespace) -> int:
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
         "with recomputation, padding and masked attention"
     )
-    print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
+    if train.dtype == "fp32" and not args.peak_tflops:
+        print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")
+    else:
+        device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu or "H100"
+        peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[device]
+        hours = tokens * flops / (world_size * peak * args.mfu) / 3600
+        print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
 
     every = config.checkpoint.every
     saves = train.steps // every if every else 1
     kept = min(saves, config.checkpoint.keep)
     kept += saves // max(config.checkpoint.keep_every // every, 1) if every and config.checkpoint.keep_every else 0
-    free = shutil.disk_usage(existing_parent(Path(config.run_dir))).free
+    free, needed = shutil.disk_usage(existing_parent(Path(config.run_dir))).free, (kept + 1) * plan.checkpoint
     print(
         f"disk        {config.run_dir}/checkpoints: {plan.checkpoint / 2**30:.3f} GiB each, up to {kept} kept and one "
-        f"being written = {(kept + 1) * plan.checkpoint / 2**30:.3f} GiB; {free / 2**30:.1f} GiB are free"
+        f"being written = {needed / 2**30:.3f} GiB; {free / 2**30:.1f} GiB are free here"
+        + (": too little" if free < needed else "")
     )
     return 0

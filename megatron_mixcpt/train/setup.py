@@ -125,8 +125,8 @@ def check_layout(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tu
     return arch, mix
 
 
-def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
-    """Raise ConfigError, naming the key to change, unless everything that a run needs fits together."""
+def check_settings(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
+    """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
     arch, mix = check_layout(config, world_size, recipe)
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
@@ -137,6 +137,12 @@ def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
         )
     if config.uses_teacher:
         check_teacher(config, arch, mix)
+    return arch, mix
+
+
+def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
+    """Raise ConfigError, naming the key to change, unless everything that a run needs fits together, disk included."""
+    arch, _ = check_settings(config, world_size, recipe)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     if config.adapter is not None and config.adapter.init:

@@ -1,0 +1,37 @@
+"""config.json of published models: their dimensions, as anybody can read them on the Hugging Face Hub."""
+
+
+def _config(family, *, hidden, ffn, layers, heads, groups, vocabulary, positions, eps=1e-5, theta, tied=False, **more):
+    return {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": eps,
+        "rope_theta": theta,
+        "tie_word_embeddings": tied,
+        **more,
+    }
+
+
+LLAMA3 = {"groups": 8, "vocabulary": 128256, "positions": 8192, "theta": 500000.0}
+CONFIGS = {
+    "SmolLM2-135M": _config(
+        "llama", hidden=576, ffn=1536, layers=30, heads=9, groups=3, vocabulary=49152, positions=8192,
+        theta=100000, tied=True,
+    ),
+    "Meta-Llama-3-8B": _config("llama", hidden=4096, ffn=14336, layers=32, heads=32, **LLAMA3),
+    "Meta-Llama-3-70B": _config("llama", hidden=8192, ffn=28672, layers=80, heads=64, **LLAMA3),
+    "Qwen2-7B": _config(
+        "qwen2", hidden=3584, ffn=18944, layers=28, heads=28, groups=4, vocabulary=152064, positions=131072,
+        eps=1e-6, theta=1000000.0, sliding_window=131072, use_sliding_window=False,
+    ),
+}  # fmt: skip
+PARAMETERS = {"SmolLM2-135M": 134.5, "Meta-Llama-3-8B": 8030.3, "Meta-Llama-3-70B": 70553.7, "Qwen2-7B": 7615.6}
+"""In millions, as their model cards say (tied embeddings counted once)."""
