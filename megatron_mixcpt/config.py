@@ -153,6 +153,13 @@ class TrainConfig(Section):
         return self
 
 
+class OptimizerSection(Section):
+    """Where the optimizer's state is kept; what it computes is in `train`."""
+
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: moments and fp32 master weights in host memory, updated there by DeepSpeed's CPU Adam."""
+
+
 class KindWeights(Section):
     """Factors on `loss.ce_weight` and `loss.kd_weight` for the tokens of one kind of data."""
 
@@ -307,6 +314,7 @@ class Config(Section):
     data: DataConfig
     parallel: LayoutConfig = LayoutConfig()
     train: TrainConfig
+    optimizer: OptimizerSection = OptimizerSection()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
     adapter: AdapterConfig | None = None

@@ -36,6 +36,8 @@ class StagePlan:
     teacher: int
     activations: int
     logits: int
+    offloaded: int
+    """Host memory: optimizer state that is not on the device (optimizer.offload)."""
     snapshot: int
     """Host memory: copies of weights and optimizer state that a checkpoint is written from."""
 
@@ -93,6 +95,7 @@ def _stage(
         count += trained
     state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
     optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
+    offloaded = config.optimizer.offload == "cpu"
     tokens = train.micro_batch_size * seq_length
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
     layers = arch.num_layers // pipeline
@@ -113,7 +116,8 @@ def _stage(
         num_trained=trained,
         weights=count * size,
         gradients=trained * FP32,
-        optimizer=optimizer,
+        optimizer=0 if offloaded else optimizer,
+        offloaded=optimizer if offloaded else 0,
         teacher=_teacher_bytes(config, arch, count, data_size, last),
         activations=activations,
         logits=logits,

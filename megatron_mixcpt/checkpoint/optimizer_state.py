@@ -36,13 +36,16 @@ class _Slot:
         self.inner, self.param, self.main, self.begin, self.end = inner, param, main, begin, end
 
     def tensor(self, name: str) -> Tensor:
-        return self.main.detach() if name == MASTER else self.inner.state[self.main][name]
+        if name != MASTER:
+            return self.inner.state[self.main][name]
+        # An optimizer whose state is offloaded keeps the values elsewhere (train.host_adam).
+        return self.inner.master(self.main) if hasattr(self.inner, "master") else self.main.detach()
 
 
 def optimizer_step_count(optimizer: MegatronOptimizer) -> int:
     """Steps taken; raises RuntimeError where parameters disagree, which no sound optimizer does."""
     counts = set()
-    for single in _singles(optimizer):
+    for single in singles(optimizer):
         for group in single.optimizer.param_groups:
             for main in group["params"]:
                 state = single.optimizer.state.get(main, {})
@@ -81,7 +84,7 @@ def optimizer_sharded_state(
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has taken no step its zero moments, as its own first step would."""
-    for single in _singles(optimizer):
+    for single in singles(optimizer):
         _allocate_moments(single)
 
 
@@ -89,7 +92,7 @@ def assert_steps_are_separate(optimizer: MegatronOptimizer) -> None:
     """Raise RuntimeError where parameters share one step count: Adam would count every step many times."""
     counts = [
         single.optimizer.state[main]["step"]
-        for single in _singles(optimizer)
+        for single in singles(optimizer)
         for group in single.optimizer.param_groups
         for main in group["params"]
         if isinstance(single.optimizer.state[main].get("step"), Tensor)
@@ -107,21 +110,23 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, dict[st
         for name in _names(param):
             tensor = slot.tensor(name)
             tensor.copy_(loaded[str(number)][name].flatten()[slot.begin : slot.end].view_as(tensor))
-    for single in _singles(optimizer):
+    for single in singles(optimizer):
         for group in single.optimizer.param_groups:
             if "step" in group:
                 group["step"] = step
             for main in group["params"]:
-                if "step" in single.optimizer.state[main]:
-                    # A tensor of its own for each parameter: Adam adds to it in place.
-                    single.optimizer.state[main]["step"] = torch.tensor(float(step))
+                state = single.optimizer.state[main]
+                if "step" in state:
+                    # A tensor of its own for each parameter: torch's Adam adds to it in place.
+                    state["step"] = step if isinstance(state["step"], int) else torch.tensor(float(step))
 
 
 def _names(param: Tensor) -> tuple[str, ...]:
     return MOMENTS if param.dtype == torch.float32 else (MASTER, *MOMENTS)
 
 
-def _singles(optimizer: MegatronOptimizer) -> list[Any]:
+def singles(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers with parameters on this rank that make up `optimizer`."""
     singles = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [single for single in singles if not getattr(single, "is_stub_optimizer", False)]
 
@@ -131,7 +136,7 @@ def _slots(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, Tensor, _Slot | 
 
     Its slot is None where other data-parallel ranks hold all of it.
     """
-    for single in _singles(optimizer):
+    for single in singles(optimizer):
         for param, slot in _slots_of(single):
             yield single, param, slot
 

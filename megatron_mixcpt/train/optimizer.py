@@ -10,12 +10,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_mixcpt.config import TrainConfig
+from megatron_mixcpt.config import OptimizerSection, TrainConfig
 from megatron_mixcpt.train.schedule import learning_rate
 
 
-def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay; norms and biases are not decayed (Megatron's grouping)."""
+def build_optimizer(
+    model: DistributedDataParallel, config: TrainConfig, placement: OptimizerSection | None = None
+) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay; norms and biases are not decayed (Megatron's grouping).
+
+    Raises ConfigError where `placement` asks for an offload that cannot be built here.
+    """
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -29,7 +34,12 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
         params_dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=config.distributed_optimizer,
     )
-    return get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    if placement is not None and placement.offload == "cpu":
+        from megatron_mixcpt.train.host_adam import offload
+
+        offload(optimizer, model)
+    return optimizer
 
 
 def optimizer_step(

@@ -180,7 +180,7 @@ def build(
     stage.config.finalize_model_grads_func = finalize_model_grads
     if config.train.overlap_grad_reduce:
         stage.config.no_sync_func = model.no_sync
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train, config.optimizer)
 
     contributes = state.is_last_stage and state.tensor_rank == 0
     run = ForwardBackward(model, task.objective, num_sources=len(mix.train_sources), contributes=contributes)
