@@ -65,7 +65,6 @@ NOT_CURVES = (
     "val/",
     "forget/",
 )
-SHOWN_OF_VAL = ("/ppl", "/loss")
 
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
@@ -85,7 +84,7 @@ def page(runs: Sequence[Run]) -> str:
     by_tokens = len({run.settings.get("train.global_batch_size") for run in runs}) > 1
     draw = _Charts(runs, by_tokens)
     known = [curve.metric for curve in TRAINING + OPTIMIZATION + SPEED]
-    rest = sorted({name for run in runs for name in run.series if _is_further(name, known)})
+    rest = sorted({name for run in runs for name in run.series if _is_further(name, known, run)})
     sections = [
         _tiles(runs),
         _section("What it learned, what it forgot", learned_table(runs)),
@@ -121,10 +120,12 @@ def _asset(name: str) -> str:
     return (files("megatron_mixcpt.observe") / "page" / name).read_text(encoding="utf-8")
 
 
-def _is_further(name: str, known: Sequence[str]) -> bool:
+def _is_further(name: str, known: Sequence[str], run: Run) -> bool:
     """Whether a metric has no place of its own on the page, as those of other objectives."""
-    validation = name.startswith("val/")
-    return name not in known and not name.startswith(NOT_CURVES) and not (validation and name.endswith(SHOWN_OF_VAL))
+    if name in known or name.startswith(NOT_CURVES):
+        return False
+    family, _, last = name.rpartition("/")
+    return not (name.startswith("val/") and last in ("ppl", "loss") and f"{family}/ppl" in run.series)
 
 
 def _section(title: str, content: str) -> str:

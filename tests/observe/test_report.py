@@ -1,0 +1,209 @@
+"""The report page: self-contained, without errors in a real browser, for any run however far it got."""
+
+import json
+import math
+import re
+
+import matplotlib.image
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.observe.line_chart import MAX_POINTS, Series, line_chart, number, thin, ticks
+from megatron_mixcpt.observe.report_page import page
+from megatron_mixcpt.observe.run_data import differing_settings, read_run
+from tests.observe.browser import open_page
+
+SOURCES = {"facts": (2.9, 1.8), "general <text>": (2.2, 2.3)}
+
+
+def write_run(folder, *, steps=120, total=120, validate=True, lr=1e-4, kd=1.0, tail=""):
+    """A run directory with plausible curves, a skipped step and a checkpoint."""
+    folder.mkdir(parents=True)
+    rows = []
+
+    def validation(step):
+        row = {"step": step, "train/tokens": 900 * step, "time/validation": 0.5}
+        for name, (before, after) in SOURCES.items():
+            loss = after + (before - after) * math.exp(-step / 30)
+            row |= {f"val/{name}/loss": loss, f"val/{name}/ppl": math.exp(loss), f"forget/{name}/delta": loss - before}
+        return row
+
+    rows += [validation(0)] * validate
+    for step in range(1, steps + 1):
+        loss = None if step == 7 else 2.0 + math.exp(-step / 20) + 0.1 * math.sin(step)
+        row = {"step": step, "train/tokens": 900 * step, "train/loss": loss, "train/ce": 2.5, "train/kd": 0.1 * kd}
+        row |= {f"train/ce/{name}": 2.0 + step % 3 for name in SOURCES}
+        row |= {f"mix/share/{name}": 0.5 for name in SOURCES} | {f"mix/tokens/{name}": 450 * step for name in SOURCES}
+        row |= {"optim/lr": lr * step, "optim/grad_norm": 1.0, "optim/skipped": int(step >= 7), "data/stream": "ab"}
+        row |= {"speed/tok_per_s_gpu": 1000.0 + step, "speed/step_seconds": 1.0, "speed/data_pct": 0.5}
+        row |= {"time/data": 0.1, "time/forward": 0.4, "time/backward": 0.5, "rewards/new": step / 10}
+        rows.append(row)
+        if validate and step % 40 == 0:
+            rows.append(validation(step))
+    rows += [{"step": 40, "ckpt/seconds": 2.0, "ckpt/blocked_seconds": 0.5}, {"step": 80, "ckpt/failed": 1}] * (
+        steps > 80
+    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    settings = {"model": {"preset": "tiny"}, "train": {"steps": total, "lr": lr, "global_batch_size": 8}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "run_dir": str(folder)}))
+    if steps > 40:
+        checkpoint = folder / "checkpoints" / "step_00000040"
+        checkpoint.mkdir(parents=True)
+        sources = {name: {"weight": 0.5, "drawn": 160} for name in SOURCES}
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 40, "data": {"sources": sources}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "mixcpt")
+    write_run(folder / "plain", kd=0.0, lr=3e-4, steps=70, tail='{"step": 71, "train/lo')  # killed
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(runs):
+    """The page of two runs, written by the command."""
+    out = runs / "pages" / "compare.html"
+    assert main(["report", str(runs / "mixcpt"), str(runs / "plain"), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_page_needs_nothing_from_elsewhere(compared):
+    text = compared.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "@import" not in text and "url(#" in text
+    assert not re.search(r"url\((?!#)", text)
+    assert set(re.findall(r"https?://[^\"' <]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_a_browser_shows_it_without_complaint(compared, tmp_path):
+    checks = """<script>
+      const svg = document.querySelector("svg[data-chart]"), box = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + box.width / 2, clientY: box.y + 9}));
+      const before = document.documentElement.dataset.theme;
+      document.getElementById("theme").click();
+      document.title = JSON.stringify({over: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
+        tip: document.getElementById("tip").innerText, themes: [before, document.documentElement.dataset.theme]});
+    </script>"""
+    copy = tmp_path / "page.html"
+    copy.write_text(compared.read_text().replace("</body>", checks + "</body>"))
+    for size, dark in (((1280, 900), False), ((500, 900), True)):
+        document, console = open_page(copy, size=size, dark=dark)
+        assert console == []
+        found = json.loads(re.search(r"<title>(.*?)</title>", document, re.S).group(1))
+        assert found["over"] <= 0 and found["width"] == size[0], "nothing sticks out to the right"
+        assert found["themes"] == (["dark", "light"] if dark else ["light", "dark"])
+        assert "step" in found["tip"] and "mixcpt" in found["tip"] and "plain" in found["tip"]
+
+
+def test_light_and_dark_look_like_it(compared, tmp_path):
+    for dark in (False, True):
+        picture = tmp_path / f"{dark}.png"
+        _, console = open_page(compared, screenshot=picture, dark=dark)
+        pixels = matplotlib.image.imread(picture)[..., :3]
+        assert console == [] and pixels.shape[:2] == (900, 1280)
+        assert (pixels.mean() < 0.25) == dark and (pixels.mean() > 0.85) == (not dark)
+        assert pixels.std() > 0.05  # not blank
+
+
+def test_several_runs_are_told_apart(compared):
+    text = compared.read_text()
+    assert "finished, 120 steps" in text and "at step 70 of 120, last written" in text
+    table = text.split("Settings that differ")[1].split("</table>")[0]
+    assert re.findall(r'class="key-name">([^<]+)', table) == ["train.lr"] and "0.0003" in table
+    assert "step 7: skipped" in text and "step 80: the checkpoint could not be saved" in text
+    assert "Validation perplexity: facts" in text and "rewards/new" in text
+
+
+def test_names_are_text_not_markup(compared):
+    text = compared.read_text()
+    assert "general <text>" not in text and "general &lt;text&gt;" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validate": False},
+        {"steps": 1, "total": 500},
+        {"steps": 1, "validate": False},
+        {"steps": 0},
+        {"steps": 0, "validate": False},
+        {"steps": 0, "validate": False, "tail": "garbage\n[1, 2]\n{}\n"},
+    ],
+    ids=str,
+)
+def test_a_run_that_did_not_get_far_has_a_page(tmp_path, options):
+    run = read_run(write_run(tmp_path / "run", **options))
+    text = page([run])
+    steps = options.get("steps", 120)
+    assert ("no step yet" in text) == (steps == 0)
+    assert ("What it learned" in text) == options.get("validate", True)
+    assert "nan" not in text.replace("nance", "") and "None" not in text
+
+
+def test_a_run_without_settings_or_checkpoints_has_a_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("train: [unclosed")
+    (run / "checkpoints" / "step_00000040" / "checkpoint.json").write_text("{")
+    assert "at step 120, last written" in page([read_run(run)])
+
+
+def test_what_is_no_run_is_told(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "is no run directory: a run has a metrics.jsonl" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "absent")]) == 2
+    assert "no such directory" in capsys.readouterr().err
+    run = write_run(tmp_path / "run")
+    assert main(["report", str(run), "--out", str(tmp_path)]) == 2
+    assert "is a directory: name a file" in capsys.readouterr().err
+    assert main(["report", str(run)]) == 0 and (run / "report.html").exists()
+
+
+def test_settings_that_are_the_same_do_not_differ(runs):
+    one, two = (read_run(runs / name) for name in ("mixcpt", "plain"))
+    assert differing_settings([one, two]) == {"train.lr": [1e-4, 3e-4]}
+    two.settings["extra"] = None
+    one.settings["loss.margin"] = 0.2
+    assert differing_settings([one, two])["loss.margin"] == [0.2, None]
+
+
+finite = st.floats(-1e12, 1e12, allow_nan=False)
+
+
+@given(finite, finite, st.integers(2, 8))
+def test_ticks_are_few_and_inside(a, b, count):
+    low, high = min(a, b), max(a, b)
+    found = ticks(low, high, count)
+    room = 1e-6 * max(abs(low), abs(high), high - low)
+    assert len(found) <= 2 * count + 2 and all(low - room <= tick <= high + room for tick in found)
+
+
+@given(st.floats(1e-12, 1e14), st.sampled_from([1, -1]))
+def test_numbers_keep_their_leading_digits(size, sign):
+    text = number(sign * size)
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1.0)
+    assert float(text.rstrip("kMGT")) * factor == pytest.approx(sign * size, rel=1e-2)
+
+
+@given(st.lists(st.one_of(st.none(), finite), min_size=1, max_size=3000))
+def test_thinning_loses_no_extreme_and_no_gap(values):
+    points = list(enumerate(values))
+    kept = thin(points)
+    assert len(kept) <= 2 * MAX_POINTS and [x for x, _ in kept] == sorted(x for x, _ in kept)
+    there = [y for y in values if y is not None]
+    assert (None in values) == any(y is None for _, y in kept)
+    if there:
+        assert {min(there), max(there)} <= {y for _, y in kept}
+
+
+@given(st.lists(st.one_of(st.none(), finite), min_size=1, max_size=200).filter(lambda v: any(y is not None for y in v)))
+def test_every_point_of_a_chart_is_in_the_picture(values):
+    svg = line_chart("test", [Series("one", list(enumerate(values)), 0)], "step", smooth=True, zero=True)
+    assert "nan" not in svg and "inf" not in svg.replace("information", "")
+    for y in re.findall(r'c[xy]="(-?[\d.]+)"', svg):
+        assert -5 <= float(y) <= 605
