@@ -72,9 +72,11 @@ setup(
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML",
+            "wandb-workspaces>=0.4",
         ],
         "demo": ["gguf>=0.10", "accelerate>=1.0"],
         "eval": ["lm-eval[hf]>=0.4.5"],
+        "dashboard": ["wandb-workspaces>=0.4"],  # launch/wandb_dashboard.py
         # What benchmarks/lssd_gpu.py stands beside; each is left out where it is missing.
         "bench-gpu": ["liger-kernel>=0.8", "speculators", "nvidia-modelopt", "flash-linear-attention", "quack-kernels"],
     },
