@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": ("megatron_mixcpt.data_prep.inspect_cli", "show stored sequences as coloured text"),
     "doctor": ("megatron_mixcpt.doctor_cli", "check this machine: libraries, devices, network, limits, disk"),
     "plan": ("megatron_mixcpt.plan_cli", "what a configuration would take: memory a rank, tokens, hours, disk"),
+    "rehearse": ("megatron_mixcpt.rehearse.rehearse_cli", "a run in small on this CPU: same grid, same code"),
     "launch": ("megatron_mixcpt.slurm.launch_cli", "submit a run or a chain of stages to SLURM"),
     "train": ("megatron_mixcpt.train.cli", "train on a mixture, or resume the run"),
     "cache-teacher": ("megatron_mixcpt.teacher.cache_cli", "compute the teacher's answers once, before training"),

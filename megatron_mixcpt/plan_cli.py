@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if config.adapter is not None:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
-        f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} x data {plan.data_size}; "
+        f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
+        f"x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {mix.seq_length} tokens a step"
     )
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")

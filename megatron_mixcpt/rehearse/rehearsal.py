@@ -1,0 +1,123 @@
+"""From a configuration to its rehearsal: start, stop after half of the steps, resume, look at what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+import yaml
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.launcher import launch
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.rehearse.excerpt import write_excerpt
+from megatron_mixcpt.rehearse.scale import (
+    MAX_DATA_SIZE,
+    REPLACED_TEACHERS,
+    STEPS,
+    Grid,
+    small_architecture,
+    small_run,
+    write_random_model,
+)
+from megatron_mixcpt.train.setup import DTYPES, check_settings
+
+SEQ_LENGTH = 256  # at most
+PROCESS_GIB = 0.5  # libraries, most of all
+
+
+def rehearse(config: Config, nproc: int | None) -> int:
+    """Rehearse a run of `nproc` ranks; returns an exit code.
+
+    Raises ConfigError for what `mixcpt train` would refuse, and where this machine has no memory for one replica.
+    """
+    replica = config.parallel.tensor * config.parallel.pipeline
+    data_size = nproc // replica if nproc else _default_data_size(config)
+    arch, mix = check_settings(config, nproc or replica * data_size)
+    grid = _grid(config, data_size)
+    seq_length = min(mix.seq_length, SEQ_LENGTH)
+    small = small_architecture(arch, grid.tensor, grid.pipeline, seq_length)
+    for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
+        print(line, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="mixcpt-rehearsal-") as name:
+        folder = Path(name)
+        write_random_model(small, folder / "model", DTYPES[config.train.dtype], config.train.seed)
+        excerpt = write_excerpt(mix.path, folder / "data", seq_length)
+        values = small_run(config, data_size, grid, folder / "model", excerpt, folder / "run")
+        path = folder / "rehearsal.yaml"
+        path.write_text(yaml.safe_dump(values))
+        rows: list[str] = []
+        for act, steps in (("the first steps", STEPS // 2), ("resuming", STEPS)):
+            code = _train(path, steps, grid.world_size)
+            if code != 0:
+                print(f"rehearsal: {act} failed with exit code {code}, as the run itself would: see above")
+                return code
+            rows = _checked(folder / "run" / "metrics.jsonl", steps, rows)
+        saves = sum("ckpt/seconds" in json.loads(row) for row in rows)
+    print(f"rehearsal: all went well: {STEPS} steps, validation, {saves} saves, a resume from step {STEPS // 2}")
+    return 0
+
+
+def _default_data_size(config: Config) -> int:
+    return MAX_DATA_SIZE if config.train.global_batch_size % (MAX_DATA_SIZE * config.train.micro_batch_size) == 0 else 1
+
+
+def _grid(config: Config, data_size: int) -> Grid:
+    """Tensor and pipeline as they are, data as far as memory goes."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    free = psutil.virtual_memory().available / 2**30
+    for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
+        if tensor * pipeline * data * PROCESS_GIB <= free:
+            return Grid(tensor, pipeline, data)
+    raise ConfigError(
+        f"parallel.tensor={tensor} x parallel.pipeline={pipeline} takes {tensor * pipeline} processes of about "
+        f"{PROCESS_GIB} GiB, but {free:.1f} GiB are free: rehearse on a larger machine, for example a compute node"
+    )
+
+
+def _program(
+    config: Config, arch: Architecture, small: Architecture, grid: Grid, data_size: int, seq_length: int, whole: int
+) -> list[str]:
+    """What is going to be rehearsed, and what is not."""
+    data = f"data {grid.data}" + (f" in place of {data_size}" if grid.data < data_size else "")
+    lines = [
+        f"rehearsal: tensor {grid.tensor} x pipeline {grid.pipeline} x {data} = {grid.world_size} processes, gloo",
+        f"model      {small.num_layers} of {arch.num_layers} layers, hidden {small.hidden_size} of {arch.hidden_size}, "
+        f"{small.num_attention_heads} heads in {small.num_query_groups} groups of {arch.num_attention_heads} in "
+        f"{arch.num_query_groups}, random weights, {config.train.dtype}",
+        f"data       {seq_length} of {whole} tokens a sample, the first samples of every source",
+        "not part   memory, speed, NCCL and GPU kernels",
+    ]
+    if config.uses_teacher and config.teacher.source in REPLACED_TEACHERS:
+        lines[-1] += f"; teacher.source {config.teacher.source}: initial stands in for it"
+    return lines
+
+
+def _train(path: Path, steps: int, nproc: int) -> int:
+    """`mixcpt train` on the CPU; what this process may have from a launcher of its own is kept away from it."""
+    kept = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ |= {"MIXCPT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    try:
+        return launch(nproc, ["train", str(path), f"train.steps={steps}"])
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _checked(path: Path, steps: int, before: list[str]) -> list[str]:
+    """Lines of metrics.jsonl. Raises MixcptError unless they are of `steps` steps with finite losses that go on from
+    the lines `before`."""
+    rows = path.read_text().splitlines()
+    losses = {row["step"]: row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row}
+    if sorted(losses) != list(range(1, steps + 1)) or None in losses.values():
+        raise MixcptError(f"rehearsal: the losses of {steps} steps are {losses}")
+    if rows[: len(before)] != before:
+        raise MixcptError("rehearsal: the second start did not go on from the checkpoint of the first")
+    return rows

@@ -1,0 +1,105 @@
+"""The small model and the short run that stand for the large ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.hf_config import config_dict
+from megatron_mixcpt.model.hf_names import hf_shapes
+from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
+
+HEAD_DIM = 16
+STEPS = 4
+MICRO_BATCH_SIZE = 2  # at most
+MAX_DATA_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Ranks of a rehearsal."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+def small_architecture(arch: Architecture, tensor: int, pipeline: int, seq_length: int) -> Architecture:
+    """The same family in small: as many layers as stages (at least two), heads that divide over `tensor` ranks as the
+    model's own do, grouped queries where it has them, its vocabulary, biases, norms and rotary scaling."""
+    grouped = arch.num_attention_heads > arch.num_query_groups
+    heads = 2 * tensor if grouped else tensor
+    groups = min(arch.num_query_groups, tensor) if grouped else heads
+    hidden = max(heads * HEAD_DIM, 64)
+    return dataclasses.replace(
+        arch,
+        num_layers=max(pipeline, 2),
+        hidden_size=hidden,
+        ffn_hidden_size=-(-2 * hidden // tensor) * tensor,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=HEAD_DIM,
+        sliding_window=min(arch.sliding_window, max(seq_length // 2, 1)) if arch.sliding_window else None,
+    )
+
+
+def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, seed: int) -> None:
+    """A Hugging Face directory of `arch` with random weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_dict(arch)))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = hf_shapes(arch)
+    with SafetensorsWriter(folder, shapes, dtype) as writer:
+        for name, shape in shapes.items():
+            norm = name.endswith("norm.weight")
+            value = torch.ones(shape) if norm else torch.randn(shape, generator=generator) * arch.initializer_range
+            writer.write(name, value.to(dtype))
+
+
+def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path, run_dir: Path) -> dict[str, Any]:
+    """Values of a configuration of STEPS steps with the settings of `config`, as far as they do not name sizes.
+
+    Args:
+        data_size: data-parallel size of the real run, which decides its number of micro-batches.
+    """
+    train = config.train
+    micro_batch_size = min(train.micro_batch_size, MICRO_BATCH_SIZE)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * data_size)
+    values = config.model_dump(by_alias=True)
+    values["model"] = {"hf": str(model)}
+    values["data"] |= {"mix": str(mix), "seq_length": None, "num_workers": min(config.data.num_workers, 1)}
+    values["train"] |= {
+        "steps": STEPS,
+        "warmup_steps": min(train.warmup_steps, 1),
+        "micro_batch_size": micro_batch_size,
+        # At least as many as the pipeline has in flight, so that its schedule is the real one's.
+        "global_batch_size": micro_batch_size * grid.data * min(micro_batches, 2 * grid.pipeline),
+        "profile": None,
+    }
+    values["eval"] = {"every": 2, "max_samples": MICRO_BATCH_SIZE * grid.data}
+    values["checkpoint"] |= {"every": 1, "keep": 2, "keep_every": 0}
+    values["wandb"] = {"mode": "disabled"}
+    values["run_dir"] = str(run_dir)
+    if config.teacher.source in REPLACED_TEACHERS:
+        values["teacher"] = {"source": "initial"}
+    if config.adapter is not None:
+        values["adapter"] |= {
+            "init": None,
+            "targets": [t for t in config.adapter.targets if "." not in t] or ["*_proj"],
+        }
+    return values
+
+
+REPLACED_TEACHERS = ("cached", "deepspeed")
+"""Which belong to the real model and its data."""

@@ -1,0 +1,156 @@
+"""A rehearsal runs the real grid in small, and fails where the run would."""
+
+import json
+
+import pytest
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.data.mix import read_mix
+from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
+from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.rehearse import rehearsal
+from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
+from megatron_mixcpt.rehearse.rehearsal import _checked, _grid
+from megatron_mixcpt.rehearse.scale import Grid, small_architecture, small_run, write_random_model
+from tests.helpers.corpus import write_mix
+from tests.slurm.published import CONFIGS
+from tests.train.runs import settings
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return write_mix(tmp_path_factory.mktemp("rehearse") / "data", seq_length=48, vocab_size=120)
+
+
+def published(folder, name):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return architecture_from_hf(folder)
+
+
+@pytest.mark.distributed
+def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, mix, capfd):
+    """Qwen2's shape (biases, seven queries a group) over tensor 2 with sequence parallelism, pipeline 2, bf16."""
+    published(tmp_path / "model", "Qwen2-7B")
+    values = settings(
+        mix,
+        tmp_path / "run",
+        model={"hf": str(tmp_path / "model"), "preset": None},
+        train={"steps": 100, "micro_batch_size": 4, "global_batch_size": 64, "dtype": "bf16", "warmup_steps": 10},
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        checkpoint={"every": 50, "async": True},
+    )
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert main(["rehearse", str(config), "--nproc", "4", "train.recompute=full"]) == 0
+    shown = capfd.readouterr().out
+    assert "tensor 2 x pipeline 2 x data 1 = 4 processes, gloo" in shown
+    assert "2 of 28 layers" in shown and "48 of 48 tokens" in shown
+    assert "resumed from" in shown and "all went well: 4 steps, validation, 4 saves, a resume from step 2" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_small_models_are_of_the_same_family_and_fit_the_grid(tmp_path, name, tensor, pipeline):
+    arch = published(tmp_path / "real", name)
+    try:
+        arch.check_layout(tensor, pipeline)
+    except ConfigError:
+        pytest.skip("the model itself cannot be cut so")
+    small = small_architecture(arch, tensor, pipeline, 256)
+    small.check_layout(tensor, pipeline)
+    same = ("model_type", "vocab_size", "qkv_bias", "qk_norm", "tie_word_embeddings", "rope_theta", "norm_eps")
+    assert all(getattr(small, field) == getattr(arch, field) for field in same)
+    grouped = arch.num_attention_heads > arch.num_query_groups
+    assert (small.num_attention_heads > small.num_query_groups) == grouped
+    # What is shared out over the ranks and what each has a copy of is the same in small.
+    assert (small.num_query_groups < tensor) == (arch.num_query_groups < tensor)
+    assert small.num_parameters - 2 * small.vocab_size * small.hidden_size < 20e6
+
+
+def test_the_written_model_is_read_back_as_it_was_meant(tmp_path):
+    import torch
+
+    arch = small_architecture(published(tmp_path / "real", "Qwen2-7B"), 4, 2, 256)
+    write_random_model(arch, tmp_path / "small", torch.bfloat16, seed=1)
+    assert architecture_from_hf(tmp_path / "small") == arch
+
+
+def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
+    whole, path = read_mix(mix), write_excerpt(mix, tmp_path / "excerpt", 20)
+    short = read_mix(path)
+    assert short.seq_length == 20 and [s.name for s in short.sources] == [s.name for s in whole.sources]
+    for before, after in zip(whole.sources, short.sources):
+        for split in ("train", "valid"):
+            for ending in ("", ".flags"):
+                long = open_indexed(f"{getattr(before, split).prefix}{ending}")
+                cut = open_indexed(f"{getattr(after, split).prefix}{ending}")
+                assert len(cut) == min(len(long), SEQUENCES)
+                assert all((cut[i] == long[i][:20]).all() for i in range(len(cut)))
+        assert open_indexed(f"{after.train.prefix}.flags")[0][0] & DOC_START
+
+
+@pytest.mark.parametrize(
+    ("nproc", "free_gib", "expected"),
+    [(64, 100, Grid(8, 4, 2)), (64, 20, Grid(8, 4, 1)), (32, 100, Grid(8, 4, 1)), (256, 100, Grid(8, 4, 2))],
+)
+def test_data_parallel_ranks_are_as_many_as_have_room(monkeypatch, mix, nproc, free_gib, expected):
+    config = validate(Config, settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}), "test")
+    memory = type("Memory", (), {"available": free_gib * 2**30})
+    monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: memory)
+    assert _grid(config, nproc // 32) == expected
+
+
+def test_a_machine_without_room_for_one_replica_is_refused(monkeypatch, mix):
+    config = validate(Config, settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}), "test")
+    monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**33}))
+    with pytest.raises(ConfigError, match=r"takes 32 processes of about 0.5 GiB, but 8.0 GiB are free"):
+        _grid(config, 1)
+
+
+def test_settings_that_name_no_size_are_kept(tmp_path, mix):
+    values = settings(
+        mix,
+        "run",
+        train={"steps": 1000, "micro_batch_size": 4, "global_batch_size": 512, "schedule": "wsd", "lr": 3e-4},
+        teacher={"source": "cached", "cache": "somewhere"},
+        loss={"target": "plain", "by_kind": {"instruction": {"ce": 0.5}}},
+        parallel={"pipeline": 4},
+    )
+    config = validate(Config, values, "test")
+    small = validate(Config, small_run(config, 8, Grid(1, 4, 2), tmp_path, mix, tmp_path / "run"), "small")
+    assert (small.train.steps, small.train.micro_batch_size, small.train.global_batch_size) == (4, 2, 2 * 2 * 8)
+    assert small.train.schedule == "wsd" and small.train.lr == 3e-4 and small.loss == config.loss
+    assert small.teacher.source == "initial"
+
+
+def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(settings(mix, tmp_path / "run")))
+    assert main(["rehearse", str(config), "--nproc", "3", "parallel.tensor=2"]) == 2
+    assert "not 3" in capsys.readouterr().err
+
+
+def row(step, loss):
+    return json.dumps({"step": step, "train/loss": loss})
+
+
+def test_a_second_start_that_begins_anew_or_a_loss_that_is_no_number_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = [row(1, 2.0), row(2, 1.5)]
+    path.write_text("\n".join([*first, row(3, 1.2), row(4, 1.1)]))
+    assert len(_checked(path, 4, first)) == 4
+    with pytest.raises(MixcptError, match="did not go on"):
+        _checked(path, 4, [row(1, 2.0), row(2, 1.6)])
+    path.write_text("\n".join([row(1, 2.0), row(2, None)]))
+    with pytest.raises(MixcptError, match="losses of 2 steps"):
+        _checked(path, 2, [])
+
+
+def test_the_architecture_of_a_preset_can_be_small_too():
+    small = small_architecture(Architecture(4, 128, 352, 4, 4, 32, 1024), 2, 1, 64)
+    assert (small.num_attention_heads, small.num_query_groups) == (2, 2)
