@@ -100,13 +100,7 @@ def reference_log_probs(
 
 def _fingerprint(config: Config, stage: MixGPTModel, split: Split, stride: int) -> str:
     """Of what the log-probabilities follow from. The layout is no part of it, but where it cuts the parts."""
-    weights: list[object] = [config.model.model_dump(), stage.start]
-    if config.model.hf:
-        files = sorted(Path(config.model.hf).glob("*.safetensors"))
-        weights += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if config.model.preset:
-        weights.append(config.train.seed)
-    if config.adapter is not None and config.adapter.init is not None:
-        weights.append(config.adapter.model_dump())
+    adapter = config.adapter.model_dump() if config.adapter else None
+    weights = [config.model.model_dump(), stage.start, config.train.seed if config.model.preset else None, adapter]
     parts = [weights, split.content, config.train.dtype, stride]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

@@ -75,9 +75,8 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any) -> np.ndarr
     arch, _ = read_model_and_mix(training)
     stage = build_stage(training, arch)
     model = [config.model.model_dump(), stage.start, config.select.dtype]
-    if config.model.hf:
-        files = sorted(Path(config.model.hf).glob("*.safetensors"))
-        model += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if config.model.preset:
+        model.append(config.select.seed)
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([candidates.fingerprint, model]).encode())
     progress = _Progress(open_indexed(candidates.prefix).lengths, shown=state.rank == 0)
     scores = score_sequences(
