@@ -190,6 +190,7 @@ class _LinearLSSD(torch.autograd.Function):
                 grad_hidden[local] = plan.reduce(grad @ head)
             if grad_head is not None:
                 _accumulate(grad_head, grad.t(), chunk)
+            del grad  # before the next chunk's is made
         if grad_head is not None:
             grad_head = grad_head.to(head.dtype) if ctx.head_grad is None else None
         return grad_hidden, grad_head, None, None, None, None, None, None, None

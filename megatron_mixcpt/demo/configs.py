@@ -92,7 +92,7 @@ def train_yaml(settings: Settings, arm: str, base: Path, mix: Path, run_dir: Pat
         else "{target: none}         # cross-entropy only"
     )
     return f"""\
-# Made by the demo. Run it by hand with: mixcpt train <this file>{f" --nproc {settings.tensor}" * (settings.tensor > 1)}
+# Made by the demo. Run it by hand with: mixcpt train <this file>{_nproc(settings)}
 model: {model}
 data: {{mix: {_quoted(mix)}, seq_length: {settings.seq_length}}}
 parallel: {{tensor: {settings.tensor}, pipeline: 1, sequence: false}}
@@ -111,3 +111,55 @@ teacher: {{source: {"initial" if distil else "none"}}}
 checkpoint: {{every: 0, keep: 1}}    # one at the end, and one when it is stopped
 run_dir: {_quoted(run_dir)}
 """
+
+
+def select_yaml(settings: Settings, run_dir: Path, mix: Path, out: Path) -> str:
+    """`mixcpt select` of the alignment stage: easy samples of the mixture, under the model that was trained on it."""
+    return f"""\
+# Made by the demo. Run it by hand with: mixcpt select <this file>{_nproc(settings)}
+model: {{checkpoint: {_quoted(run_dir)}}}
+data: {{mix: {_quoted(mix)}}}
+parallel: {{tensor: {settings.tensor}}}
+select:
+  by: ppl_low          # lowest perplexity of the response after the plain prompt
+  n: {settings.select_instructions}                # instructions, for supervised fine-tuning
+  pairs: {settings.select_pairs}            # preference pairs, for DPO
+  format: plain        # questions are put as plain text here; `chat` takes the tokenizer's template
+  valid_fraction: 0.0
+  micro_batch_tokens: 1024
+  dtype: fp32
+  seed: {settings.seed}
+out: {_quoted(out)}
+"""
+
+
+def align_yaml(settings: Settings, method: str, start: Path, mix: Path, run_dir: Path) -> str:
+    """`mixcpt align` with `method` sft or dpo, from the run `start`."""
+    dpo = method == "dpo"
+    align = (
+        "{method: dpo, beta: 0.1}     # the reference is the model that this starts from" if dpo else "{method: sft}"
+    )
+    rows = settings.global_batch_size // 2 if dpo else settings.global_batch_size  # rows of pairs are twice as long
+    return f"""\
+# Made by the demo. Run it by hand with: mixcpt align <this file>{_nproc(settings)}
+model: {{checkpoint: {_quoted(start)}}}
+data: {{mix: {_quoted(mix)}}}
+parallel: {{tensor: {settings.tensor}}}
+train:
+  steps: {settings.dpo_steps if dpo else settings.sft_steps}
+  micro_batch_size: {max(1, settings.micro_batch_size // 2) if dpo else settings.micro_batch_size}
+  global_batch_size: {rows}
+  lr: {settings.dpo_lr if dpo else settings.sft_lr}
+  warmup_steps: 1
+  schedule: cosine
+  weight_decay: 0.0
+  seed: {settings.seed}
+  dtype: fp32
+align: {align}
+checkpoint: {{every: 0, keep: 1}}
+run_dir: {_quoted(run_dir)}
+"""
+
+
+def _nproc(settings: Settings) -> str:
+    return f" --nproc {settings.tensor}" * (settings.tensor > 1)

@@ -21,6 +21,7 @@ from megatron_mixcpt.evaluate.report import metrics_table, verdict, write_report
 ARM_TITLES = {
     "pretrain": "Pre-training the tiny model on general text",
     "cpt": "Plain continual pre-training (arm `cpt`)",
+    "aligned": "Alignment: a few samples of the mixture teach the format (SFT, then DPO)",
     "mixcpt": "Mix-CPT: knowledge mixture and logit-swap self-distillation (arm `mixcpt`)",
 }
 
@@ -36,7 +37,7 @@ class Demo:
     threads: int
 
     def run(self) -> dict[str, Any]:
-        """Run all stages that are not yet done and write the report; returns the measurements of the three models."""
+        """Run all stages that are not yet done and write the report; returns the measurements of the four models."""
         settings, folder, console = self.settings, self.folder, self.console
         # One base a model: a folder may see `--model tiny` after `--model smollm2` and the other way round.
         texts, base = folder / "texts", folder / f"base-{settings.model}"
@@ -58,7 +59,12 @@ class Demo:
             done |= self._train(arm, base, texts, fingerprint, base, done["base"])
             exported = done[f"{arm}-export"]
             done[f"{arm}-measure"] = self._measure(arm, folder / arm / "hf", texts, fingerprint, exported)
-        arms = {arm: done[f"{arm}-measure"].result for arm in ("base", "cpt", "mixcpt")}
+        console.heading(ARM_TITLES["aligned"])
+        done |= self._align(done["mixcpt-train"])
+        done["aligned-measure"] = self._measure(
+            "aligned", folder / "aligned" / "hf", texts, fingerprint, done["aligned-export"]
+        )
+        arms = {arm: done[f"{arm}-measure"].result for arm in ("base", "cpt", "mixcpt", "aligned")}
         self._report(arms, done)
         return arms
 
@@ -108,6 +114,51 @@ class Demo:
         exported = run(f"{arm}-export", "mixcpt export", [__version__], [out], export, [trained])
         return {f"{arm}-data": prepared, f"{arm}-train": trained, f"{arm}-export": exported}
 
+    def _align(self, trained: Done) -> dict[str, Done]:
+        """select, SFT, DPO and export, from the `mixcpt` arm."""
+        settings, folder = self.settings, self.folder / "aligned"
+        start, selected = self.folder / "mixcpt" / "run", folder / "selected"
+        log = self.folder / "logs" / "aligned.log"
+        ranks = ["--nproc", str(settings.tensor)] if settings.tensor > 1 else []
+        threads = max(1, self.threads // settings.tensor)
+        select = configs.select_yaml(settings, start, self.folder / "mixcpt" / "data" / "mix.json", selected)
+
+        def choose(progress: Progress) -> None:
+            path = _write(folder / "select.yaml", select)
+            run_mixcpt(["select", str(path), *ranks], log, threads=threads)
+
+        done = {}
+        title = f"mixcpt select: {settings.select_instructions} instructions, {settings.select_pairs} pairs"
+        after = done["aligned-select"] = self.stages.run(
+            "aligned-select", title, [__version__, select], [selected], choose, [trained]
+        )
+        for method, steps in (("sft", settings.sft_steps), ("dpo", settings.dpo_steps)):
+            run_dir = folder / method
+            text = configs.align_yaml(settings, method, start, selected / method / "mix.json", run_dir)
+
+            def fit(
+                progress: Progress, path: Path = folder / f"{method}.yaml", text: str = text, run_dir: Path = run_dir,
+                steps: int = steps,
+            ) -> None:  # fmt: skip
+                poll = training_progress(run_dir, steps, progress)
+                run_mixcpt(["align", str(_write(path, text)), *ranks], log, threads=threads, poll=poll)
+
+            after = done[f"aligned-{method}"] = self.stages.run(
+                f"aligned-{method}",
+                f"mixcpt align, {method}: {steps} steps",
+                [__version__, text],
+                [run_dir],
+                fit,
+                [after],
+            )
+            start = run_dir
+        out = folder / "hf"
+        done["aligned-export"] = self.stages.run(
+            "aligned-export", "mixcpt export", [__version__], [out],
+            lambda progress: run_mixcpt(["export", str(start), "--out", str(out)], log, threads=self.threads), [after],
+        )  # fmt: skip
+        return done
+
     def _measure(self, name: str, hf_dir: Path, texts: Path, fingerprint: str, model: Done) -> Done:
         from megatron_mixcpt.evaluate.measure import measure
 
@@ -117,7 +168,8 @@ class Demo:
         )  # fmt: skip
         result = done.result
         self.console.say(
-            f"    facts answered {result['fact_recall']:.0%}, completed {result['fact_completion']:.0%}; "
+            f"    facts answered {result['fact_recall']:.0%}, completed {result['fact_completion']:.0%}, "
+            f"in the asked format {result['format_following']:.0%}; "
             f"perplexity: domain {result['domain_ppl']:.2f}, general {result['general_ppl']:.2f}"
         )
         return done
@@ -160,6 +212,12 @@ class Demo:
                 "mixcpt",
                 "{:.0%} domain, {:.0%} general instructions, {:.0%} general preferences (chosen); ".format(*shares)
                 + "cross-entropy + 1.0 x KL to the logit-swapped initial model, divided by 2",
+            ),
+            (
+                "aligned",
+                f"mixcpt, then {settings.sft_steps} steps of SFT (lr {settings.sft_lr:g}) on the "
+                f"{settings.select_instructions} easiest instructions and {settings.dpo_steps} steps of DPO "
+                f"(lr {settings.dpo_lr:g}, beta 0.1) on the {settings.select_pairs} easiest pairs of the mixture",
             ),
             ("layout", f"tensor parallel {settings.tensor}, {self.threads} threads in all"),
             (

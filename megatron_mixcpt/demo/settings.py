@@ -30,6 +30,13 @@ class Settings:
     """Steps from random weights; 0 where a pretrained model is at hand."""
     pretrain_lr: float = 3e-3
     pretrain_global_batch_size: int = 8
+    select_instructions: int = 48
+    """Samples of the alignment stage: the easiest ones of the mixture."""
+    select_pairs: int = 16
+    sft_steps: int = 8
+    sft_lr: float = 5e-5
+    dpo_steps: int = 4
+    dpo_lr: float = 5e-6
     seed: int = 1234
     expected_seconds: dict[str, float] = field(default_factory=dict)
     """Usual duration of each stage on two CPU cores, for the first estimate of the remaining time."""
@@ -65,6 +72,11 @@ SMOLLM2 = Settings(
         "mixcpt-train": 205,
         "mixcpt-export": 10,
         "mixcpt-measure": 30,
+        "aligned-select": 35,
+        "aligned-sft": 30,
+        "aligned-dpo": 30,
+        "aligned-export": 10,
+        "aligned-measure": 30,
     },
 )
 
@@ -84,6 +96,9 @@ TINY = Settings(
     instruction_weight=0.25,
     preference_weight=0.15,
     pretrain_steps=120,
+    sft_steps=16,
+    sft_lr=3e-4,
+    dpo_lr=3e-5,
     expected_seconds={
         "tokenizer": 1,
         "pretrain-data": 5,
@@ -98,6 +113,11 @@ TINY = Settings(
         "mixcpt-train": 25,
         "mixcpt-export": 8,
         "mixcpt-measure": 5,
+        "aligned-select": 10,
+        "aligned-sft": 10,
+        "aligned-dpo": 10,
+        "aligned-export": 8,
+        "aligned-measure": 5,
     },
 )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.evaluate.format import format_share
 from megatron_mixcpt.evaluate.generate import generate_greedy
 from megatron_mixcpt.evaluate.loading import load_directory
 from megatron_mixcpt.evaluate.perplexity import perplexity
@@ -14,6 +15,7 @@ from megatron_mixcpt.evaluate.recall import contains_answer, recall
 
 MAX_NEW_TOKENS = 16
 MIN_NEW_TOKENS = 3
+NUM_FORMAT_QUESTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ def measure(hf_dir: str | Path, probe: Probe, on_progress: Callable[[float, str]
     """Measure the model in `hf_dir`, in fp32, greedily, without randomness.
 
     Returns `domain_ppl` and `general_ppl` (perplexity), `fact_recall` (share of questions whose answer contains the
-    expected words), `fact_completion` (the same for beginnings of training sentences), the token counts behind the
+    expected words), `fact_completion` (the same for beginnings of training sentences), `format_following` (share of
+    answers to evenly chosen questions that are one line and then end by themselves), the token counts behind the
     perplexities, and all `answers`. `on_progress` receives the finished share and what is being measured.
     """
     on_progress(0.0, "loading")
@@ -45,13 +48,18 @@ def measure(hf_dir: str | Path, probe: Probe, on_progress: Callable[[float, str]
     domain = perplexity(model, tokenizer, probe.domain_documents, on_progress=part(0.5, 0.6, "domain perplexity"))
     length = {"max_new_tokens": MAX_NEW_TOKENS, "min_new_tokens": MIN_NEW_TOKENS}
     prompts = [probe.ask(question) for question in probe.questions]
-    answers = generate_greedy(model, tokenizer, prompts, **length, on_progress=part(0.6, 0.8, "questions"))
-    completions = generate_greedy(model, tokenizer, probe.clozes, **length, on_progress=part(0.8, 1.0, "completions"))
+    answers = generate_greedy(model, tokenizer, prompts, **length, on_progress=part(0.6, 0.75, "questions"))
+    completions = generate_greedy(model, tokenizer, probe.clozes, **length, on_progress=part(0.75, 0.9, "completions"))
+    every = -(-len(prompts) // NUM_FORMAT_QUESTIONS)
+    following = format_share(
+        model, tokenizer, prompts[::every], max_new_tokens=MAX_NEW_TOKENS, on_progress=part(0.9, 1.0, "format")
+    )
     return {
         "domain_ppl": domain.value,
         "general_ppl": general.value,
         "fact_recall": recall(answers, probe.expected),
         "fact_completion": recall(completions, probe.expected),
+        "format_following": following,
         "domain_tokens": domain.num_tokens,
         "general_tokens": general.num_tokens,
         "num_questions": len(probe.questions),

@@ -11,7 +11,8 @@ Arm = Mapping[str, Any]
 """What `measure` returned for one model."""
 
 NUM_SAMPLES = 3
-ARMS = ("base", "cpt", "mixcpt")
+ARMS = ("base", "cpt", "mixcpt", "aligned")
+"""`aligned` goes on from `mixcpt`: a few samples taught it the format."""
 
 
 def general_loss(arms: Mapping[str, Arm], name: str) -> float:
@@ -27,8 +28,23 @@ def verdict(arms: Mapping[str, Arm]) -> str:
         forgetting = f"mixcpt lost less general perplexity than cpt: {amounts}."
     else:
         forgetting = f"mixcpt did **not** lose less general perplexity than cpt: {amounts}."
-    return f"{forgetting} {_compare(arms, 'fact_recall', 'Held-out questions answered')} " + _compare(
-        arms, "fact_completion", "Training sentences completed"
+    return " ".join(
+        [
+            forgetting,
+            _compare(arms, "fact_recall", "Held-out questions answered"),
+            _compare(arms, "fact_completion", "Training sentences completed"),
+            _aligned(arms),
+        ]
+    )
+
+
+def _aligned(arms: Mapping[str, Arm]) -> str:
+    before, after = arms["mixcpt"], arms["aligned"]
+    return (
+        f"Alignment with a few samples: answers of the asked format {before['format_following']:.0%} -> "
+        f"{after['format_following']:.0%}, questions answered {before['fact_recall']:.0%} -> "
+        f"{after['fact_recall']:.0%}, "
+        f"general perplexity {_change(after['general_ppl'] / before['general_ppl'] - 1.0)}."
     )
 
 
@@ -59,7 +75,7 @@ def write_report(
     seconds: Sequence[tuple[str, float]],
     plot: str,
 ) -> None:
-    """Write `report.json` (`{"base": {...}, "cpt": {...}, "mixcpt": {...}}`) and `report.md` into `folder`.
+    """Write `report.json` (measurements by arm) and `report.md` into `folder`.
 
     `settings` are (name, value) lines, `seconds` the parts of the run with their duration, `plot` an image's file name.
     """
@@ -73,11 +89,12 @@ def metrics_table(arms: Mapping[str, Arm]) -> str:
     rows = [
         ("**facts: held-out questions answered**", [f"**{arms[name]['fact_recall']:.0%}**" for name in ARMS]),
         ("facts: training sentences completed", [f"{arms[name]['fact_completion']:.0%}" for name in ARMS]),
+        ("answers in the asked format", [f"{arms[name]['format_following']:.0%}" for name in ARMS]),
         ("domain perplexity (unseen documents)", [f"{arms[name]['domain_ppl']:.2f}" for name in ARMS]),
         ("**general perplexity** (never trained on)", [f"**{arms[name]['general_ppl']:.2f}**" for name in ARMS]),
         ("change of the general perplexity", ["", *(_change(general_loss(arms, name)) for name in ARMS[1:])]),
     ]
-    lines = ["| | base | cpt | mixcpt |", "|---|---:|---:|---:|"]
+    lines = [f"| | {' | '.join(ARMS)} |", "|---|" + "---:|" * len(ARMS)]
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]
     lines += [
         "",

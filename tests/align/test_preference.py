@@ -65,3 +65,21 @@ def test_far_pairs_give_finite_losses_and_gradients():
     loss, _ = preference_loss(policy, torch.zeros(2, 2), torch.ones(2, 2), AlignSettings(method="dpo", beta=1.0))
     (gradient,) = torch.autograd.grad(loss.sum(), policy)
     assert loss.tolist() == [5000.0, 0.0] and gradient.isfinite().all()
+
+
+def test_the_memory_of_log_probabilities_does_not_grow_with_logits():
+    """Four times the tokens take hidden states and words, not logits, more."""
+    from benchmarks.lssd_memory import PeakMemory
+    from megatron_mixcpt.kernels import linear_lssd_loss
+
+    vocab, width = 4000, 16
+
+    def peak(num_tokens):
+        hidden = torch.randn(num_tokens, width, requires_grad=True)
+        head = torch.randn(vocab, width, requires_grad=True)
+        labels = torch.arange(num_tokens) % vocab
+        with PeakMemory() as memory:
+            torch.autograd.grad(linear_lssd_loss(hidden, head, None, None, labels).sum(), (hidden, head))
+        return memory.peak
+
+    assert peak(8192) - peak(2048) < 0.05 * 6144 * vocab * 4

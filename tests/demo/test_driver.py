@@ -34,12 +34,13 @@ class Commands:
             (out / "origin").write_text((target / "origin").read_text())
             return
         config = yaml.safe_load(target.read_text())
-        out = Path(config["out"] if name == "preprocess" else config["run_dir"])
+        out = Path(config["out"] if name in ("preprocess", "select") else config["run_dir"])
         out.mkdir(parents=True, exist_ok=True)
-        if name == "train":
-            base = config["model"].get("hf")
+        if name in ("train", "align"):
+            base = config["model"].get("hf") or config["model"].get("checkpoint")
             origin = (Path(base) / "origin").read_text() if base else "tiny"
-            (out / "origin").write_text(f"{origin} > {target.parent.name} {config['loss']['target']}")
+            what = config["align"]["method"] if name == "align" else f"{target.parent.name} {config['loss']['target']}"
+            (out / "origin").write_text(f"{origin} > {what}")
 
     def save_smollm2(self, out):
         self.ran.append("unpack")
@@ -54,6 +55,7 @@ class Commands:
             for q, e in zip(probe.questions, probe.expected)
         ]
         numbers = {"domain_ppl": 2.0, "general_ppl": 3.0, "fact_recall": 0.0, "fact_completion": 0.0}
+        numbers["format_following"] = 0.5
         counts = {"domain_tokens": 1, "general_tokens": 1, "num_questions": len(answers)}
         return {**numbers, **counts, "answers": answers}
 
@@ -76,8 +78,17 @@ def origins(folder):
 
 
 SMOLLM2_ORIGINS = {"base": "smollm2", "cpt": "smollm2 > cpt none", "mixcpt": "smollm2 > mixcpt swap"}
+SMOLLM2_ORIGINS["aligned"] = f"{SMOLLM2_ORIGINS['mixcpt']} > sft > dpo"
 TINY_BASE = "tiny > pretrain none"
 TINY_ORIGINS = {"base": TINY_BASE, "cpt": f"{TINY_BASE} > cpt none", "mixcpt": f"{TINY_BASE} > mixcpt swap"}
+TINY_ORIGINS["aligned"] = f"{TINY_ORIGINS['mixcpt']} > sft > dpo"
+ALIGNED = [
+    "select aligned",
+    "align aligned",
+    "align aligned",
+    "export aligned",
+    "measure smollm2 > mixcpt swap > sft > dpo",
+]
 
 
 def test_both_arms_start_from_the_base_and_the_base_is_measured_first(commands, tmp_path):
@@ -86,6 +97,7 @@ def test_both_arms_start_from_the_base_and_the_base_is_measured_first(commands, 
         "unpack", "measure smollm2",
         "preprocess cpt", "train cpt", "export cpt", "measure smollm2 > cpt none",
         "preprocess mixcpt", "train mixcpt", "export mixcpt", "measure smollm2 > mixcpt swap",
+        *ALIGNED,
     ]  # fmt: skip
     assert origins(tmp_path) == SMOLLM2_ORIGINS
 
@@ -109,14 +121,15 @@ def test_a_failure_goes_on_where_it_stopped(commands, tmp_path, capsys):
     done = commands.ran.copy()
     commands.fail_at = None
     assert command_line.main(["--out", str(tmp_path / "demo")]) == 0
-    assert commands.ran[len(done) :] == ["train mixcpt", "export mixcpt", "measure smollm2 > mixcpt swap"]
+    assert commands.ran[len(done) :] == ["train mixcpt", "export mixcpt", "measure smollm2 > mixcpt swap", *ALIGNED]
 
 
 def test_changed_settings_redo_the_training_but_not_the_base(commands, tmp_path):
     driver.run_demo(SMALL["smollm2"], tmp_path)
     before = len(commands.ran)
     driver.run_demo(dataclasses.replace(SMALL["smollm2"], lr=1e-5), tmp_path)
-    assert [step.split(" ")[0] for step in commands.ran[before:]] == ["train", "export", "measure"] * 2
+    steps = [step.split(" ")[0] for step in commands.ran[before:]]
+    assert steps == ["train", "export", "measure"] * 2 + ["select", "align", "align", "export", "measure"]
     before = len(commands.ran)
     driver.run_demo(dataclasses.replace(SMALL["smollm2"], lr=1e-5, num_people=2), tmp_path)
     assert "unpack" not in commands.ran[before:] and "measure smollm2" in commands.ran[before:]

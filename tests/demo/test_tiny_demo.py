@@ -35,8 +35,8 @@ def report(demo):
     return json.loads((demo[0] / "report.json").read_text())
 
 
-def test_report_json_has_three_arms_with_finite_measurements(report):
-    assert list(report) == ["base", "cpt", "mixcpt"]
+def test_report_json_has_four_arms_with_finite_measurements(report):
+    assert list(report) == ["base", "cpt", "mixcpt", "aligned"]
     for arm in report.values():
         assert math.isfinite(arm["domain_ppl"]) and math.isfinite(arm["general_ppl"])
         assert 0.0 <= arm["fact_recall"] <= 1.0
@@ -59,6 +59,18 @@ def test_both_arms_learned_the_domain(report):
 def test_plain_cpt_forgets_and_mixcpt_forgets_less(report):
     assert report["cpt"]["general_ppl"] > 1.05 * report["base"]["general_ppl"]
     assert report["mixcpt"]["general_ppl"] < report["cpt"]["general_ppl"]
+
+
+def test_alignment_keeps_general_text_and_chooses_what_it_was_told(demo, report):
+    assert report["aligned"]["general_ppl"] < 1.25 * report["mixcpt"]["general_ppl"]
+    assert report["aligned"]["format_following"] >= report["mixcpt"]["format_following"]
+    aligned = demo[0] / "aligned"
+    picks = {name: (aligned / f"selected/{name}").glob("records/*.jsonl") for name in ("sft", "dpo")}
+    counts = {name: sum(len(path.read_text().splitlines()) for path in paths) for name, paths in picks.items()}
+    assert counts == {"sft": TINY.select_instructions, "dpo": TINY.select_pairs}
+    rows = [json.loads(line) for line in (aligned / "dpo/metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[0] == pytest.approx(math.log(2.0), abs=1e-6) and losses[-1] < losses[0]
 
 
 def test_report_md_and_console_say_what_report_json_says(demo, report):

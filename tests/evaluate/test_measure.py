@@ -2,8 +2,9 @@
 
 import pytest
 
+from megatron_mixcpt.evaluate.format import format_share
 from megatron_mixcpt.evaluate.generate import generate_greedy
-from megatron_mixcpt.evaluate.measure import MAX_NEW_TOKENS, MIN_NEW_TOKENS, Probe, measure
+from megatron_mixcpt.evaluate.measure import MAX_NEW_TOKENS, MIN_NEW_TOKENS, NUM_FORMAT_QUESTIONS, Probe, measure
 from megatron_mixcpt.evaluate.perplexity import perplexity
 from megatron_mixcpt.evaluate.recall import contains_answer
 
@@ -29,4 +30,6 @@ def test_measure_agrees_with_its_parts(hf_dir, model_and_tokenizer):
     assert [row["answer"] for row in result["answers"]] == answers
     assert [row["question"] for row in result["answers"]] == questions
     assert result["fact_recall"] == sum(map(contains_answer, answers, probe.expected)) / 2
+    every = prompts[:: -(-len(prompts) // NUM_FORMAT_QUESTIONS)]
+    assert result["format_following"] == format_share(model, tokenizer, every, max_new_tokens=MAX_NEW_TOKENS)
     assert shares == sorted(shares) and shares[-1] == 1.0

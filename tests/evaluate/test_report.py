@@ -15,6 +15,7 @@ def arm(general, recall, completion=0.5, total=10):
         "general_ppl": general,
         "fact_recall": recall,
         "fact_completion": completion,
+        "format_following": 0.25,
         "domain_tokens": 1000,
         "general_tokens": 7000,
         "num_questions": total,
@@ -26,7 +27,8 @@ def arm(general, recall, completion=0.5, total=10):
 
 
 def arms(cpt, mixcpt):
-    return {"base": arm(20.0, 0.0, 0.0), "cpt": cpt, "mixcpt": mixcpt}
+    aligned = {**mixcpt, "format_following": 0.75, "general_ppl": 1.02 * mixcpt["general_ppl"]}
+    return {"base": arm(20.0, 0.0, 0.0), "cpt": cpt, "mixcpt": mixcpt, "aligned": aligned}
 
 
 @pytest.mark.parametrize("name", ["mixcpt", "cpt"])
@@ -50,6 +52,11 @@ def test_a_draw_is_not_a_win():
     assert "did **not** lose less" in text and "as many as cpt" in text
 
 
+def test_what_alignment_changed_is_told():
+    text = verdict(arms(arm(40.0, 0.1), arm(21.0, 0.6)))
+    assert "answers of the asked format 25% -> 75%, questions answered 60% -> 60%, general perplexity +2.0%" in text
+
+
 def test_samples_are_chosen_by_position_never_by_answers():
     for total in range(1, 60):
         bad, good = arm(20, 0.0, total=total), arm(20, 1.0, total=total)
@@ -58,11 +65,11 @@ def test_samples_are_chosen_by_position_never_by_answers():
         assert len(set(chosen)) == min(3, total) and all(0 <= i < total for i in chosen)
 
 
-def test_report_json_holds_exactly_the_three_arms_with_their_metrics(tmp_path):
+def test_report_json_holds_exactly_the_four_arms_with_their_metrics(tmp_path):
     measured = arms(arm(40.0, 0.2), arm(21.0, 0.8))
     write_report(tmp_path, measured, title="T", settings=[("lr", "1")], seconds=[("base", 12.4)], plot="p.png")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report) == ["base", "cpt", "mixcpt"]
+    assert list(report) == ["base", "cpt", "mixcpt", "aligned"]
     for name in report:
         assert {"domain_ppl", "general_ppl", "fact_recall"} <= set(report[name])
         assert report[name] == measured[name]
