@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -60,8 +61,14 @@ class SelectConfig(Section):
 
     def as_training(self) -> Config:
         """A training configuration of the same model, data and layout, which the model is built from."""
+        from megatron_mixcpt.checkpoint import newest_checkpoint, read_info
+        from megatron_mixcpt.model.origin import adapter_in
+
+        start = self.model.checkpoint
+        adapter = adapter_in(read_info(newest_checkpoint(Path(start)))) if start else None
         values = {
             "model": self.model.model_dump(),
+            "adapter": adapter and adapter.model_dump(),
             "data": {"mix": self.data.mix},
             "parallel": self.parallel.model_dump(),
             "train": {"steps": 1, "dtype": self.select.dtype, "seed": self.select.seed},

@@ -32,11 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.evaluate.comparison import write_comparison
     from megatron_mixcpt.evaluate.loading import quiet_libraries
     from megatron_mixcpt.evaluate.target import is_hf_directory
+    from megatron_mixcpt.hf_alora import is_alora
 
     model, base, mix_path = Path(args.model), args.base and Path(args.base), args.mix and Path(args.mix)
     for name in ("micro_batch_size", "max_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more")
+    if is_alora(model):
+        raise ConfigError(f"{model} is an adapter alone: evaluate the run that it was exported from")
     if not is_hf_directory(model):
         from megatron_mixcpt.model.origin import find_origin
 

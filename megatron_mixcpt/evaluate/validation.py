@@ -32,11 +32,12 @@ def validation_perplexity(
     import torch
 
     from megatron_mixcpt.checkpoint import load_model_weights, newest_checkpoint, read_info
-    from megatron_mixcpt.config import AdapterConfig, LossConfig
+    from megatron_mixcpt.config import LossConfig
     from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.losses.mixcpt import MixCPTLoss
     from megatron_mixcpt.model.hf_weights import DTYPES
+    from megatron_mixcpt.model.origin import adapter_in
     from megatron_mixcpt.parallel import parallel_context
     from megatron_mixcpt.train.mixcpt import MixCPTObjective
     from megatron_mixcpt.train.step import ForwardBackward
@@ -49,7 +50,7 @@ def validation_perplexity(
     else:
         info = read_info(newest_checkpoint(path))
         arch = Architecture.from_dict(info["architecture"])
-        adapter = AdapterConfig(**info["adapter"]) if info.get("adapter") else None
+        adapter = adapter_in(info)
     if mix.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "

@@ -44,9 +44,10 @@ def load_adapted(stage: MixGPTModel, checkpoint: Path, info: dict[str, Any]) -> 
     from megatron_mixcpt.model.adapter_state import load_adapters
     from megatron_mixcpt.model.hf import load_hf
     from megatron_mixcpt.model.init import initialize
-    from megatron_mixcpt.model.origin import goes_on, run_config
+    from megatron_mixcpt.model.origin import adapter_in, check_start, goes_on, run_config
 
-    trained = AdapterConfig(**info["adapter"])
+    trained = adapter_in(info)
+    assert trained is not None
     same = goes_on(trained, stage.adapter)
     if not same and trained.method == "alora":
         raise ConfigError(f"{checkpoint}: {not_mergeable(trained)}")
@@ -56,6 +57,7 @@ def load_adapted(stage: MixGPTModel, checkpoint: Path, info: dict[str, Any]) -> 
         )
     config = run_config(checkpoint)
     model = config["model"]
+    check_start(checkpoint, info, model)
     if model.get("hf"):
         load_hf(stage, model["hf"])
     elif model.get("checkpoint"):

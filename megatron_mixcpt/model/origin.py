@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
+from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.model.hf_weights import weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Origin:
     @property
     def adapter(self) -> AdapterConfig | None:
         """What the checkpoint holds in place of the weights; they are those of `base`."""
-        return AdapterConfig(**self.info["adapter"]) if self.info.get("adapter") else None
+        return adapter_in(self.info)
 
 
 def find_origin(path: Path, *, verify: bool = True) -> Origin:
@@ -82,6 +85,33 @@ def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) 
         if goes_on(origin.adapter, adapter):
             return hf_base(origin.config, arch, adapter)
     return None
+
+
+def adapter_in(info: dict[str, Any]) -> AdapterConfig | None:
+    """The adapter that a checkpoint holds in place of weights. `info`: its checkpoint.json."""
+    # Where it once started is no part of what it is.
+    return AdapterConfig(**{**info["adapter"], "init": None}) if info.get("adapter") else None
+
+
+def check_start(checkpoint: Path, info: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise VerificationError unless the weights that an adapter was trained beside are still where it found them.
+
+    Args:
+        checkpoint: that holds the adapter; `info` is its checkpoint.json.
+        model: section of the run's configuration.
+    """
+    if model.get("hf"):
+        now, where = weights_fingerprint(model["hf"]), model["hf"]
+    elif model.get("checkpoint"):
+        where = model["checkpoint"]
+        now = xxhash.xxh3_128_hexdigest((newest_checkpoint(Path(where)) / MANIFEST).read_bytes())
+    else:
+        return
+    if now != info.get("start", now):
+        raise VerificationError(
+            f"{checkpoint}: its adapter was trained beside other weights than {where} holds now: put those back (of a "
+            "run that went on, keep the checkpoint it was: checkpoint.keep_every)"
+        )
 
 
 def goes_on(start: AdapterConfig | None, adapter: AdapterConfig | None) -> bool:

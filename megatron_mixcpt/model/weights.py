@@ -16,7 +16,7 @@ from megatron_mixcpt.model.adapter_state import read_adapters
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor
 from megatron_mixcpt.model.init import initial_tensor
-from megatron_mixcpt.model.origin import Origin, find_origin, goes_on
+from megatron_mixcpt.model.origin import Origin, check_start, find_origin, goes_on
 from megatron_mixcpt.model.stream import CheckpointSource
 
 
@@ -44,6 +44,7 @@ def open_weights(origin: Origin) -> WholeTensors:
 def open_base(origin: Origin) -> WholeTensors:
     """The weights that the adapter of a run was trained beside."""
     model, dtype = origin.config["model"], DTYPES[origin.config["train"]["dtype"]]
+    check_start(origin.checkpoint, origin.info, model)
     if model.get("hf"):
         return HFWeights(Path(model["hf"]), origin.arch, dtype)
     if model.get("checkpoint"):

@@ -212,6 +212,10 @@ class Progress:
         ]
         if config.adapter is not None:
             lines.insert(1, f"adapter {describe_adapter(arch, config.adapter)}")
+            if config.uses_teacher and config.teacher.source == "initial":
+                lines.append(
+                    "note    teacher.source=adapter_off is this model without its adapters, at no extra memory"
+                )
         if step:
             lines.append(f"resume  at step {step} of {config.train.steps}")
         for line in lines:

@@ -11,6 +11,7 @@ from megatron_mixcpt.checkpoint.store import list_checkpoints
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.model.origin import adapter_in
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.setup import Parts
 
@@ -65,7 +66,7 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
         raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
     if info["architecture"] != parts.arch.to_dict():
         raise ConfigError(f"{checkpoint} holds another model than `model` describes: set it back, or another run_dir")
-    trained = AdapterConfig(**info["adapter"]) if info.get("adapter") else None
+    trained = adapter_in(info)
     if (trained and trained.shape) != (config.adapter and config.adapter.shape):
         raise ConfigError(f"{checkpoint} was trained with {_named(trained)}, not {_named(config.adapter)}: set it back")
     if info["tokenizer_hash"] != parts.mix.tokenizer_hash:

@@ -23,9 +23,12 @@ def run(folder, name, command, **sections):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-def test_sft_and_dpo_go_on_with_the_adapters_of_stage_one(tmp_path, stage1, model_dir):
+def test_select_sft_and_dpo_go_on_with_the_adapters_of_stage_one(tmp_path, stage1, model_dir):
     data = {"mix": str(stage1 / "mix.json")}
     run(tmp_path, "mixcpt", "train", model={"hf": str(model_dir)}, data=data, teacher={"source": "adapter_off"})
+    select = {"model": {"checkpoint": str(tmp_path / "mixcpt")}, "data": data, "out": str(tmp_path / "selected")}
+    (tmp_path / "select.yaml").write_text(yaml.safe_dump(select | {"select": {"n": 6, "pairs": 4, "dtype": "fp32"}}))
+    assert main(["select", str(tmp_path / "select.yaml")]) == 0  # ALoRA stays as it is: it is not merged to be scored
     plain = {"target": "none"}
     sft = {"method": "sft"}
     run(tmp_path, "sft", "align", model={"checkpoint": str(tmp_path / "mixcpt")}, data=data, loss=plain, align=sft)

@@ -198,7 +198,7 @@ def runs(tmp_path_factory):
     mix = write_mix(folder / "data", vocab_size=size)
     shutil.copytree(folder / "base", folder / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "*config.json"))
     shutil.copy(folder / "base/tokenizer_config.json", folder / "data/tokenizer")
-    for name, start in (("lora", None), ("alora", None), ("more", "lora"), ("full", "lora")):
+    for name, start in (("lora", None), ("alora", None), ("more", "lora"), ("full", "lora"), ("imported", None)):
         method = "alora" if name == "alora" else "lora"
         config = {
             "model": {"checkpoint": str(folder / start)} if start else {"hf": str(folder / "base")},
@@ -208,6 +208,9 @@ def runs(tmp_path_factory):
             "adapter": {"method": method, "rank": 4, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
             "run_dir": str(folder / name),
         }
+        if name == "imported":
+            assert main(["export", str(folder / "lora"), "--adapter", "--out", str(folder / "exported")]) == 0
+            config["adapter"]["init"] = str(folder / "exported")
         if name == "full":
             del config["adapter"], config["teacher"]
             config["train"]["lr"] = 1e-9
@@ -274,7 +277,33 @@ def test_alora_is_exported_for_transformers(runs, tmp_path):
     assert (tmp_path / "out/hf_alora.py").is_file()
 
 
-@pytest.mark.parametrize("name", ["lora", "alora"])
+def validations(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith("val/")} for row in rows if "val/facts/ppl" in row]
+
+
+def test_a_run_that_imports_an_adapter_starts_where_that_one_ended(runs):
+    assert validations(runs / "imported")[0] == pytest.approx(validations(runs / "lora")[-1])
+    assert validations(runs / "more")[0] == pytest.approx(validations(runs / "lora")[-1])
+    assert validations(runs / "imported")[-1] != validations(runs / "lora")[-1]
+
+
+def test_weights_that_changed_under_an_adapter_are_noticed(runs, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(runs / "lora", moved)
+    make("qwen2", tmp_path / "other", vocab_size=transformers.AutoConfig.from_pretrained(runs / "base").vocab_size)
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["model"]["hf"] = str(tmp_path / "other")
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    for command in (
+        ["export", str(moved), "--out", str(tmp_path / "out")],
+        ["eval", str(moved), "--out", str(tmp_path)],
+    ):
+        assert main(command) == 3
+        assert "trained beside other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lora", "alora", "imported"])
 def test_generate_and_eval_take_such_a_run(runs, tmp_path, capsys, name):
     capsys.readouterr()
     assert main(["generate", str(runs / name), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
@@ -285,9 +314,8 @@ def test_generate_and_eval_take_such_a_run(runs, tmp_path, capsys, name):
     assert text.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
     assert main(["eval", str(runs / name), "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval/eval.json").read_text())
-    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-    validations = [row for row in rows if any(key.startswith("val/") for key in row)]
-    for side, row in (("base", validations[0]), ("model", validations[-1])):
+    for side, index in (("base", 0), ("model", -1)):
+        row = validations(runs / ("lora" if side == "base" else name))[index]
         for source in found[side]["sources"]:
             assert source["value"] == pytest.approx(row[f"val/{source['name']}/ppl"], rel=1e-6)
 
