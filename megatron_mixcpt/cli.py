@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": ("megatron_mixcpt.model.convert_cli", "import a Hugging Face model as a checkpoint"),
     "export": ("megatron_mixcpt.model.export_cli", "write a run or checkpoint as a Hugging Face directory"),
     "eval": ("megatron_mixcpt.evaluate.eval_cli", "measure what was learned and what was forgotten"),
+    "average": ("megatron_mixcpt.evaluate.average_cli", "average a tuned model with its base, and measure"),
     "generate": ("megatron_mixcpt.evaluate.generate_cli", "continue prompts, for a quick look"),
 }
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.evaluate.validation import SourcePerplexity
 
-Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore]
+Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
 
 
 def change(measured: Mapping[str, Measured]) -> dict[str, float]:
@@ -59,6 +60,9 @@ def _markdown(measured: Mapping[str, Measured], model: str, base: str | None) ->
     if measured["model"]["sources"]:
         lines += ["## Perplexity of held-out text (lower is better)", ""]
         lines += _table("source | kind", measured, "sources", _source_row)
+    if measured["model"].get("gci"):
+        lines += ["## A domain fact and a general skill in one answer (GCI), share right with 95 % interval", ""]
+        lines += gci_table({name: measured[name]["gci"] for name in ("base", "model") if name in measured})
     if measured["model"]["tasks"]:
         lines += ["## Tasks", "", *_table("task | metric", measured, "tasks", _task_row)]
     return "\n".join(lines)
@@ -88,6 +92,16 @@ def _table(key: str, measured: Mapping[str, Measured], part: str, row: Any) -> l
         )
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return [header, rule, *rows, ""]
+
+
+def gci_table(columns: Mapping[str, list[GciScore]]) -> list[str]:
+    """One column a model, one row a skill and score."""
+    first = next(iter(columns.values()))
+    lines = [f"| skill | score | questions | {' | '.join(columns)} |", "| --- | --- | ---: |" + " --- |" * len(columns)]
+    for row, entry in enumerate(first):
+        cells = [f"{s[row].value:.0%} [{s[row].low:.0%}, {s[row].high:.0%}]" for s in columns.values()]
+        lines.append(f"| {entry.skill} | {entry.score} | {entry.count} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _change(part: str, before: float, after: float) -> str:
