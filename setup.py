@@ -34,7 +34,7 @@ setup(
         "megatron_mixcpt": ["py.typed"],
         "megatron_mixcpt.demo": ["data/*"],
         "megatron_mixcpt.evaluate": ["tasks/*"],
-        "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*.yaml"],
+        "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*", "configs/*/*"],
         "megatron_mixcpt.observe": ["page/*"],
     },
     install_requires=[

@@ -9,7 +9,12 @@ import pytest
 from megatron_mixcpt.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "kernels").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "kernels").glob("*.md")),
+    ROOT / "launch" / "README.md",
+]
 
 
 def test_the_configuration_page_is_made_from_the_classes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -10,10 +11,12 @@ from pathlib import Path
 import psutil
 import yaml
 
-from megatron_mixcpt.config import Config
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.launcher import launch
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.plan import make_plan
 from megatron_mixcpt.rehearse.excerpt import write_excerpt
 from megatron_mixcpt.rehearse.scale import (
     MAX_DATA_SIZE,
@@ -27,7 +30,7 @@ from megatron_mixcpt.rehearse.scale import (
 from megatron_mixcpt.train.setup import DTYPES, check_settings
 
 SEQ_LENGTH = 256  # at most
-PROCESS_GIB = 0.5  # libraries, most of all
+LIBRARIES_GIB = 0.8  # of a process and its data worker, measured
 
 
 def rehearse(config: Config, nproc: int | None) -> int:
@@ -38,9 +41,9 @@ def rehearse(config: Config, nproc: int | None) -> int:
     replica = config.parallel.tensor * config.parallel.pipeline
     data_size = nproc // replica if nproc else _default_data_size(config)
     arch, mix = check_settings(config, nproc or replica * data_size)
-    grid = _grid(config, data_size)
     seq_length = min(mix.seq_length, SEQ_LENGTH)
-    small = small_architecture(arch, grid.tensor, grid.pipeline, seq_length)
+    small = small_architecture(arch, config.parallel.tensor, config.parallel.pipeline, seq_length)
+    grid = _grid(config, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
     for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
         print(line, flush=True)
 
@@ -67,16 +70,20 @@ def _default_data_size(config: Config) -> int:
     return MAX_DATA_SIZE if config.train.global_batch_size % (MAX_DATA_SIZE * config.train.micro_batch_size) == 0 else 1
 
 
-def _grid(config: Config, data_size: int) -> Grid:
+def _grid(config: Config, data_size: int, small: Architecture, mix: Mix) -> Grid:
     """Tensor and pipeline as they are, data as far as memory goes."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    free = psutil.virtual_memory().available / 2**30
+    free, gib = psutil.virtual_memory().available / 2**30, 0.0
     for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
-        if tensor * pipeline * data * PROCESS_GIB <= free:
-            return Grid(tensor, pipeline, data)
+        grid = Grid(tensor, pipeline, data)
+        run = validate(Config, small_run(config, data_size, grid, Path("model"), mix.path, Path("run")), "rehearsal")
+        stages = make_plan(run, small, mix, grid.world_size).stages
+        gib = LIBRARIES_GIB + max(stage.total + stage.snapshot for stage in stages) / 2**30
+        if grid.world_size * gib <= free:
+            return grid
     raise ConfigError(
         f"parallel.tensor={tensor} x parallel.pipeline={pipeline} takes {tensor * pipeline} processes of about "
-        f"{PROCESS_GIB} GiB, but {free:.1f} GiB are free: rehearse on a larger machine, for example a compute node"
+        f"{gib:.1f} GiB, but {free:.1f} GiB are free: rehearse on a larger machine, for example a compute node"
     )
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
+from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import SAVE_MARGIN, Resources
 from megatron_mixcpt.slurm.submit import Job, job_name
 
+DISTRIBUTED = ("train", "align", "select", "cache-teacher")
+"""Commands that share their work among ranks; all others get one process."""
 PREPROCESS_GRACE = "B:TERM@60"
 
 
@@ -24,16 +27,16 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
         stage: short name of what it does.
         folder: where script and logs go when the command has no run directory; with one they go there.
 
-    Raises ConfigError for a configuration of `train` that is wrong.
+    Raises ConfigError for a configuration of `train` or `align` that is wrong.
     """
-    if words[0] == "train":
+    if words[0] in ("train", "align"):
         config_path, overrides, flags = _split(words)
-        config = load_config(Config, config_path, overrides)
+        config = load_config(AlignConfig if words[0] == "align" else Config, config_path, overrides)
         run_dir = Path(config.run_dir).resolve()
         # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
         frozen = run_dir / "launch" / "config.yaml"
         text = yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
-        return [_job(stage, ["train", str(frozen), *flags], ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
+        return [_job(stage, [words[0], str(frozen), *flags], ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
     run_folder = _run_dir(words)
     if run_folder:
         return [_job(stage, words, ask, run_folder / "launch", run_folder / "logs", {})]
@@ -64,6 +67,8 @@ def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder:
 
 def _job(stage: str, words: list[str], ask: Resources, folder: Path, logs: Path, files: dict[Path, str]) -> Job:
     name = job_name(stage, folder.parent)
+    if words[0] not in DISTRIBUTED:
+        ask = ask.model_copy(update={"nodes": 1, "tasks_per_node": 1})
     options = _common_options(name, ask) | {
         "nodes": str(ask.nodes),
         "ntasks-per-node": str(ask.ranks_per_node),
@@ -96,11 +101,11 @@ def _common_options(name: str, ask: Resources) -> dict[str, str | None]:
 
 
 def _split(words: list[str]) -> tuple[str, list[str], list[str]]:
-    """Configuration, overrides and flags of a `train` command line."""
+    """Configuration, overrides and flags of a `train` or `align` command line."""
     flags = [word for word in words[1:] if word.startswith("-")]
     plain = [word for word in words[1:] if not word.startswith("-")]
     if not plain or set(flags) - {"--trust"}:
-        raise ConfigError(f"mixcpt {' '.join(words)}: a job takes `train CONFIG [--trust] [key=value ...]`")
+        raise ConfigError(f"mixcpt {' '.join(words)}: a job takes `{words[0]} CONFIG [--trust] [key=value ...]`")
     return plain[0], plain[1:], flags
 
 

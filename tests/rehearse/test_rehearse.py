@@ -94,22 +94,28 @@ def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
         assert open_indexed(f"{after.train.prefix}.flags")[0][0] & DOC_START
 
 
+def grid_of_32(mix, nproc):
+    """What _grid is asked for 70B over tensor 8 x pipeline 4, but for a small vocabulary."""
+    train = {"global_batch_size": 64}
+    values = settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}, train={"steps": 9, **train})
+    small = small_architecture(Architecture(80, 8192, 28672, 64, 8, 128, 1024), 8, 4, 48)
+    return validate(Config, values, "test"), nproc // 32, small, read_mix(mix)
+
+
 @pytest.mark.parametrize(
     ("nproc", "free_gib", "expected"),
-    [(64, 100, Grid(8, 4, 2)), (64, 20, Grid(8, 4, 1)), (32, 100, Grid(8, 4, 1)), (256, 100, Grid(8, 4, 2))],
+    [(64, 100, Grid(8, 4, 2)), (64, 30, Grid(8, 4, 1)), (32, 100, Grid(8, 4, 1)), (256, 100, Grid(8, 4, 2))],
 )
 def test_data_parallel_ranks_are_as_many_as_have_room(monkeypatch, mix, nproc, free_gib, expected):
-    config = validate(Config, settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}), "test")
     memory = type("Memory", (), {"available": free_gib * 2**30})
     monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: memory)
-    assert _grid(config, nproc // 32) == expected
+    assert _grid(*grid_of_32(mix, nproc)) == expected
 
 
 def test_a_machine_without_room_for_one_replica_is_refused(monkeypatch, mix):
-    config = validate(Config, settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}), "test")
     monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**33}))
-    with pytest.raises(ConfigError, match=r"takes 32 processes of about 0.5 GiB, but 8.0 GiB are free"):
-        _grid(config, 1)
+    with pytest.raises(ConfigError, match=r"takes 32 processes of about 0.8 GiB, but 8.0 GiB are free"):
+        _grid(*grid_of_32(mix, 32))
 
 
 def test_settings_that_name_no_size_are_kept(tmp_path, mix):

@@ -180,14 +180,23 @@ def test_a_wrong_stage_is_named(capsys, config, tmp_path, change, message):
 
 
 def test_options_of_the_command_line_are_laid_over_a_chain_s_defaults_and_stages_over_both(capsys, config, tmp_path):
-    stages = [{"name": "a", "command": f"train {config}", "nodes": 3}, {"name": "b", "command": f"export {tmp_path}"}]
+    stages = [{"name": "a", "command": f"train {config}", "nodes": 3}, {"name": "b", "command": f"train {config}"}]
     chain = tmp_path / "chain.yaml"
     chain.write_text(yaml.safe_dump({"out": "out", "defaults": {"nodes": 2, "account": "x"}, "stages": stages}))
     scripts = dry_run(capsys, chain, "--nodes=5", "--partition=gpu").split("#!/bin/bash\n")[1:]
     assert [options_of(script)["nodes"] for script in scripts] == ["3", "5"]
+    assert [options_of(script)["ntasks-per-node"] for script in scripts] == ["8", "8"]
     assert {(options_of(script)["account"], options_of(script)["partition"]) for script in scripts} == {("x", "gpu")}
     assert main(["launch", str(chain), "train.lr=1", "--dry-run"]) == 2
     assert "write train.lr=1 into the command of its stage" in capsys.readouterr().err
+
+
+def test_a_command_that_works_in_one_process_gets_one(capsys, tmp_path):
+    """And not eight exports into one folder."""
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "stages": [{"name": "a", "command": "export run --out hf"}]}))
+    options = options_of(dry_run(capsys, chain, "--nodes=4", "--gpus-per-node=2"))
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("1", "1", "2")
 
 
 def test_a_wheel_carries_the_templates(tmp_path):
