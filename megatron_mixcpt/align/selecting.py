@@ -31,6 +31,7 @@ from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import MixcptError
 
 TELL_SECONDS = 5.0
+PREPARE_MINUTES = 60.0  # the other ranks wait while rank 0 reads the records
 KINDS = {"instruction": "sft", "preference": "dpo"}
 
 
@@ -44,7 +45,8 @@ def select(config: SelectConfig) -> None:
     from megatron_mixcpt.train.signals import StopRequest
 
     with StopRequest() as stop, explained(stop):
-        with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.select.seed) as state:
+        grid, seed = config.parallel, config.select.seed
+        with parallel_context(grid.tensor, grid.pipeline, seed, timeout_minutes=PREPARE_MINUTES) as state:
             candidates = _prepared(config, state.rank)
             scores = _score(config, candidates, state)
             if state.rank == 0:

@@ -6,6 +6,7 @@ from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.slurm.chain import chain_jobs
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"
 
@@ -21,3 +22,13 @@ def test_the_chain_of_two_stages_fits_together():
     assert [sft.data.mix, dpo.data.mix] == [f"{select.out}/{name}/mix.json" for name in ("sft", "dpo")]
     assert [sft.align.method, dpo.align.method] == ["sft", "dpo"] and not sft.uses_teacher
     assert f"mixcpt export {dpo.run_dir}" in (FOLDER / "run.sh").read_text()
+
+
+def test_the_chain_for_a_cluster_runs_the_same_commands(monkeypatch):
+    monkeypatch.chdir(FOLDER.parents[2])
+    assert chain_jobs("launch/configs/two-stages/chain.yaml", {})
+    chain = (FOLDER / "chain.yaml").read_text()
+    for line in (FOLDER / "run.sh").read_text().splitlines():
+        if line.startswith("mixcpt "):
+            command = line.removeprefix("mixcpt ").replace('"$configs/', '"launch/configs/two-stages/').replace('"', "")
+            assert command.split(" --nproc")[0] in chain
