@@ -9,7 +9,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.observe.console import TrainConsole
 from megatron_mixcpt.observe.metrics import MetricsFile
 from megatron_mixcpt.observe.report_page import REPORT, write_report
-from megatron_mixcpt.observe.wandb_process import WandbProcess, choose_mode, run_id_of
+from megatron_mixcpt.observe.wandb_process import Ending, WandbProcess, choose_mode, run_id_of
 
 
 class Record:
@@ -48,8 +48,8 @@ class Record:
         self.write(step, metrics)
         self.console.step(step, metrics)
 
-    def close(self, *, finished: bool) -> None:
-        """`finished`: neither stopped nor failed."""
+    def close(self, ending: Ending) -> None:
+        """Write the report and let wandb finish."""
         self.console.close()
         self._file.close()
         try:
@@ -57,4 +57,4 @@ class Record:
         except Exception as error:  # a page about the run must not fail the run
             self.console.message(f"warning: no report: {type(error).__name__}: {error}")
         if self._wandb is not None:
-            self.console.message(self._wandb.close(finished=finished))
+            self.console.message(self._wandb.close(ending))

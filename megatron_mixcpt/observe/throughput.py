@@ -73,9 +73,9 @@ def _attention(arch: Architecture, seq_length: int) -> float:
     return 4.0 * arch.num_layers * arch.num_attention_heads * arch.head_dim * seq_length
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of one device, or None where it is not known (then there is no MFU, not an MFU of 0)."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak of one device in `train.dtype`, or None where it is not known (then there is no MFU, not an MFU of 0)."""
+    if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)

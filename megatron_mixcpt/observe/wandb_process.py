@@ -17,14 +17,15 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from megatron_mixcpt.config import WandbConfig
 from megatron_mixcpt.observe.wandb_writer import LOG, SAYS
 
 FOLDER, RUN_ID = "wandb", "run_id"
-SERVER = "https://api.wandb.ai"
+SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # of wandb before and after it moved
+Ending = Literal["finished", "stopped", "failed"]
 
 
 def choose_mode(config: WandbConfig, environment: Mapping[str, str] = os.environ) -> str:
@@ -40,10 +41,11 @@ def choose_mode(config: WandbConfig, environment: Mapping[str, str] = os.environ
 def _logged_in(environment: Mapping[str, str]) -> bool:
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(environment.get("WANDB_BASE_URL") or SERVER).hostname or ""
+    own = environment.get("WANDB_BASE_URL")
+    hosts = [urlparse(server).hostname or "" for server in ([own] if own else SERVERS)]
     for path in (environment.get("NETRC"), "~/.netrc", "~/_netrc"):
-        with contextlib.suppress(OSError, netrc.NetrcParseError, RuntimeError):
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if path and not netrc.netrc(os.path.expanduser(path)).hosts.keys().isdisjoint(hosts):
                 return True
     return False
 
@@ -110,18 +112,18 @@ class WandbProcess:
         except OSError as error:
             self._error = str(error)
 
-    def close(self, *, finished: bool) -> str:
+    def close(self, ending: Ending) -> str:
         """Let the writer finish, `wandb.timeout_seconds` at most; returns what the user should know.
 
         Args:
-            finished: the run came to its end, not to a stop.
+            ending: how the run came to its end; wandb shows `failed` as such.
         """
         process = self._process
         if process is None:
             return f"warning: wandb was not started, nothing else is affected: {self._error}"
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended already
-            process.stdin.write(b"finished\n" if finished else b"stopped\n")
+            process.stdin.write(f"{ending}\n".encode())
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
@@ -132,7 +134,7 @@ class WandbProcess:
             process.wait()
             return (
                 f"warning: wandb did not finish within {self._timeout:g} s (wandb.timeout_seconds) and was ended; "
-                f"metrics.jsonl is whole, {self._run_dir / FOLDER} holds what was written: `wandb sync` uploads it"
+                f"metrics.jsonl is whole, and what wandb had written is in {self._run_dir / FOLDER}"
             )
         said = self._said()
         if code != 0:

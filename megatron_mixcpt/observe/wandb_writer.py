@@ -17,6 +17,7 @@ from typing import Any
 LOG = "mixcpt.log"  # in run_dir/wandb, with what wandb prints
 SAYS = "mixcpt: "  # begins the lines that are for the user
 POLL_SECONDS = 1.0
+INIT_SECONDS = 20.0  # that the server may take to answer
 
 
 class Rows:
@@ -88,17 +89,9 @@ def main(settings: dict[str, Any]) -> int:
 
 
 def write(settings: dict[str, Any], lifeline: Lifeline) -> str:
-    """Log rows until the run is over."""
-    import wandb
-
-    run_dir, init = Path(settings["run_dir"]), settings["init"]
-    run = wandb.init(
-        **init,
-        dir=str(run_dir),
-        config=settings["config"],
-        resume="allow",
-        settings=wandb.Settings(console="off"),
-    )
+    """Log rows until the run is over; returns what the user should know."""
+    run_dir = Path(settings["run_dir"])
+    mode, run = begin(settings["init"] | {"dir": str(run_dir), "config": settings["config"], "resume": "allow"})
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     artifact(run, "config", [run_dir / "config.yaml"])
@@ -113,10 +106,23 @@ def write(settings: dict[str, Any], lifeline: Lifeline) -> str:
                 artifact(run, "checkpoint-manifest", [manifest], aliases=[f"step_{step}"])
     artifact(run, "report", [run_dir / "report.html"])
     folder = run.dir
-    run.finish(exit_code=0 if lifeline.word else 1)
-    if init["mode"] == "offline":
+    run.finish(exit_code=0 if lifeline.word in ("finished", "stopped") else 1)
+    if mode == "offline":
         return f"written offline; upload with: wandb sync {Path(folder).parent}"
     return f"{run.url or folder}"
+
+
+def begin(init: dict[str, Any]) -> tuple[str, Any]:
+    """Its mode and the run: offline where the server does not answer, as on cluster nodes without a network."""
+    import wandb
+
+    quiet = wandb.Settings(console="off", init_timeout=INIT_SECONDS)
+    if init["mode"] == "online":
+        try:
+            return "online", wandb.init(**init, settings=quiet)
+        except Exception:
+            traceback.print_exc()
+    return "offline", wandb.init(**init | {"mode": "offline"}, settings=quiet)
 
 
 def artifact(run: Any, kind: str, files: list[Path], aliases: list[str] | None = None) -> None:

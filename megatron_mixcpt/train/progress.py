@@ -11,6 +11,7 @@ import xxhash
 from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.model.adapter_layout import describe_adapter
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
@@ -53,7 +54,7 @@ class Progress:
         self.stream: str = saved["sample_stream"]
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
         self._tokens_column = parts.task.objective.statistics.index("tokens")
-        self._peak = peak_flops(state.device)
+        self._peak = peak_flops(state.device, config.train.dtype)
         self._before: dict[str, float] = saved.get("validation_before", {})
         self._timer = StepTimer(state.device)
         self._profiler = StepProfiler(
@@ -75,7 +76,8 @@ class Progress:
         self._timer.remove()
         self._tell(self._profiler.close())
         if self._record is not None:
-            self._record.close(finished=kind is None)
+            stopped = isinstance(error, StoppedError)
+            self._record.close("finished" if error is None else "stopped" if stopped else "failed")
 
     def start_clock(self) -> None:
         """From now on every moment counts to a row; what was before is no step's."""

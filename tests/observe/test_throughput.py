@@ -84,5 +84,11 @@ def test_a_llama_takes_six_flops_a_weight_and_token():
     assert flops_per_token(arch, 1, with_teacher=False) == pytest.approx(6.0 * weights, rel=2e-3)
 
 
-def test_an_unknown_device_has_no_peak_and_so_no_mfu():
-    assert peak_flops(torch.device("cpu")) is None
+def test_an_unknown_device_has_no_peak_and_so_no_mfu(monkeypatch):
+    name = "NVIDIA H100 PCIe"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda", 0)
+    assert peak_flops(cuda, "bf16") == 756e12
+    assert peak_flops(cuda, "fp32") is None and peak_flops(torch.device("cpu"), "bf16") is None
+    name = "GeForce 256"
+    assert peak_flops(cuda, "bf16") is None

@@ -92,11 +92,11 @@ def fake(monkeypatch, tmp_path):
     return choose
 
 
-def start(run_dir, timeout=60.0):
+def start(run_dir, timeout=60.0, mode="offline"):
     run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").touch()
     values = {"train": {"lr": 1}}
-    return WandbProcess(WandbConfig(), run_dir, mode="offline", run_id="abc", values=values, timeout=timeout)
+    return WandbProcess(WandbConfig(), run_dir, mode=mode, run_id="abc", values=values, timeout=timeout)
 
 
 def append(run_dir, *new):
@@ -156,7 +156,7 @@ def test_rows_settings_and_files_are_handed_over(tmp_path, fake):
     process = start(run_dir)
     append(run_dir, {"step": 1, "train/loss": 2.5, "optim/grad_norm": None}, {"step": 2, "ckpt/seconds": 1.0})
     (run_dir / "report.html").write_text("<p>")
-    assert process.close(finished=True) == "wandb: written offline; upload with: wandb sync there"
+    assert process.close("finished") == "wandb: written offline; upload with: wandb sync there"
     by_name = {}
     for name, args, keywords in calls():
         by_name.setdefault(name, []).append((args, keywords))
@@ -167,6 +167,14 @@ def test_rows_settings_and_files_are_handed_over(tmp_path, fake):
     assert by_name["log"] == [([{"train/loss": 2.5}], {"step": 1}), ([{"ckpt/seconds": 1.0}], {"step": 2})]
     assert [Path(args[1]).name for args, _ in by_name["file"]] == ["config.yaml", "manifest.json", "report.html"]
     assert by_name["finish"] == [([0], {})]
+
+
+def test_without_a_network_it_goes_on_offline(tmp_path, fake):
+    calls = fake("no network")
+    process = start(tmp_path / "run", mode="online")
+    append(tmp_path / "run", {"step": 1, "train/loss": 1.0})
+    assert "written offline" in process.close("finished")
+    assert ["log", [{"train/loss": 1.0}], {"step": 1}] in calls()
 
 
 def test_a_run_that_dies_is_told_to_wandb_as_failed(tmp_path, fake):
@@ -188,7 +196,7 @@ def test_signals_to_the_whole_job_do_not_end_the_writer(tmp_path, fake):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         os.kill(process._process.pid, number)
     append(tmp_path / "run", {"step": 7, "train/loss": 1.0})
-    assert process.close(finished=False).startswith("wandb:")
+    assert process.close("stopped").startswith("wandb:")
     assert ["log", [{"train/loss": 1.0}], {"step": 7}] in calls()
 
 
@@ -206,13 +214,13 @@ def test_what_fails_is_named(tmp_path, fake, behaviour, said):
     process = start(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("a: 1")
     append(tmp_path / "run", {"step": 1, "train/loss": 1.0})
-    assert said in process.close(finished=True)
+    assert said in process.close("finished")
 
 
 def test_a_writer_that_hangs_is_ended_with_all_its_processes(tmp_path, fake):
     fake("hang in init")
     process = start(tmp_path / "run", timeout=0.5)
-    said = process.close(finished=True)
+    said = process.close("finished")
     assert "did not finish within 0.5 s (wandb.timeout_seconds)" in said
     with pytest.raises(ProcessLookupError):
         os.killpg(process._process.pid, 0)
@@ -239,4 +247,4 @@ def test_the_id_is_the_directorys_then_the_checkpoints_then_new(tmp_path):
 
 
 def test_the_real_library_takes_our_settings():
-    assert wandb.Settings(console="off").console == "off"
+    assert wandb.Settings(console="off", init_timeout=20.0).console == "off"

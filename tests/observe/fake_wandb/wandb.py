@@ -51,6 +51,8 @@ class Run:
 
 def init(**values):
     note("init", **values)
+    if BEHAVIOUR == "no network" and values["mode"] == "online":
+        raise TimeoutError("no answer")
     if BEHAVIOUR == "raise in init":
         raise ValueError("bad key")
     if BEHAVIOUR == "hang in init":
