@@ -17,7 +17,7 @@ from typing import Any
 LOG = "mixcpt.log"  # in run_dir/wandb, with what wandb prints
 SAYS = "mixcpt: "  # begins the lines that are for the user
 POLL_SECONDS = 1.0
-INIT_SECONDS = 20.0  # that the server may take to answer
+INIT_SECONDS = 15.0  # that the server may take to answer
 
 
 class Rows:
@@ -122,6 +122,7 @@ def begin(init: dict[str, Any]) -> tuple[str, Any]:
             return "online", wandb.init(**init, settings=quiet)
         except Exception:
             traceback.print_exc()
+            wandb.teardown()  # its service holds the id for the run that did not start
     return "offline", wandb.init(**init | {"mode": "offline"}, settings=quiet)
 
 

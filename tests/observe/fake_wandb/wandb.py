@@ -49,6 +49,10 @@ class Run:
         note("finish", exit_code)
 
 
+def teardown():
+    note("teardown")
+
+
 def init(**values):
     note("init", **values)
     if BEHAVIOUR == "no network" and values["mode"] == "online":
