@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ RUNS = {
     "recompute": {"train": {"recompute": "full", "micro_batch_size": 4, "global_batch_size": 4}},
     "no teacher": {"loss": {"target": "none"}, "teacher": {"source": "none"}},
     "TP2": {"parallel": {"tensor": 2}},
+    "LoRA": {"adapter": {"method": "lora"}, "teacher": {"source": "adapter_off"}},
+    "ALoRA": {"adapter": {"method": "alora", "rank": 32}, "loss": {"target": "none"}, "teacher": {"source": "none"}},
     "DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
 }
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -38,7 +41,9 @@ def measure(path):
     def wrapped(config, *arguments):
         # A run of one small step first: it brings the libraries' pages in.
         train = config.train.model_copy(update={"steps": 1, "micro_batch_size": 1, "global_batch_size": 2})
-        original(config.model_copy(update={"train": train, "run_dir": f"{config.run_dir}-warm"}), *arguments)
+        warm = Path(f"{config.run_dir}-warm")
+        warm.mkdir()
+        original(config.model_copy(update={"train": train, "run_dir": str(warm)}), *arguments)
         gc.collect()
         libc.malloc_trim(0)
         before = _status("VmRSS")
