@@ -64,7 +64,9 @@ def _launch() -> tuple[int, int, int] | None:
 
 def integer_variable(name: str, default: int) -> int:
     """An environment variable that launchers set. Raises ConfigError where it is no number."""
-    value = os.environ.get(name, str(default))
+    value = os.environ.get(name)
+    if value is None:
+        return default
     if not value.isdecimal():
         raise ConfigError(f"the environment variable {name} is {value!r}, not a number: unset it, or use a launcher")
     return int(value)
