@@ -180,7 +180,8 @@ Chunks of 1024 tokens meet the output head: {max(memory) // min(memory)} times t
 more (hidden states and their gradients), where whole logits would take {logits:.0f} MiB.
 
 Measured {date.today()} on {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, megatron-mixcpt
-{megatron_mixcpt.__version__}, Python {platform.python_version()}. No GPU has run this.
+{megatron_mixcpt.__version__}, Python {platform.python_version()}. Where wall seconds exceed CPU seconds the machine was
+busy with other work. No GPU has run this.
 """
 
 
