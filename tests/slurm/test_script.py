@@ -70,6 +70,18 @@ def test_a_stop_leads_back_into_the_queue_until_the_limit(cluster, tmp_path, com
     assert "not requeued: restarted 1 times (MAX_RESTARTS=1)" in script.log()
 
 
+def test_a_stage_that_goes_back_into_the_queue_keeps_the_next_one_waiting(cluster, tmp_path):
+    script = Script(cluster, tmp_path, "wait")
+    after = ["--dependency=afterok:" + script.job, "--kill-on-invalid-dep=yes"]
+    follower = cluster.call("sbatch", "--parsable", *after, "--wrap=true", cwd=tmp_path).strip()
+    script.until_started()
+    cluster.call("scancel", "--signal=USR1", "--batch", script.job)
+    cluster.wait_for(script.job, "PENDING")
+    assert cluster.job(follower)["JobState"] == "PENDING"
+    cluster.call("scancel", script.job)
+    cluster.wait_for(follower, "CANCELLED")
+
+
 def test_a_cancelled_job_is_not_requeued(cluster, tmp_path):
     script = Script(cluster, tmp_path, "wait")
     script.until_started()
