@@ -6,24 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_mixcpt.errors import ConfigError
 
-COLUMNS = {"ppl_low": "ppl_plain", "fas": "fas"}
+def ranking(table: dict[str, np.ndarray], column: str, order: str, seed: int) -> np.ndarray:
+    """Rows from the best to the worst, int64; rows without a value are left out.
 
-
-def ranking(table: dict[str, np.ndarray], by: str, order: str, seed: int) -> np.ndarray:
-    """Rows from the best to the worst, int64; rows without a value are left out. `table` has equally long columns.
-
-    Raises ConfigError for a column that is not there or holds no numbers.
+    Args:
+        table: equally long columns.
+        column: which of them decides; empty for a random order.
     """
-    generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(table["source"]))  # decides ties, and everything for `random`
-    if by == "random":
+    shuffled = np.random.default_rng(seed).permutation(len(table["source"]))  # decides ties, too
+    if not column:
         return shuffled
-    column = COLUMNS.get(by, by)
-    numbers = [name for name, values in table.items() if values.dtype.kind in "fi"]
-    if column not in numbers:
-        raise ConfigError(f"select.by: {by!r} is none of ppl_low, fas, random, {', '.join(numbers)}")
     values = table[column].astype(np.float64)
     rows = shuffled[np.isfinite(values[shuffled])]
     sign = 1.0 if order == "low" else -1.0

@@ -9,6 +9,11 @@ from pydantic import Field, model_validator
 
 from megatron_mixcpt.config import Config, LayoutConfig, ModelConfig, NonNegative, Positive, Section, validate
 
+CHAT_COLUMNS = ("nll_chat", "ppl_chat", "fas")
+PAIR_COLUMNS = ("nll_rejected", "margin")
+COLUMNS = ("tokens", "prompt_tokens", "nll_plain", "ppl_plain", *CHAT_COLUMNS, *PAIR_COLUMNS)
+CHOICES = {"ppl_low": "ppl_plain", "random": ""}
+
 
 class SelectData(Section):
     """Where the records are."""
@@ -44,9 +49,18 @@ class SelectSettings(Section):
     def _something(self) -> SelectSettings:
         if self.n + self.pairs == 0:
             raise ValueError("select.n and select.pairs are both 0: there is nothing to choose")
-        if self.by == "fas" and self.format == "plain":
-            raise ValueError("select.by fas compares with the chat template: it needs select.format chat")
+        if self.by not in (*CHOICES, *COLUMNS):
+            raise ValueError(f"select.by: {self.by!r} is none of {', '.join((*CHOICES, *COLUMNS))}")
+        if self.column in CHAT_COLUMNS and self.format == "plain":
+            raise ValueError(f"select.by {self.by} looks at the chat template: it needs select.format chat")
+        if self.column in PAIR_COLUMNS and self.n:
+            raise ValueError(f"select.by {self.by}: only pairs have it, so set select.n=0, or choose by another column")
         return self
+
+    @property
+    def column(self) -> str:
+        """The column of scores.parquet that decides; empty for a random choice."""
+        return CHOICES.get(self.by, self.by)
 
 
 class SelectConfig(Section):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mixcpt.align.picking import COLUMNS
 from megatron_mixcpt.data_prep.charts import bar_chart
 
 SHOWN = ("ppl_plain", "ppl_chat", "fas", "tokens")
@@ -56,17 +55,17 @@ def write_report(
                 ("last chosen", rows[-EXTREMES:]),
                 ("worst", left[::-1][:EXTREMES]),
             ):
-                lines += [f"### {title}", "", *_examples(table, texts, some, settings.by), ""]
+                lines += [f"### {title}", "", *_examples(table, texts, some, settings.column or "ppl_plain"), ""]
     (out / "report.md").write_text("\n".join(lines) + "\n")
 
 
-def _examples(table: dict[str, np.ndarray], texts: list[tuple[str, str]], rows: np.ndarray, by: str) -> list[str]:
-    column = COLUMNS.get(by, by)
-    lines = [f"| place | {column if column in table else 'ppl_plain'} | prompt | response |", "|---|---:|---|---|"]
+def _examples(table: dict[str, np.ndarray], texts: list[tuple[str, str]], rows: np.ndarray, column: str) -> list[str]:
+    lines = [f"| place | {column} | prompt | response |", "|---|---:|---|---|"]
     for row in rows.tolist():
-        value = table[column if column in table else "ppl_plain"][row]
         prompt, response = (_cell(text) for text in texts[row])
-        lines.append(f"| {table['file'][row]}:{table['line'][row]} | {_number(value)} | {prompt} | {response} |")
+        lines.append(
+            f"| {table['file'][row]}:{table['line'][row]} | {_number(table[column][row])} | {prompt} | {response} |"
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -136,7 +137,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     folder, mix = read_mix(config.data.mix)
     texts = _texts(candidates, records, load_tokenizer(folder / mix["tokenizer"]["path"]))
     chosen: dict[str, np.ndarray] = {}
-    ranked = ranking(table, settings.by, settings.order, settings.seed)
+    ranked = ranking(table, settings.column, settings.order, settings.seed)
     for kind, count in (("instruction", settings.n), ("preference", settings.pairs)):
         chosen[kind] = pick(ranked[table["kind"][ranked] == kind], table["source"], texts, count)
     table["picked"] = np.isin(np.arange(len(records)), np.concatenate(list(chosen.values())))
@@ -144,6 +145,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     save_config(config, out / "config.yaml")
     mixes = {}
     for kind, name in KINDS.items():
+        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier choice
         if len(chosen[kind]):
             mixes[name] = _write_mix(config, folder, records, chosen[kind], out / name)
     write_report(out, config, table, texts, ranked, chosen, mixes)

@@ -186,6 +186,8 @@ def test_a_changed_source_file_is_refused(tmp_path, stage1):
     ("settings", "message"),
     [
         ({"by": "fas", "format": "plain"}, "needs select.format chat"),
+        ({"by": "margin"}, "only pairs have it, so set select.n=0"),
+        ({"by": "perplexity"}, "'perplexity' is none of ppl_low, random, tokens"),
         ({"n": 0, "pairs": 0}, "nothing to choose"),
         ({"nn": 3}, "did you mean select.n"),
     ],
@@ -206,10 +208,11 @@ def test_a_tokenizer_without_template_needs_the_plain_format(tmp_path, stage1):
     assert {tuple(record["sequences"]) for record in candidates.records()} == {("plain",), ("plain", "rejected")}
 
 
-def test_an_unknown_column_is_named_with_those_there_are():
-    table = {"source": np.array(["a"]), "kind": np.array(["x"]), "nll_plain": np.array([1.0])}
-    with pytest.raises(ConfigError, match=r"'perplexity' is none of ppl_low, fas, random, nll_plain"):
-        ranking(table, "perplexity", "low", 0)
+def test_rows_without_a_value_are_not_ranked():
+    table = {"source": np.array(["a"] * 5), "margin": np.array([3.0, np.nan, 1.0, np.inf, 2.0])}
+    assert ranking(table, "margin", "low", 0).tolist() == [2, 4, 0]
+    assert ranking(table, "margin", "high", 0).tolist() == [0, 4, 2]
+    assert sorted(ranking(table, "", "low", 0).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_repeated_prompts_and_responses_are_taken_once():
