@@ -149,7 +149,8 @@ class DPOTask:
         assert split is not None
         return self.datasets[split.prefix]
 
-    def collate(self, samples: list[dict]) -> Batch:
+    @staticmethod  # loader processes get a copy of it: it must not bring the model along
+    def collate(samples: list[dict]) -> Batch:
         return collate_pairs(samples)
 
     def fullest_batch(self, size: int) -> Batch:

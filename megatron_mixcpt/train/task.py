@@ -60,7 +60,8 @@ class Task(Protocol):
     def valid_datasets(self, seed: int, cache_dir: Path) -> dict[str, Dataset]:
         """Collective: held-out samples by source; index None gives a sample without anything to learn."""
 
-    def collate(self, samples: list[dict]) -> Batch:
+    @staticmethod
+    def collate(samples: list[dict]) -> Batch:
         """Samples into a micro-batch on the CPU."""
 
     def fullest_batch(self, size: int) -> Batch:

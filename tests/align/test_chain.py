@@ -30,7 +30,7 @@ def chain(tmp_path_factory, stage1, model_dir):
         train = {"steps": steps, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "dtype": "fp32"}
         return free_port(), {
             "model": model,
-            "data": {"mix": str(folder / "selected" / method / "mix.json")},
+            "data": {"mix": str(folder / "selected" / method / "mix.json"), "num_workers": 1 if name == "dpo" else 0},
             "train": train,
             "align": {"method": method},
             "wandb": {"mode": "disabled"},
