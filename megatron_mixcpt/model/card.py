@@ -34,8 +34,10 @@ def _training(origin: Origin) -> list[str]:
     config = origin.config
     train, loss = config["train"], config["loss"]
     base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
-    off = config.get("teacher", {}).get("source") == "adapter_off"
-    teacher = "the base model" if off else "the frozen starting weights"
+    answers = config.get("teacher", {})
+    teacher = "the base model" if answers.get("source") == "adapter_off" else "the frozen starting weights"
+    if answers.get("hf"):
+        teacher = f"`{answers['hf']}`"
     align = config.get("align") or {}
     if align.get("method") == "dpo":
         objective = f"DPO (`{align['loss']}`, beta {align['beta']}) on preference pairs, against the starting weights"

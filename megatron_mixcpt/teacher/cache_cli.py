@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from megatron_mixcpt.train.signals import StopRequest
 
@@ -36,10 +35,11 @@ def run(args: argparse.Namespace) -> int:
                 "cache-teacher needs teacher.source=cached, teacher.cache=DIR and a loss.target: the configuration "
                 "that will train on it"
             )
+        from megatron_mixcpt.parallel import integer_variable
         from megatron_mixcpt.teacher.caching import new_identity
         from megatron_mixcpt.train.setup import check_layout
 
-        arch, mix = check_layout(config, world_size=int(os.environ.get("WORLD_SIZE", args.nproc)))
+        arch, mix = check_layout(config, integer_variable("WORLD_SIZE", args.nproc))
         if config.teacher.hf is not None:
             from megatron_mixcpt.teacher.deepspeed import check_hf_teacher
 

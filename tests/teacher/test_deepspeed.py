@@ -1,6 +1,7 @@
 """The teacher in pieces against the plain Hugging Face model, for several architectures and grids."""
 
 import itertools
+import os
 import shutil
 
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_mixcpt.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix
 from tests.helpers.corpus import write_mix
-from tests.helpers.spawn import run_distributed
+from tests.helpers.spawn import free_port, run_distributed
+from tests.teacher.test_cached import fill
 from tests.train.runs import run_steps, settings
 
 VOCABULARY, WIDTH, LENGTH = 250, 128, 24  # two shards of 128 hold the vocabulary and six entries of padding
@@ -124,7 +126,11 @@ def test_pieces_answer_like_the_whole_model_and_documents_do_not_see_each_other(
             assert (found[..., VOCABULARY:] == -np.inf).all()
 
 
-def _train(rank, world_size, values):
+def _train(rank, world_size, values, cache_port=None):
+    if cache_port is not None:
+        port, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], str(cache_port)
+        fill(values, top_k=VOCABULARY, bits=32)
+        os.environ["MASTER_PORT"] = port
     return run_steps(values)["losses"]
 
 
@@ -146,6 +152,11 @@ def test_training_on_a_copy_of_the_student_is_training_on_the_initial_teacher(mo
     values["deepspeed"]["parallel"] = {"tensor": 2, "sequence": True}
     expected = run_distributed(_train, 1, values["initial"], warm=True)[0]
     found = run_distributed(_train, 2, values["deepspeed"], timeout=300, warm=True)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # The same answers, kept first.
+    cached = values["deepspeed"] | {"run_dir": str(tmp_path / "cached")}
+    cached["teacher"] = {"source": "cached", "cache": str(tmp_path / "cache"), "hf": str(folder / "llama")}
+    found = run_distributed(_train, 2, cached, free_port(), timeout=300, warm=True)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
