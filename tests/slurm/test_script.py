@@ -55,19 +55,19 @@ def test_ranks_get_their_place_and_a_log_each(cluster, tmp_path):
         assert log == f"rank {rank} of 2, local 0, 127.0.0.1:{port}, done with space\n"
 
 
-@pytest.mark.parametrize("command", ["wait", "unready"])
-def test_a_stop_leads_back_into_the_queue_until_the_limit(cluster, tmp_path, command):
+@pytest.mark.parametrize(("command", "limit"), [("wait", 1), ("unready", 0)])
+def test_a_stop_leads_back_into_the_queue_until_the_limit(cluster, tmp_path, command, limit):
     """`unready`: the signal comes before the program has a handler, and ends it."""
-    script = Script(cluster, tmp_path, command, MAX_RESTARTS="1")
-    for _ in range(2):
+    script = Script(cluster, tmp_path, command, MAX_RESTARTS=str(limit))
+    for _ in range(limit + 1):
         script.until_started()
         for mark in tmp_path.glob("started-*"):
             mark.unlink()
         cluster.call("scancel", "--signal=USR1", "--batch", script.job)
     job = cluster.wait_for(script.job, "FAILED")
-    assert (job["ExitCode"], job["Restarts"]) == ("75:0", "1"), script.log()
-    assert script.log().count("stopped on request; requeued") == 1
-    assert "not requeued: restarted 1 times (MAX_RESTARTS=1)" in script.log()
+    assert (job["ExitCode"], job["Restarts"]) == ("75:0", str(limit)), script.log()
+    assert script.log().count("stopped on request; requeued") == limit
+    assert f"not requeued: restarted {limit} times (MAX_RESTARTS={limit})" in script.log()
 
 
 def test_a_stage_that_goes_back_into_the_queue_keeps_the_next_one_waiting(cluster, tmp_path):
