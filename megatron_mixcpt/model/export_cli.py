@@ -87,8 +87,9 @@ def export_adapter(source: Path, out: Path) -> str:
         _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
     tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
     write_directory(partial, origin.arch, origin.adapter, tensors, base)
-    if origin.tokenizer_dir:
-        copy_tokenizer(origin.tokenizer_dir, partial)
+    for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
+        if folder:
+            copy_tokenizer(folder, partial)
     (partial / "README.md").write_text(model_card(origin))
     if origin.adapter.method == "alora":
         shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")

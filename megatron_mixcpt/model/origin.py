@@ -71,15 +71,16 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
 
 
 def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) -> Path | None:
-    """The Hugging Face directory whose weights a run's adapter stands beside, where they are its very own.
+    """The Hugging Face directory whose weights a run's adapter stands beside, where transformers loads just those.
 
     Args:
         config: the run's configuration.
     """
     hf, start = config["model"].get("hf"), config["model"].get("checkpoint")
     if hf:
-        # Rows that the run added for new tokens are not in the directory.
-        return Path(hf).resolve() if architecture_from_hf(hf).vocab_size == arch.vocab_size else None
+        # Rows that the run added for new tokens are not in it, and a GGUF file needs to be named.
+        whole = architecture_from_hf(hf).vocab_size == arch.vocab_size and (Path(hf) / "config.json").is_file()
+        return Path(hf).resolve() if whole else None
     if start:
         origin = find_origin(Path(start))
         if goes_on(origin.adapter, adapter):
