@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megatron_mixcpt.train.signals import StopRequest
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
                 "that will train on it"
             )
         from megatron_mixcpt.parallel import integer_variable
-        from megatron_mixcpt.teacher.caching import new_identity
+        from megatron_mixcpt.teacher.caching import check_space, new_identity
         from megatron_mixcpt.train.setup import check_layout
 
         arch, mix = check_layout(config, integer_variable("WORLD_SIZE", args.nproc))
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
             from megatron_mixcpt.teacher.deepspeed import check_hf_teacher
 
             check_hf_teacher(config.teacher, mix)
-        new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
+        planned = new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
+        check_space(Path(str(config.teacher.cache)), planned)
         stop.check()
         if args.nproc > 1 and not is_distributed():
             own = ["--top-k", str(args.top_k), "--bits", str(args.bits)]

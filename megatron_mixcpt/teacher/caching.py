@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.data_prep.progress import Progress
-from megatron_mixcpt.errors import ConfigError, StoppedError
+from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.teacher.cache_format import (
@@ -40,6 +41,7 @@ from megatron_mixcpt.teacher.cache_format import (
 from megatron_mixcpt.teacher.identity import data_identity
 from megatron_mixcpt.teacher.interface import DenseTarget, Teacher
 from megatron_mixcpt.teacher.topk import sparsify
+from megatron_mixcpt.train.failures import tell_alone
 from megatron_mixcpt.train.signals import StopRequest
 
 
@@ -58,6 +60,20 @@ def new_identity(
         "bits": bits,
         "sequences_per_shard": max(1, SHARD_BYTES // size),
     }
+
+
+def check_space(cache: Path, identity: dict[str, Any]) -> None:
+    """Raise ConfigError where the whole cache has no room on its disk; what is there already counts as room."""
+    dtype = record_dtype(identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"])
+    needed = dtype.itemsize * sum(shard.end - shard.begin for shard in shards_of(identity))
+    there = sum(path.stat().st_size for path in cache.glob("*/*.bin"))
+    folder = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free + there
+    if free < needed:
+        raise ConfigError(
+            f"teacher.cache: {cache} will take {needed / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB left: "
+            "free some space, set another directory, or lower --top-k"
+        )
 
 
 def claim_cache(cache: Path, identity: dict[str, Any]) -> None:
@@ -134,7 +150,7 @@ def fill_cache(
                 if state.is_last_stage:
                     _answer(teacher, index, batch, place, identity, state, vocab_start, keep=writes)
                 if place is not None and place.done and writes:
-                    write_shard(cache, place.shard, place.records)
+                    _write(cache, place)
             if progress is not None:
                 sequences = state.data_size * sum(place.count for place in places if place)
                 progress.advance(sequences * dtype.itemsize, sequences * mix.seq_length)
@@ -153,6 +169,14 @@ class _Place:
     @property
     def done(self) -> bool:
         return self.begin + self.count == len(self.records)
+
+
+def _write(cache: Path, place: _Place) -> None:
+    try:
+        write_shard(cache, place.shard, place.records)
+    except OSError as error:  # this rank's alone
+        message = f"teacher.cache: {place.shard.path(cache)} cannot be written ({error}): what is complete is kept"
+        raise tell_alone(MixcptError(message)) from error
 
 
 def _rounds(shards: list[Shard], size: int, width: int) -> int:

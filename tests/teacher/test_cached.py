@@ -261,3 +261,19 @@ def test_the_command_reports_bytes_a_token_and_training_reads_with_workers(small
     assert main(["train", str(config), "data.num_workers=1", "train.steps=2"]) == 0
     assert main(["cache-teacher", str(config), "teacher.source=initial"]) == 2
     assert main(["cache-teacher", str(config), "--top-k", "251"]) == 2
+
+
+def test_a_full_disk_is_told_before_and_while_the_cache_is_written(small, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "write_shard", full)
+        assert main(["cache-teacher", str(config)]) == 1
+    assert "No space left on device): what is complete is kept" in capsys.readouterr().err
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
+    assert main(["cache-teacher", str(config)]) == 2
+    assert "will take 0.00 GiB, its disk has 0.00 GiB left" in capsys.readouterr().err
