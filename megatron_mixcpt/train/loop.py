@@ -24,7 +24,7 @@ from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.task import Recipe
-from megatron_mixcpt.train.validate import validate
+from megatron_mixcpt.train.validating import INDEX_CACHE, RunValidation
 from megatron_mixcpt.train.watchdog import Watchdog
 
 GROUP_EXTRA_MINUTES = 1.0  # the watchdogs, which write stacks, come before the process group's own timeout
@@ -76,12 +76,9 @@ def _train(
     dry_run(config, parts, state)
     watchdog.beat("opening the data")
 
-    cache = run_dir / "index_cache"
-    dataset = parts.task.train_dataset(settings.seed, cache)
-    valid = parts.task.valid_datasets(settings.seed, cache)
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * state.data_size)
     batches = train_batches(
-        dataset,
+        parts.task.train_dataset(settings.seed, run_dir / INDEX_CACHE),
         position,
         parts.task.collate,
         micro_batch_size=settings.micro_batch_size,
@@ -91,23 +88,7 @@ def _train(
         device=state.device,
     )
     saver = RunSaver(config, parts, progress, watchdog.beat)
-
-    def stop_requested() -> bool:
-        watchdog.beat(f"validation after step {step}")
-        return stop.agreed(state.device)
-
-    def evaluate(step: int) -> bool:
-        metrics, stopping = validate(
-            valid,
-            parts.validation,
-            parts.task.collate,
-            state=state,
-            micro_batch_size=settings.micro_batch_size,
-            max_samples=config.eval.max_samples,
-            stop_requested=stop_requested,
-        )
-        progress.validated(step, metrics, whole=not stopping)
-        return stopping
+    evaluate = RunValidation(config, parts, state, progress, stop, watchdog.beat)
 
     progress.start_clock()
     stopping = stop.defer(state.device)

@@ -1,0 +1,55 @@
+"""A run's validation between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.train.progress import Progress
+from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.train.signals import StopRequest
+from megatron_mixcpt.train.validate import validate
+
+INDEX_CACHE = "index_cache"  # in the run directory: in which order samples are read
+
+
+class RunValidation:
+    """Validates every source and tells `progress`. All methods are collective.
+
+    Args:
+        beat: told before each micro-batch what is being done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        state: ParallelState,
+        progress: Progress,
+        stop: StopRequest,
+        beat: Callable[[str], None],
+    ) -> None:
+        self._config, self._parts, self._state = config, parts, state
+        self._progress, self._stop, self._beat = progress, stop, beat
+        self._datasets = parts.task.valid_datasets(config.train.seed, Path(config.run_dir) / INDEX_CACHE)
+
+    def __call__(self, step: int) -> bool:
+        """After `step` steps; whether some rank was asked to stop meanwhile, which cuts it short."""
+
+        def stop_requested() -> bool:
+            self._beat(f"validation after step {step}")
+            return self._stop.agreed(self._state.device)
+
+        metrics, stopping = validate(
+            self._datasets,
+            self._parts.validation,
+            self._parts.task.collate,
+            state=self._state,
+            micro_batch_size=self._config.train.micro_batch_size,
+            max_samples=self._config.eval.max_samples,
+            stop_requested=stop_requested,
+        )
+        self._progress.validated(step, metrics, whole=not stopping)
+        return stopping
