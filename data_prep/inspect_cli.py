@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(out / names["path"], eos_token=_eos_name(out))
     console = Console(highlight=False)
     console.print(_legend())
+    if not console.is_terminal:
+        console.print("colours and underlining are off, because this is no terminal: FORCE_COLOR=1 brings them back")
     for prefix, (source, split, entry) in known.items():
         if whole or prefix == name:
             _show_prefix(console, out, prefix, source, split, entry, tokenizer.decode, args)

@@ -36,7 +36,8 @@ class ModelConfig(Section):
     checkpoint: str | None = None
     """Checkpoint written by `mixcpt convert`, or another run, whose newest checkpoint is taken."""
     preset: str | None = None
-    """Random initialisation of a named size; the vocabulary is the data's."""
+    """Random initialisation of a named size, `tiny` (4 layers of 128) or `small` (12 layers of 512); the vocabulary is
+    the data's."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -54,7 +55,7 @@ class DataConfig(Section):
     """What is read."""
 
     mix: str
-    """`mix.json` written by `mixcpt preprocess`."""
+    """`mix.json` written by `mixcpt preprocess`, or the folder it is in."""
     seq_length: Positive | None = None
     """Tokens a sample; None takes the data's own, any other value than the data's is refused."""
     num_workers: NonNegative = 0

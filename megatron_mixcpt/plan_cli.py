@@ -13,7 +13,7 @@ what is saved where. Checks the configuration as `mixcpt train` would."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` takes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
     parser.add_argument("--gpu", help="device whose bf16 peak counts: A100, H100 (default), H200, B200")

@@ -15,7 +15,7 @@ only the choice has changed. For example: mixcpt select select.yaml --nproc 2 se
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file: model, data, parallel, select, out")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over the file's, as select.n=100"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's, as select.n=100"
     )
     parser.add_argument(
         "--nproc",

@@ -61,12 +61,13 @@ class Mix:
 
 
 def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:
-    """Read and check a mixture.
+    """Read and check a mixture, given by its file or its folder.
 
     Raises ConfigError where the file is missing, of another format or version, lacks a data file, or was packed for
     another sequence length than `seq_length`.
     """
     path = Path(path)
+    path = path / "mix.json" if path.is_dir() else path
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:

@@ -12,7 +12,7 @@ goes wrong here would have gone wrong on the cluster. Example: mixcpt rehearse t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` takes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks of the real run (default: two model replicas, or one)"
     )

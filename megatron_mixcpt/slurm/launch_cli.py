@@ -15,7 +15,9 @@ Example: mixcpt launch train.yaml --nodes 2 --gpus-per-node 8 --partition gpu --
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options without a value here take the default of slurm/resources.py."""
     parser.add_argument("config", help="YAML file that `mixcpt train` takes, or a chain (with `stages`)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the training file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the training file's"
+    )
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of a node, 0 without (default 8)")
     parser.add_argument("--tasks-per-node", type=int, metavar="R", help="ranks of a node (default: one a GPU)")

@@ -16,7 +16,7 @@ goes on where it was stopped, and mends what is damaged."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` takes, with teacher.cache")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks to start on this machine (default 1)")
     parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a position (default 32)")
     parser.add_argument(

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", help="YAML file: model, data, parallel, train, loss, teacher, eval, checkpoint, run_dir"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over the file's, as train.lr=1e-5"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's, as train.lr=1e-5"
     )
     parser.add_argument(
         "--nproc",
@@ -58,14 +58,14 @@ def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Confi
         from megatron_mixcpt.launcher import is_distributed, launch
         from megatron_mixcpt.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
-        from megatron_mixcpt.train.resume import finished
+        from megatron_mixcpt.train.resume import ending, finished
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
         check(config, integer_variable("WORLD_SIZE", args.nproc), recipe)
         stop.check()
         if not is_distributed() and finished(config):
-            print(f"finished: {config.train.steps} steps; next: mixcpt export {config.run_dir} --out DIR")
+            print(ending(config))
             return 0
         if args.nproc > 1 and not is_distributed():
             trust = ["--trust"] if args.trust else []

@@ -154,6 +154,7 @@ class Progress:
             "guard": self.guard.state(),
             "start": self.parts.start,
             "dtype": config.train.dtype,
+            "steps": self.config.train.steps,
             "global_batch_size": config.train.global_batch_size,
             "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},
         }

@@ -13,6 +13,7 @@ from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.model.origin import adapter_in
 from megatron_mixcpt.train.guard import StepGuard
+from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
 
 
@@ -40,6 +41,12 @@ def resume(
     if changes:
         guard.forget()
         notes.append(f"mixture changed at step {info['step']}: " + ", ".join(changes))
+    before, now = info.get("steps", config.train.steps), config.train.steps
+    if before != now and config.train.schedule != "constant":
+        notes.append(
+            f"train.steps {before} -> {now}: the schedule is laid over {now} steps, so the learning rate goes on at "
+            f"{learning_rate(info['step'], config.train):.1e}"
+        )
     load_checkpoint(checkpoint, parts.model, parts.optimizer)
     notes.append(f"resumed from {checkpoint}")
     return info["step"], position, guard, info, notes
@@ -59,6 +66,15 @@ def finished(config: Config) -> bool:
         return False
     whole = info.get("step") == config.train.steps and info.get("validated", False)
     return bool(whole) and not find_damage(checkpoints[0])
+
+
+def ending(config: Config) -> str:
+    """What the user is told at the end of a run, with the command to go on."""
+    keep = " --adapter" if config.adapter is not None and config.adapter.method == "alora" else ""
+    return (
+        f"finished: {config.train.steps} of {config.train.steps} steps; curves in {config.run_dir}/report.html; next: "
+        f"mixcpt export {config.run_dir} --out DIR{keep}"
+    )
 
 
 def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:

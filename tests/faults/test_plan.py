@@ -42,7 +42,7 @@ def measure(path):
         # A run of one small step first: it brings the libraries' pages in.
         train = config.train.model_copy(update={"steps": 1, "micro_batch_size": 1, "global_batch_size": 2})
         warm = Path(f"{config.run_dir}-warm")
-        warm.mkdir()
+        warm.mkdir(exist_ok=True)  # by whichever rank comes first
         original(config.model_copy(update={"train": train, "run_dir": str(warm)}), *arguments)
         gc.collect()
         libc.malloc_trim(0)

@@ -91,7 +91,8 @@ def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(tmp_path, mix, s
 def test_a_finished_run_is_not_started_again(tmp_path, mix, straight):
     config = write_config(tmp_path / "train.yaml", run_settings(mix, straight[0]))
     output = finish(config)
-    assert f"finished: {STEPS} steps; next: mixcpt export" in output and "resumed" not in output
+    assert f"finished: {STEPS} of {STEPS} steps" in output and "next: mixcpt export" in output
+    assert "resumed" not in output
 
 
 def test_a_run_is_not_resumed_with_another_models_weights(tmp_path, mix):
@@ -110,7 +111,8 @@ def test_a_run_is_not_resumed_with_another_models_weights(tmp_path, mix):
     write_model(1)
     assert "from other weights than" in finish(config, "train.steps=2", code=2)
     write_model(0)
-    assert "resumed from" in finish(config, "train.steps=2")
+    output = finish(config, "train.steps=2")
+    assert "resumed from" in output and "train.steps 1 -> 2: the schedule is laid over 2 steps" in output
 
 
 def test_a_launch_variable_that_is_no_number_is_named(tmp_path, mix, monkeypatch, capsys):
