@@ -333,9 +333,10 @@ class Config(Section):
                 f"loss.target {self.loss.target} needs a teacher: set teacher.source=initial, "
                 "or loss.target=none to train without distillation"
             )
-        if self.loss.fuse_lm_head and self.teacher.source == "cached":
+        if self.loss.fuse_lm_head and self.teacher.source in ("cached", "deepspeed"):
             raise ValueError(
-                "loss.fuse_lm_head works on a teacher's hidden states, which no cache has: set it to false"
+                "loss.fuse_lm_head works on hidden states of the student's own kind, which a teacher.source "
+                f"{self.teacher.source} has not: set it to false"
             )
         if self.teacher.source == "adapter_off" and self.adapter is None:
             raise ValueError(
@@ -345,6 +346,11 @@ class Config(Section):
         if self.loss.fuse_lm_head and not self.uses_teacher:
             raise ValueError("loss.fuse_lm_head is for distillation: it needs a loss.target and loss.kd_weight > 0")
         return self
+
+    @property
+    def kind(self) -> str:
+        """What kind of training it is; a run directory holds one kind."""
+        return "train"
 
     @property
     def uses_teacher(self) -> bool:

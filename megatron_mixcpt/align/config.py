@@ -50,3 +50,7 @@ class AlignConfig(Config):
         if self.align.method == "dpo" and self.loss != LossConfig(target="none"):
             raise ValueError("align.method dpo has its own loss (align.beta, align.loss): remove the loss section")
         return self
+
+    @property
+    def kind(self) -> str:
+        return self.align.method

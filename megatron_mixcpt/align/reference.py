@@ -100,7 +100,7 @@ def reference_log_probs(
 
 def _fingerprint(config: Config, stage: MixGPTModel, split: Split, stride: int) -> str:
     """Of what the log-probabilities follow from. The layout is no part of it, but where it cuts the parts."""
-    adapter = config.adapter.model_dump() if config.adapter else None
+    adapter = [config.adapter.model_dump() if config.adapter else None, stage.adapter_start]
     weights = [config.model.model_dump(), stage.start, config.train.seed if config.model.preset else None, adapter]
     parts = [weights, split.content, config.train.dtype, stride]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

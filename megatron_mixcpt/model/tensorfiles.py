@@ -66,6 +66,11 @@ def _entries(path: Path) -> dict[str, _Entry]:
     }
 
 
+def tensor_places(path: Path) -> list[tuple[int, int]]:
+    """First byte of each tensor of a safetensors file and the byte behind its last, in order."""
+    return sorted((entry.begin, entry.end) for entry in _entries(path).values())
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     try:

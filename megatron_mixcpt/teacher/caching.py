@@ -55,7 +55,6 @@ def new_identity(
     return {
         **data_identity(config, arch, mix),
         "teacher": teacher,
-        "dtype": config.train.dtype,
         "top_k": top_k,
         "bits": bits,
         "sequences_per_shard": max(1, SHARD_BYTES // size),

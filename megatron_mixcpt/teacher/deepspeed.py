@@ -132,6 +132,7 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     from transformers.integrations import HfDeepSpeedConfig
 
     logger.setLevel("ERROR")
+    os.environ.setdefault("LOCAL_RANK", str(state.local_rank))  # deepspeed asks for it, one process or many
     if not deepspeed.comm.is_initialized():
         backend = "nccl" if state.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

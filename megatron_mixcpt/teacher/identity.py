@@ -33,6 +33,7 @@ def data_identity(config: Config, arch: Architecture, mix: Mix) -> dict[str, Any
     """What the data and the loss must have in common with a cache; opens no weights."""
     return {
         "temperature": config.loss.temperature,
+        "dtype": config.train.dtype,
         "vocab_size": arch.vocab_size,
         "seq_length": mix.seq_length,
         "tokenizer": mix.tokenizer_hash,
@@ -49,6 +50,7 @@ def refuse_foreign(cache: Path, identity: dict[str, Any], wanted: dict[str, Any]
     `data_identity`). It may hold more sources than are wanted."""
     reasons = {
         "temperature": "was made for loss.temperature {0}, the run has {1}",
+        "dtype": "was computed in {0}, the run has train.dtype {1}",
         "vocab_size": "is of a vocabulary of {0} entries, the model has {1}",
         "seq_length": "is of sequences of {0} tokens, the data has {1}",
         "tokenizer": "is of data of another tokenizer ({0}, the data has {1})",

@@ -153,8 +153,10 @@ class Progress:
             "wandb_id": self._record.wandb_id if self._record else None,
             "guard": self.guard.state(),
             "start": self.parts.start,
+            "adapter_start": self.parts.adapter_start,
             "dtype": config.train.dtype,
-            "steps": self.config.train.steps,
+            "kind": config.kind,
+            "steps": config.train.steps,
             "global_batch_size": config.train.global_batch_size,
             "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},
         }

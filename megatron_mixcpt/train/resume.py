@@ -80,6 +80,11 @@ def ending(config: Config) -> str:
 def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:
     if "data" not in info:
         raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
+    if info.get("kind", config.kind) != config.kind:
+        raise ConfigError(
+            f"{checkpoint} is of another kind of training ({info['kind']}, this is {config.kind}): set another "
+            f"run_dir; to start from it, model.checkpoint={config.run_dir}"
+        )
     if info["architecture"] != parts.arch.to_dict():
         raise ConfigError(f"{checkpoint} holds another model than `model` describes: set it back, or another run_dir")
     trained = adapter_in(info)
@@ -94,6 +99,11 @@ def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts)
         raise ConfigError(
             f"{checkpoint} was trained from other weights than {config.model.source} holds now, and so with another "
             "teacher: put those back (of a run, name the folder of the checkpoint, step_...), or set another run_dir"
+        )
+    if parts.adapter_start != info.get("adapter_start", parts.adapter_start):
+        raise ConfigError(
+            f"{checkpoint} was trained from another adapter than adapter.init holds now: put that back, or set another "
+            "run_dir"
         )
     if info["step"] > config.train.steps:
         raise ConfigError(

@@ -52,7 +52,9 @@ class Parts:
     run: ForwardBackward
     validation: ForwardBackward
     start: str | None
-    """Hash of the manifest of `model.checkpoint`, where the run starts from one: whose weights the teacher has."""
+    """Of the starting weights, the teacher's: hash of a checkpoint's manifest, or a directory's fingerprint."""
+    adapter_start: str | None
+    """The fingerprint of `adapter.init`."""
 
 
 def read_model_and_mix(config: Config, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
@@ -185,7 +187,7 @@ def build(
     contributes = state.is_last_stage and state.tensor_rank == 0
     run = ForwardBackward(model, task.objective, num_sources=len(mix.train_sources), contributes=contributes)
     validation = ForwardBackward(model, task.validation, num_sources=1, contributes=contributes)
-    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start)
+    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start, stage.adapter_start)
 
 
 def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:
@@ -198,9 +200,11 @@ def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> 
         seed=config.train.seed if weights and config.model.preset else None,
         adapter=config.adapter,
     )
-    stage.start = None
+    stage.start = stage.adapter_start = None
     if weights and config.adapter:
         start_adapters(stage, config.train.seed)
+        if config.adapter.init:
+            stage.adapter_start = weights_fingerprint(config.adapter.init)
     if weights and config.model.hf:
         load_hf(stage, config.model.hf)
         stage.start = weights_fingerprint(config.model.hf)

@@ -9,11 +9,13 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.doctor import _clock, examine
+from megatron_mixcpt.model.hf_weights import weights_fingerprint
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
 from tests.faults.test_hangs import at_step
@@ -113,6 +115,30 @@ def test_a_run_is_not_resumed_with_another_models_weights(tmp_path, mix):
     write_model(0)
     output = finish(config, "train.steps=2")
     assert "resumed from" in output and "train.steps 1 -> 2: the schedule is laid over 2 steps" in output
+
+
+def test_a_run_directory_holds_one_kind_of_training(tmp_path, mix, capsys):
+    values = run_settings(mix, tmp_path / "run", train={"steps": 1, "warmup_steps": 0})
+    finish(write_config(tmp_path / "train.yaml", values))
+    values |= {"align": {"method": "sft"}, "train": values["train"] | {"steps": 2}, "loss": {"target": "none"}}
+    assert main(["align", str(write_config(tmp_path / "sft.yaml", values))]) == 2
+    assert "another kind of training (train, this is sft): set another run_dir" in capsys.readouterr().err
+
+
+def test_a_fingerprint_sees_any_tensor_and_the_configuration(tmp_path):
+    tensors = {f"layers.{i}.weight": torch.randn(64, 1024) for i in range(8)}
+    (tmp_path / "config.json").write_text("{}")
+
+    def fingerprint(**changed):
+        save_file(tensors | changed, tmp_path / "model.safetensors")
+        return weights_fingerprint(tmp_path)
+
+    before = fingerprint()
+    for name, tensor in tensors.items():
+        assert fingerprint(**{name: tensor * 1.01}) != before, name
+    assert fingerprint() == before
+    (tmp_path / "config.json").write_text('{"rope_theta": 7}')
+    assert fingerprint() != before
 
 
 def test_a_launch_variable_that_is_no_number_is_named(tmp_path, mix, monkeypatch, capsys):
