@@ -63,4 +63,5 @@ def render(
 
 
 def _option(name: str, value: str) -> str:
-    return f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
+    quoted = f'"{value}"' if any(character.isspace() for character in value) else value
+    return f"#SBATCH --{name}={quoted}" if value else f"#SBATCH --{name}"

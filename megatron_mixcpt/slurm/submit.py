@@ -31,9 +31,13 @@ class Job:
 
 
 def job_name(stage: str, folder: Path) -> str:
-    """Of a stage that works in `folder`, the same whenever it is submitted; no other folder's stage has it."""
+    """Of a stage that works in `folder`, the same whenever it is submitted; no other folder's stage has it.
+
+    Without spaces and commas, which sbatch and squeue would cut it at.
+    """
     path = folder.resolve()
-    return f"mixcpt-{stage}-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    readable = re.sub(r"[^\w.-]", "_", f"{stage}-{path.name}")
+    return f"mixcpt-{readable}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def refuse_queued(jobs: list[Job]) -> None:

@@ -88,16 +88,21 @@ def test_every_option_ends_up_in_the_script(capsys, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+CPU = ("--gpus-per-node=0", "--tasks-per-node=4", "--cpus-per-task=2")
+
+
 @pytest.mark.parametrize(
     "options",
-    [(), EVERYTHING, ("--gpus-per-node=0", "--tasks-per-node=4", "--cpus-per-task=2")],
-    ids=("default", "everything", "cpu"),
+    [(), EVERYTHING, CPU, (*CPU, "run_dir=odd, folder/my, run")],
+    ids=("default", "everything", "cpu", "odd names"),
 )
 def test_rendered_scripts_are_accepted_by_slurm_bash_and_shellcheck(capsys, config, tmp_path, cluster, options):
     script = tmp_path / "job.sbatch"
     script.write_text(dry_run(capsys, config, *options))
     partition = () if "--gpus-per-node=0" in options else ("--partition=gpu", "--account=root")
     cluster.call("sbatch", "--test-only", *partition, str(script))
+    (name,) = (line for line in script.read_text().splitlines() if line.startswith("#SBATCH --job-name="))
+    assert not {" ", ","} & set(name.removeprefix("#SBATCH ")), "squeue takes a comma for two names"
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
