@@ -1,6 +1,6 @@
 """A wandb workspace with our curves, as code: python launch/wandb_dashboard.py --entity E --project P.
 
-Needs `pip install 'megatron-mixcpt[dashboard]'` and `wandb login`. Prints the address of the new workspace.
+Needs `pip install -e '.[dashboard]'` in the clone and `wandb login`. Prints the address of the new workspace.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workspace = build(args.entity, args.project, args.name)
     except ModuleNotFoundError as error:
-        print(f"error: {error}: pip install 'megatron-mixcpt[dashboard]'", file=sys.stderr)
+        print(f"error: {error}: in the clone, pip install -e '.[dashboard]'", file=sys.stderr)
         return 1
     try:
         workspace.save()

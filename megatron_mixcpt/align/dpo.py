@@ -72,7 +72,7 @@ class DPOObjective:
                 num_tokens.sum(1),
                 rewards[:, 0],
                 rewards[:, 1],
-                rewards[:, 0] > rewards[:, 1],
+                0.5 * (1.0 + (rewards[:, 0] - rewards[:, 1]).sign()),  # a tie counts half
                 answers[:, 0],
                 answers[:, 1],
                 num_tokens[:, 0],

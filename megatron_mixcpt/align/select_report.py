@@ -55,7 +55,8 @@ def write_report(
                 ("last chosen", rows[-EXTREMES:]),
                 ("worst", left[::-1][:EXTREMES]),
             ):
-                lines += [f"### {title}", "", *_examples(table, texts, some, settings.column or "ppl_plain"), ""]
+                if len(some):
+                    lines += [f"### {title}", "", *_examples(table, texts, some, settings.column or "ppl_plain"), ""]
     (out / "report.md").write_text("\n".join(lines) + "\n")
 
 

@@ -139,7 +139,12 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     chosen: dict[str, np.ndarray] = {}
     ranked = ranking(table, settings.column, settings.order, settings.seed)
     for kind, count in (("instruction", settings.n), ("preference", settings.pairs)):
-        chosen[kind] = pick(ranked[table["kind"][ranked] == kind], table["source"], texts, count)
+        there = ranked[table["kind"][ranked] == kind]
+        chosen[kind] = rows = pick(there, table["source"], texts, count)
+        if len(rows) and (len(rows) < count or len(there) <= count):
+            few = "no more" if len(rows) == count else "fewer"
+            key = "n" if kind == "instruction" else "pairs"
+            print(f"note: {few} {kind} records than select.{key}={count}, all were taken: {len(rows)} without repeats")
     table["picked"] = np.isin(np.arange(len(records)), np.concatenate(list(chosen.values())))
     _write_table(out / "scores.parquet", table)
     save_config(config, out / "config.yaml")

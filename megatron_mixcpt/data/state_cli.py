@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
     total = sum(source["drawn"] for source in sources.values())
     since = sum(source["since"] for source in sources.values())
     print(f"{found[0].name}: {total} samples in {info['step']} steps, sample stream {info['sample_stream']}")
-    print(f"{'source':20} {'weight':>8} {'realised':>9} {'samples':>10} {'of':>10} {'passes':>8} {'target tokens':>14}")
+    shares = f"{'share of samples':>17} {'realised':>9}"
+    print(f"{'source':20} {shares} {'samples':>10} {'of':>10} {'passes':>8} {'target tokens':>14}")
     for name, source in sources.items():
         realised = source["since"] / since if since else 0.0
         print(
-            f"{name:20} {source['weight']:8.2%} {realised:9.2%} {source['drawn']:10} {source['sequences']:10} "
+            f"{name:20} {source['weight']:17.2%} {realised:9.2%} {source['drawn']:10} {source['sequences']:10} "
             f"{source['drawn'] / source['sequences']:8.2f} {info['tokens_by_source'].get(name, 0):14}"
         )
     if since != total:

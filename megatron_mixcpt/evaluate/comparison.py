@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.evaluate.validation import SourcePerplexity
+from megatron_mixcpt.model.card import not_measured
 
 Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
 
@@ -42,24 +43,32 @@ def change(measured: Mapping[str, Measured]) -> dict[str, float]:
     return result
 
 
-def write_comparison(out: Path, measured: Mapping[str, Measured], *, model: str, base: str | None) -> None:
-    """Write `eval.json` and `eval.md` into `out`; `measured` has the keys `model` and, with a base, `base`."""
+def write_comparison(
+    out: Path, measured: Mapping[str, Measured], *, model: str, base: str | None, unmeasured: Sequence[str] = ()
+) -> None:
+    """Write `eval.json` and `eval.md` into `out`; `measured` has the keys `model` and, with a base, `base`.
+
+    Args:
+        unmeasured: sources of the mixture without a perplexity.
+    """
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"model": {"path": model}, "base": {"path": base}, "change": change(measured)}
+    content["unmeasured"] = list(unmeasured)
     for name, parts in measured.items():
         for part, rows in parts.items():
             content[name][part] = [dataclasses.asdict(row) for row in rows]
     (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "eval.md").write_text(_markdown(measured, model, base))
+    (out / "eval.md").write_text(_markdown(measured, model, base, unmeasured))
 
 
-def _markdown(measured: Mapping[str, Measured], model: str, base: str | None) -> str:
+def _markdown(measured: Mapping[str, Measured], model: str, base: str | None, unmeasured: Sequence[str]) -> str:
     lines = [f"# {model}", ""]
     lines += [f"Compared with {base}." if base else "No base model was given: figures stand alone.", ""]
     lines += _summary(change(measured))
     if measured["model"]["sources"]:
         lines += ["## Perplexity of held-out text (lower is better)", ""]
         lines += _table("source | kind", measured, "sources", _source_row)
+        lines += not_measured(unmeasured)
     if measured["model"].get("gci"):
         lines += ["## A domain fact and a general skill in one answer (GCI), share right with 95 % interval", ""]
         lines += gci_table({name: measured[name]["gci"] for name in ("base", "model") if name in measured})

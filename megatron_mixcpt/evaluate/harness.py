@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def resolve_task(task: str) -> str | dict[str, Any]:
     return definition
 
 
+def require_harness() -> None:
+    """Raise ConfigError unless the harness is installed."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs the lm-evaluation-harness: in the clone, pip install -e '.[eval]'")
+
+
 def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype: str) -> list[TaskScore]:
     """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py).
 
@@ -66,10 +73,8 @@ def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype:
     """
     from megatron_mixcpt.hf_alora import is_alora, load_alora
 
-    try:
-        import lm_eval
-    except ImportError:
-        raise ConfigError("--tasks needs the lm-evaluation-harness: pip install 'megatron-mixcpt[eval]'") from None
+    require_harness()
+    import lm_eval
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

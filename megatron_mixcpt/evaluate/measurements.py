@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
 
 if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
@@ -60,6 +61,8 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
             raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more")
     if mix_path is None and not args.tasks and not args.gci:
         raise ConfigError("nothing to measure: give --mix (a mix.json), --tasks, --gci, or several of them")
+    if args.tasks:
+        require_harness()
     if args.gci:
         gci_instances(args.gci)
     return What(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
@@ -68,7 +71,6 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
 def measure_model(path: Path, what: What) -> Measured:
     """Measure a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
     from megatron_mixcpt.data.mix import read_mix
-    from megatron_mixcpt.evaluate.harness import bundled_tasks, run_harness
     from megatron_mixcpt.evaluate.target import as_hf_directory
     from megatron_mixcpt.evaluate.validation import validation_perplexity
 

@@ -59,15 +59,13 @@ def line_chart(label: str, series: Sequence[Series], x_label: str, *, smooth: bo
         f'<clipPath id="{clip}">'
         f'<rect x="{LEFT - 4}" y="{TOP - 4}" width="{across + 8}" height="{down + 8}"/></clipPath>',
     ]
-    for tick in y_ticks:
+    for tick, text in zip(y_ticks, tick_labels(y_ticks)):
         y = place(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x_ticks:
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick, text in zip(x_ticks, tick_labels(x_ticks)):
         x = place(tick, low)[0]
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>')
     if zero:
         y = place(x_low, 0.0)[1]
         parts.append(f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -96,6 +94,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The ticks as text, with digits enough to tell neighbours apart."""
+    digits = 4
+    if len(values) > 1 and values[1] > values[0]:
+        # A step of 2.5 has one digit more than its leading one.
+        digits = max(digits, math.ceil(math.log10(max(map(abs, values)) / (values[1] - values[0]))) + 2)
+    return [number(value, digits) for value in values]
+
+
 def number(value: float, digits: int = 4) -> str:
     """Short, for people: 0.25, 12.5k, 3e-5; `digits` significant ones at most."""
     size = abs(value)
@@ -105,8 +112,9 @@ def number(value: float, digits: int = 4) -> str:
         if size >= limit * 0.9995:
             return f"{value / limit:.{digits}g}{letter}" if size < 1e15 else f"{value:.2g}"
     if size < 1e-3:
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value * 1e4:.3g}", "-4")
-        return f"{mantissa}e{int(exponent)}"
+        digits = max(3, digits - 1)
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{float(mantissa):.{digits}g}e{int(exponent)}"
     return f"{value:.{digits}g}"
 
 
@@ -180,7 +188,7 @@ def _hover(series: Sequence[Series], x_low: float, x_high: float, low: float, hi
             {
                 "name": one.name,
                 "colour": one.colour,
-                "points": [[x, float(f"{y:.5g}")] for x, y in thin(one.points) if y is not None],
+                "points": [[x, float(f"{y:.8g}")] for x, y in thin(one.points) if y is not None],
             }
             for one in series
         ],

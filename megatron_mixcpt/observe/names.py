@@ -44,7 +44,7 @@ METRICS = {
     "rewards/chosen": "DPO: beta times the log-ratio to the reference of the chosen answers, mean over pairs",
     "rewards/rejected": "DPO: the same of the rejected answers",
     "rewards/margin": "DPO: chosen minus rejected",
-    "rewards/accuracy": "DPO: share of pairs whose chosen answer has the higher reward",
+    "rewards/accuracy": "DPO: share of pairs whose chosen answer has the higher reward, a tie counting half",
     "rewards/accuracy/<source>": "DPO: the same for the pairs of one source",
     "rewards/kl": "DPO: mean log-ratio to the reference a token of both answers",
     "logps/chosen": "DPO: mean log-probability of a token of the chosen answers",

@@ -18,6 +18,7 @@ from megatron_mixcpt.observe.report_tables import (
     differences,
     learned_table,
     mixture_table,
+    pairs_table,
     settings_table,
     time_section,
 )
@@ -62,7 +63,6 @@ NOT_CURVES = (
     "mix/",
     "time/",
     "ckpt/",
-    "val/",
     "forget/",
 )
 
@@ -84,10 +84,11 @@ def page(runs: Sequence[Run]) -> str:
     by_tokens = len({run.settings.get("train.global_batch_size") for run in runs}) > 1
     draw = _Charts(runs, by_tokens)
     known = [curve.metric for curve in TRAINING + OPTIMIZATION + SPEED]
-    rest = sorted({name for run in runs for name in run.series if _is_further(name, known, run)})
+    rest = sorted({name for run in runs for name in run.series if _is_further(name, known)})
     sections = [
         _tiles(runs),
         _section("What it learned, what it forgot", learned_table(runs)),
+        _section("Held-out preference pairs", pairs_table(runs)),
         _section("", _cards(draw.validation())),
         _section("Training", _cards(draw.charts(TRAINING) + draw.by_source())),
         _section("More measurements", _cards(draw.charts([Curve(name, "", name) for name in rest]))),
@@ -120,12 +121,11 @@ def _asset(name: str) -> str:
     return (files("megatron_mixcpt.observe") / "page" / name).read_text(encoding="utf-8")
 
 
-def _is_further(name: str, known: Sequence[str], run: Run) -> bool:
+def _is_further(name: str, known: Sequence[str]) -> bool:
     """Whether a metric has no place of its own on the page, as those of other objectives."""
-    if name in known or name.startswith(NOT_CURVES):
-        return False
-    family, _, last = name.rpartition("/")
-    return not (name.startswith("val/") and last in ("ppl", "loss") and f"{family}/ppl" in run.series)
+    if name.startswith("val/"):
+        return not name.endswith(("/loss", "/ppl", "/accuracy", "/margin"))
+    return name not in known and not name.startswith(NOT_CURVES)
 
 
 def _section(title: str, content: str) -> str:
@@ -241,10 +241,13 @@ class _Charts:
         return cards
 
     def validation(self) -> list[str]:
-        """Validation perplexity and forgetting: by source in one chart of one run, a chart a source of several."""
+        """Validation: by source in one chart of one run, a chart a source of several."""
         cards = self._family("Validation perplexity", "held-out text of each source", "val/", "/ppl")
         change = "validation loss against before training, nats; below 0 learned, above 0 forgotten"
-        return cards + self._family("Forgetting", change, "forget/", "/delta", zero=True)
+        cards += self._family("Forgetting", change, "forget/", "/delta", zero=True)
+        preferred = "share of held-out pairs whose chosen answer has the higher reward, a tie counting half"
+        cards += self._family("Accuracy on held-out pairs", preferred, "val/", "/accuracy")
+        return cards + self._family("Margin on held-out pairs", "reward of chosen minus rejected", "val/", "/margin")
 
     def by_source(self) -> list[str]:
         return self._family("Cross-entropy by source", "nats a target token", "train/ce/", "", smooth=True)

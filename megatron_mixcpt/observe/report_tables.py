@@ -72,6 +72,38 @@ def learned_table(runs: Sequence[Run]) -> str:
     )
 
 
+def pairs_table(runs: Sequence[Run]) -> str:
+    """Of DPO: accuracy, margin and loss on each source's held-out preference pairs; empty without."""
+    body = []
+    of_all = [(source, index, run) for index, run in enumerate(runs) for source in run.sources("val/", "/accuracy")]
+    for source, index, run in sorted(of_all, key=lambda one: one[:2]):
+        name = f"<td>{escape(source)}</td>"
+        if len(runs) > 1:
+            name += f'<td><span class="key c{index % 8}">{escape(run.name)}</span></td>'
+        cells = []
+        for metric, shown in (("accuracy", _percent), ("margin", _fixed), ("loss", _fixed)):
+            points = run.series.get(f"val/{source}/{metric}", [])
+            before = points[0].value if points and points[0].step == 0 else None
+            newest = run.last(f"val/{source}/{metric}")
+            cells += [f"<td class='n'>{shown(value)}</td>" for value in (before, newest)]
+        body.append(f"<tr>{name}{''.join(cells)}</tr>")
+    if not body:
+        return ""
+    run_column = "<th>run</th>" if len(runs) > 1 else ""
+    heads = "".join(
+        f"<th class='n'>{name} before</th><th class='n'>now</th>" for name in ("accuracy", "margin", "loss")
+    )
+    return (
+        '<div class="card scroll"><p class="soft small">Preference pairs held out of each source, before training and '
+        "at the newest validation. Accuracy: share of pairs whose chosen answer has the higher reward, a tie counting "
+        f"half.</p><table><tr><th>source</th>{run_column}{heads}</tr>{''.join(body)}</table></div>"
+    )
+
+
+def _fixed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _ppl(value: float | None) -> str:
     if value is None:
         return "–"
@@ -106,10 +138,10 @@ def mixture_table(runs: Sequence[Run]) -> str:
         return ""
     run_column = "<th>run</th>" if len(runs) > 1 else ""
     return (
-        '<div class="card scroll"><p class="soft small">Bar: samples drawn up to the newest checkpoint; mark: asked '
-        "for. The share of target tokens differs from that of samples where prompts are masked or sequences not full."
-        f"</p><table><tr><th>source</th>{run_column}<th class='n'>asked for</th><th class='n'>samples drawn</th>"
-        "<th class='wide'></th>"
+        '<div class="card scroll"><p class="soft small">Bar: share of the samples drawn up to the newest checkpoint; '
+        "mark: share of the samples asked for. The share of target tokens differs from that of samples where prompts "
+        f"are masked or sequences not full.</p><table><tr><th>source</th>{run_column}"
+        "<th class='n'>samples asked for</th><th class='n'>samples drawn</th><th class='wide'></th>"
         f"<th class='n'>of target tokens</th><th class='n'>target tokens</th></tr>{''.join(body)}</table></div>"
     )
 

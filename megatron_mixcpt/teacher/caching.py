@@ -8,6 +8,7 @@ same bytes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ def fill_cache(
     # All ranks go the same number of rounds: a teacher may need every one of them at every pass.
     # In each of them a replica has a micro-batch for each of its ranks.
     width = state.tensor_size * state.pipeline_size
-    rounds = _rounds(missing[:: state.data_size], micro_batch_size, width)
+    rounds = _rounds(missing, state.data_size, micro_batch_size, width)
     work = _work(mine, dataset, mix, dtype, micro_batch_size, width)
     total = sum(shard.end - shard.begin for shard in shards_of(identity))
     left = sum(shard.end - shard.begin for shard in missing)
@@ -139,7 +140,7 @@ def fill_cache(
                 Progress("caching the teacher", total * dtype.itemsize, (total - left) * dtype.itemsize)
             )
         stop.defer(state.device)
-        for _ in range(rounds):
+        for sequences in rounds:
             if stop.agreed(state.device):
                 raise StoppedError("stopped as asked; complete shards are kept: run the same command to go on")
             batches, places = next(work)
@@ -151,7 +152,6 @@ def fill_cache(
                 if place is not None and place.done and writes:
                     _write(cache, place)
             if progress is not None:
-                sequences = state.data_size * sum(place.count for place in places if place)
                 progress.advance(sequences * dtype.itemsize, sequences * mix.seq_length)
     torch.distributed.barrier()
     if state.rank == 0:
@@ -178,9 +178,18 @@ def _write(cache: Path, place: _Place) -> None:
         raise tell_alone(MixcptError(message)) from error
 
 
-def _rounds(shards: list[Shard], size: int, width: int) -> int:
-    """Of the replica with most to do, which is the first."""
-    return -(-sum(-(-(shard.end - shard.begin) // size) for shard in shards) // width)
+def _rounds(shards: list[Shard], replicas: int, size: int, width: int) -> Iterator[int]:
+    """How many sequences all replicas compute in each round, until the last of them is through."""
+    left = [_sizes(shards[replica::replicas], size) for replica in range(replicas)]
+    while sequences := sum(sum(itertools.islice(sizes, width)) for sizes in left):
+        yield sequences
+
+
+def _sizes(shards: list[Shard], size: int) -> Iterator[int]:
+    """Sequences of each micro-batch of a replica with these shards."""
+    for shard in shards:
+        for begin in range(shard.begin, shard.end, size):
+            yield min(size, shard.end - begin)
 
 
 def _work(

@@ -65,6 +65,9 @@ def test_preferences_start_from_the_fine_tuned_model_and_are_learned(chain, run)
     if run == "dpo":  # the adapter's dropout already moves the first step
         assert first["train/loss"] == pytest.approx(np.log(2.0), abs=1e-12)
         assert first["rewards/kl"] == 0.0
+        assert first["rewards/accuracy"] == 0.5  # nothing is preferred yet
+        held_out = [value for key, value in rows_of(chain / run)[0].items() if key.endswith("/accuracy")]
+        assert held_out and set(held_out) == {0.5}
     held_out = {key: value for key, value in rows_of(chain / run)[0].items() if key.endswith("/loss")}
     assert held_out and all(loss == pytest.approx(np.log(2.0), abs=1e-12) for loss in held_out.values())
     assert rows[-1]["train/loss"] < np.log(2.0) and rows[-1]["rewards/margin"] > 0
@@ -82,4 +85,8 @@ def test_the_end_of_the_chain_opens_with_transformers(chain):
         [{"role": "user", "content": "the liver?"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     assert model(**ids).logits.isfinite().all()
-    assert "DPO (`sigmoid`, beta 0.1)" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "DPO (`sigmoid`, beta 0.1)" in card and "Perplexity" not in card
+    rows = [row for row in rows_of(chain / "dpo") if "val/pairs/accuracy" in row]
+    after, margin = rows[-1]["val/pairs/accuracy"], rows[-1]["val/pairs/margin"]
+    assert f"| pairs | 50.0% | {after:.1%} | +0.0000 | {margin:+.4f} |" in card

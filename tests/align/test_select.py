@@ -16,9 +16,10 @@ from megatron_mixcpt.align.pairs import read_pair_mix
 from megatron_mixcpt.align.picking import pick, ranking, shares
 from megatron_mixcpt.align.scoring import plan_rounds
 from megatron_mixcpt.align.select_config import SelectConfig
-from megatron_mixcpt.align.selecting import select
+from megatron_mixcpt.align.selecting import finish, select
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.data.mix import read_mix
+from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
@@ -206,6 +207,21 @@ def test_a_tokenizer_without_template_needs_the_plain_format(tmp_path, stage1):
         prepare_candidates(config(copy, tmp_path))
     candidates = prepare_candidates(config(copy, tmp_path, format="plain"))
     assert {tuple(record["sequences"]) for record in candidates.records()} == {("plain",), ("plain", "rejected")}
+
+
+@pytest.mark.parametrize(("n", "notes"), [(60, 1), (1000, 1), (5, 0)])
+def test_where_all_are_taken_a_note_says_so(tmp_path, stage1, capsys, n, notes):
+    few = config(stage1, tmp_path, n=n, pairs=1, by="tokens")
+    candidates = prepare_candidates(few)
+    capsys.readouterr()
+    finish(few, candidates, -1.0 - np.arange(len(open_indexed(candidates.prefix))))
+    out = capsys.readouterr().out
+    records = sum(record["kind"] == "instruction" for record in candidates.records())
+    assert out.count("note: ") == notes
+    assert not notes or f"note: fewer instruction records than select.n={n}, all were taken: {records} " in out
+    report = (tmp_path / "out" / "report.md").read_text()
+    ends = report.split("Ends of the instruction records")[1].split("\n## ")[0]
+    assert ("### worst" in ends) == (not notes) and "first chosen" in ends
 
 
 def test_rows_without_a_value_are_not_ranked():

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate import harness, measurements
 from megatron_mixcpt.evaluate.comparison import change, write_comparison
 from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, resolve_task, run_harness
 from megatron_mixcpt.evaluate.validation import SourcePerplexity
@@ -57,11 +59,19 @@ def test_files_that_are_no_task_are_refused(tmp_path, content, message):
 
 @pytest.mark.skipif(HARNESS is not None, reason="the harness is installed")
 def test_without_the_harness_the_extra_is_named():
-    with pytest.raises(ConfigError, match=r"megatron-mixcpt\[eval\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
         run_harness(Path("x"), ["mixcpt_grammar"], limit=1, dtype="fp32")
 
 
-@pytest.mark.skipif(HARNESS is None, reason="pip install 'megatron-mixcpt[eval]'")
+def test_a_missing_harness_is_told_before_any_model_is_opened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    make("llama-untied", tmp_path / "model", vocab_size=40)
+    monkeypatch.setattr(measurements, "measure_model", lambda *arguments: pytest.fail("it went on"))
+    assert main(["eval", str(tmp_path / "model"), "--tasks", "bundled", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(HARNESS is None, reason="pip install -e '.[eval]'")
 def test_bundled_tasks_run_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make("llama-untied", tmp_path / "model", vocab_size=make_tokenizer(tmp_path / "model"))
@@ -96,5 +106,8 @@ def test_change_has_the_stated_signs(tmp_path):
 def test_without_a_base_figures_stand_alone(tmp_path):
     alone = {"model": measured(10.0, 11.0, 0.4)}
     assert change(alone) == {}
-    write_comparison(tmp_path, alone, model="m", base=None)
-    assert "| facts | domain | 10 |" in (tmp_path / "eval.md").read_text()
+    write_comparison(tmp_path, alone, model="m", base=None, unmeasured=["few", "rare"])
+    report = (tmp_path / "eval.md").read_text()
+    assert "| facts | domain | 10 |" in report
+    assert "Not measured: few, rare (no validation split with target tokens)." in report
+    assert json.loads((tmp_path / "eval.json").read_text())["unmeasured"] == ["few", "rare"]

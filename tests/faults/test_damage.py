@@ -156,4 +156,5 @@ def test_the_commands_list_verify_and_prune(run, capsys):
     assert main(["checkpoint", "list", str(folder / "nothing")]) == 2
     capsys.readouterr()
     assert main(["data-state", str(folder)]) == 0
-    assert f"{4 * STEPS} samples in {STEPS} steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{4 * STEPS} samples in {STEPS} steps" in out and "source    " in out and " share of samples " in out

@@ -1,5 +1,7 @@
 """A trained run becomes a Hugging Face directory with its card; `eval` and `generate` look at it."""
 
+import copy
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +14,8 @@ import yaml
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.evaluate.generate_cli import NAME as GENERATE
+from megatron_mixcpt.model.card import model_card
+from megatron_mixcpt.model.origin import find_origin
 from megatron_mixcpt.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.families import make
@@ -85,6 +89,23 @@ def test_the_card_tells_data_training_gain_and_loss(folder, exported):
         before, after = (row[f"val/{source['name']}/ppl"] for row in (validations[0], validations[-1]))
         change = f"{after / before - 1:+.1%}"
         assert f"| {source['name']} | {source['kind']} | {before:.3f} | {after:.3f} | {change} |" in card
+    assert "Not measured" not in card
+
+
+def test_the_card_names_what_was_not_measured_and_has_no_empty_table(folder):
+    origin = find_origin(folder / "run")
+    assert f"A qwen2 of {origin.arch.num_parameters / 1e6:.2g}M parameters" in model_card(origin)
+    first, second = (source["name"] for source in origin.mix["sources"])
+    one, none = copy.deepcopy(origin.mix), copy.deepcopy(origin.mix)
+    for source in none["sources"]:
+        source["valid"] = None
+    one["sources"][1]["valid"] = None
+    one["sources"][1]["name"] = "rare"
+    card = model_card(dataclasses.replace(origin, mix=one))
+    assert f"| {first} | domain |" in card and "Not measured: rare (no validation split with target tokens)." in card
+    card = model_card(dataclasses.replace(origin, mix=none, run_dir=folder / "base"))  # without metrics
+    assert f"Not measured: {first}, {second} (" in card and "| before |" not in card
+    assert "Gain and loss" not in model_card(dataclasses.replace(origin, run_dir=folder / "base"))
 
 
 def test_a_run_whose_base_is_gone_says_so(folder, tmp_path, capsys):

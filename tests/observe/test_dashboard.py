@@ -29,7 +29,7 @@ def test_every_panel_shows_documented_metrics(dashboard):
 
 
 def test_the_workspace_is_what_the_layout_says(dashboard):
-    pytest.importorskip("wandb_workspaces", reason="pip install 'megatron-mixcpt[dashboard]'")
+    pytest.importorskip("wandb_workspaces", reason="pip install -e '.[dashboard]'")
     workspace = dashboard.build("team", "project")
     assert [section.name for section in workspace.sections] == list(dashboard.LAYOUT)
     for section in workspace.sections:
@@ -45,7 +45,7 @@ def test_without_the_library_it_says_what_to_install(dashboard, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     assert dashboard.main(["--entity", "team"]) == 1
-    assert "pip install 'megatron-mixcpt[dashboard]'" in capsys.readouterr().err
+    assert "pip install -e '.[dashboard]'" in capsys.readouterr().err
 
 
 def test_a_refusal_is_told(dashboard, monkeypatch, capsys):

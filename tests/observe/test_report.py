@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.observe.line_chart import MAX_POINTS, Series, line_chart, number, thin, ticks
+from megatron_mixcpt.observe.line_chart import MAX_POINTS, Series, line_chart, number, thin, tick_labels, ticks
 from megatron_mixcpt.observe.report_page import page
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
 from tests.observe.browser import open_page
@@ -119,6 +119,21 @@ def test_several_runs_are_told_apart(compared):
     assert "Validation perplexity: facts" in text and "rewards/new" in text
 
 
+def test_held_out_preference_pairs_are_shown_before_and_now(tmp_path):
+    folder = write_run(tmp_path / "dpo", validate=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, (loss, accuracy, margin) in {0: (0.6931, 0.5, 0.0), 120: (0.6021, 0.875, 0.2345)}.items():
+            row = {"step": step, "val/pairs/loss": loss, "val/pairs/accuracy": accuracy, "val/pairs/margin": margin}
+            file.write(json.dumps(row) + "\n")
+    text = page([read_run(folder)])
+    table = text.split("Held-out preference pairs</h2>")[1].split("</table>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)", table) == ["pairs", "50.0%", "87.5%", "0.0000", "0.2345", "0.6931", "0.6021"]
+    assert "Accuracy on held-out pairs" in text and "Margin on held-out pairs" in text
+    assert "What it learned" not in text and "val/pairs" not in text
+    both = page([read_run(folder), read_run(write_run(tmp_path / "stage1"))])
+    assert "Accuracy on held-out pairs: pairs" in both and "Validation perplexity: facts" in both
+
+
 def test_names_are_text_not_markup(compared):
     text = compared.read_text()
     assert "general <text>" not in text and "general &lt;text&gt;" in text
@@ -181,6 +196,20 @@ def test_ticks_are_few_and_inside(a, b, count):
     found = ticks(low, high, count)
     room = 1e-6 * max(abs(low), abs(high), high - low)
     assert len(found) <= 2 * count + 2 and all(low - room <= tick <= high + room for tick in found)
+
+
+@given(st.floats(0.1, 1e9), st.floats(1e-8, 10.0))
+def test_labels_of_ticks_are_the_ticks_however_near_each_other(low, share):
+    found = ticks(low, low * (1 + share), 5)
+    factors = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    read = [float(text.rstrip("kMGT")) * factors.get(text[-1], 1.0) for text in tick_labels(found)]
+    assert read == pytest.approx(found, abs=0.01 * (found[1] - found[0]), rel=0)
+
+
+def test_ticks_of_a_loss_that_hardly_moves_differ():
+    svg = line_chart("loss", [Series("one", [(1, 0.69314), (2, 0.69310)], 0)], "step")
+    labels = re.findall(r'text-anchor="end">([^<]+)', svg)
+    assert len(set(labels)) == len(labels) >= 3 and all(0.6930 < float(label) < 0.6932 for label in labels)
 
 
 @given(st.floats(1e-12, 1e14), st.sampled_from([1, -1]))

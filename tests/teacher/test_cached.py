@@ -9,6 +9,8 @@ import signal
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
@@ -155,6 +157,14 @@ def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
     victim.write_bytes(content)
     run_distributed(_fill, 1, broken, warm=True)
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_rounds_end_when_the_last_replica_is_through_and_count_every_sequence(sizes, replicas, micro, width):
+    shards = [cache_format.Shard("x", number, 3, 3 + size) for number, size in enumerate(sizes)]
+    rounds = list(caching._rounds(shards, replicas, micro, width))
+    work = [sum(-(-size // micro) for size in sizes[replica::replicas]) for replica in range(replicas)]
+    assert sum(rounds) == sum(sizes) and len(rounds) == max(-(-batches // width) for batches in work)
 
 
 def test_a_stop_is_75_and_keeps_complete_shards(world, tmp_path):
