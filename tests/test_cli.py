@@ -64,7 +64,7 @@ def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
     [
         ("train.lr=.inf", "train.lr: Input should be a finite number"),
         ("train.seed=4294967296", "train.seed: Input should be less than 4294967296"),
-        ("data.mix=.", "data.mix: .: cannot be read: Is a directory"),
+        ("data.mix=.", "data.mix: mix.json: no such file"),
         ("run_dir=README.md", "run_dir README.md is a file"),
         ("train.lr=-1", "train.lr: Input should be greater than 0"),
         ("train.schedule=cosin", "train.schedule: Input should be 'cosine', 'wsd' or 'constant'"),
