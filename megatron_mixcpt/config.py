@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -326,6 +326,15 @@ class Config(Section):
     run_dir: str
     """Folder of the run: resolved configuration, metrics, checkpoints. The same folder resumes."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_command(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "align" in values and "align" not in cls.model_fields:
+            raise ValueError(
+                "align: with this section it is a configuration of `mixcpt align`, which this command does not take"
+            )
+        return values
+
     @model_validator(mode="after")
     def _teacher_fits_loss(self) -> Config:
         if self.loss.target != "none" and self.teacher.source == "none":
@@ -361,12 +370,27 @@ class Config(Section):
         """Whether each step also passes through the teacher."""
         return self.uses_teacher and self.teacher.source != "cached"
 
+    @property
+    def row_sequences(self) -> int:
+        """Length of a row of the batch in units of the mixture's seq_length."""
+        return 1
+
+    @property
+    def fuses_lm_head(self) -> bool:
+        """Whether logits exist for a chunk of tokens at a time only."""
+        return self.loss.fuse_lm_head
+
 
 C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
+    return validate(schema, read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The plain values of `path` with `key=value` overrides laid over them. Raises ConfigError."""
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
@@ -380,10 +404,9 @@ def load_config(schema: type[C], path: str | Path, overrides: list[str] | None =
             raise ConfigError(f"{override!r}: overrides are written key=value, for example train.steps=100")
     try:
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
-        values = OmegaConf.to_container(merged, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    return validate(schema, values, str(path))
 
 
 def validate(schema: type[C], values: Any, origin: str) -> C:

@@ -20,7 +20,7 @@ from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
 
 FP32 = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head
+FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> 
     grid, train = config.parallel, config.train
     data_size = world_size // (grid.tensor * grid.pipeline)
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
-    stages = [_stage(config, arch, mix.seq_length, index, data_size, num_micro) for index in range(grid.pipeline)]
+    row_length = config.row_sequences * mix.seq_length
+    stages = [_stage(config, arch, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
     checkpoint = checkpoint_bytes(arch, train.dtype, config.adapter)
-    return RunPlan(stages, data_size, num_micro, train.global_batch_size * mix.seq_length, checkpoint)
+    return RunPlan(stages, data_size, num_micro, train.global_batch_size * row_length, checkpoint)
 
 
 def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | None = None) -> int:
@@ -83,7 +84,7 @@ def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | No
 
 
 def _stage(
-    config: Config, arch: Architecture, seq_length: int, index: int, data_size: int, num_micro: int
+    config: Config, arch: Architecture, row_length: int, index: int, data_size: int, num_micro: int
 ) -> StagePlan:
     train, tensor, pipeline = config.train, config.parallel.tensor, config.parallel.pipeline
     size = DTYPE_BYTES[train.dtype]
@@ -96,10 +97,10 @@ def _stage(
     state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
     optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
     offloaded = config.optimizer.offload == "cpu"
-    tokens = train.micro_batch_size * seq_length
+    tokens = train.micro_batch_size * row_length
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
     layers = arch.num_layers // pipeline
-    layer = tokens * _layer_bytes(arch, config, seq_length)
+    layer = tokens * _layer_bytes(arch, config, row_length)
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
     head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens) if last else 0
@@ -182,13 +183,13 @@ def _adapter_bytes(arch: Architecture, config: Config) -> int:
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 
-def _layer_bytes(arch: Architecture, config: Config, seq_length: int) -> int:
+def _layer_bytes(arch: Architecture, config: Config, row_length: int) -> int:
     """Kept by one layer for each token of a micro-batch, with several documents in a row."""
     tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
     sequence = tensor if config.parallel.sequence else 1
     queries = arch.num_attention_heads * arch.head_dim // tensor
     norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
-    attention = 4 * queries * size + seq_length * size  # q, k, v, output; the mask's row in the weights' type
+    attention = 4 * queries * size + row_length * size  # q, k, v, output; the mask's row in the weights' type
     rotary = 4 * arch.head_dim * size
     mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
     return (
@@ -204,7 +205,7 @@ def _layer_bytes(arch: Architecture, config: Config, seq_length: int) -> int:
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
     """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
-    if config.loss.fuse_lm_head:
+    if config.fuses_lm_head:
         return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
     copies = 2 if config.train.dtype == "fp32" else 3
     return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]

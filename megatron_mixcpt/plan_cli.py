@@ -8,11 +8,11 @@ from pathlib import Path
 
 NAME = "plan"
 HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
-what is saved where. Checks the configuration as `mixcpt train` would."""
+what is saved where. Checks the configuration as `mixcpt train` or `mixcpt align` would."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the YAML file that `mixcpt train` takes")
+    parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.config import Config, load_config
+    from megatron_mixcpt.align.config import load_run_config, recipe_of
 
-    config = load_config(Config, args.config, args.overrides)
+    config = load_run_config(args.config, args.overrides)
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.model.adapter_layout import describe_adapter
     from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
@@ -32,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
     grid, train = config.parallel, config.train
     world_size = args.nproc or grid.tensor * grid.pipeline
-    arch, mix = check_settings(config, world_size)
+    arch, mix = check_settings(config, world_size, recipe_of(config))
     if args.gpu is not None and args.gpu not in PEAK_BF16:
         raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
     if not 0.0 < args.mfu <= 1.0:
         raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
     if args.gpu is not None and train.dtype == "fp32":
         raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
+    row_length = config.row_sequences * mix.seq_length
     plan = make_plan(config, arch, mix, world_size)
 
     print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
         f"x data {plan.data_size}; "
-        f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {mix.seq_length} tokens a step"
+        f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
     )
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
     print(f"memory of a rank, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
-        mix.seq_length,
+        row_length,
         with_teacher=config.runs_teacher,
         recompute=train.recompute == "full",
-        fuse_lm_head=config.loss.fuse_lm_head,
+        fuse_lm_head=config.fuses_lm_head,
         tensor=grid.tensor,
         frozen=frozen,
     )

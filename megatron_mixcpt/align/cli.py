@@ -21,16 +21,10 @@ preference optimization). Everything else is as in `mixcpt train`: the same comm
 
 def run(args: argparse.Namespace) -> int:
     def read() -> tuple[Config, Recipe]:
-        from megatron_mixcpt.align.config import AlignConfig
+        from megatron_mixcpt.align.config import AlignConfig, recipe_of
         from megatron_mixcpt.config import load_config
 
         config = load_config(AlignConfig, args.config, args.overrides)
-        if config.align.method == "dpo":
-            from megatron_mixcpt.align.dpo import DPO
-
-            return config, DPO
-        from megatron_mixcpt.train.mixcpt import MIXCPT
-
-        return config, MIXCPT
+        return config, recipe_of(config)
 
     return start(NAME, args, read)

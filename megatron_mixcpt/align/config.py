@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_mixcpt.config import Config, LossConfig, Section
+from megatron_mixcpt.config import Config, LossConfig, Section, read_values, validate
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.train.task import Recipe
 
 
 class AlignSettings(Section):
@@ -40,6 +44,13 @@ class AlignConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
+    def _has_the_section(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "align" not in values:
+            raise ValueError("align: required; without it this is a configuration of `mixcpt train`")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _no_teacher_by_default(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("loss"), dict):
             return {**values, "loss": {"target": "none", **values["loss"]}}
@@ -54,3 +65,31 @@ class AlignConfig(Config):
     @property
     def kind(self) -> str:
         return self.align.method
+
+    @property
+    def row_sequences(self) -> int:
+        return 2 if self.align.method == "dpo" else 1  # align/pairs.py
+
+    @property
+    def fuses_lm_head(self) -> bool:
+        return self.align.method == "dpo" or super().fuses_lm_head  # align/logprobs.py
+
+
+def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The configuration of a run: of `mixcpt align` where it has the section `align`, else of `mixcpt train`.
+
+    Raises ConfigError naming the file and the key.
+    """
+    values = read_values(path, overrides)
+    return validate(AlignConfig if "align" in values else Config, values, str(path))
+
+
+def recipe_of(config: Config) -> Recipe:
+    """How the run of a configuration reads its data and is built."""
+    if isinstance(config, AlignConfig) and config.align.method == "dpo":
+        from megatron_mixcpt.align.dpo import DPO
+
+        return DPO
+    from megatron_mixcpt.train.mixcpt import MIXCPT
+
+    return MIXCPT

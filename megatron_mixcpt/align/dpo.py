@@ -126,7 +126,7 @@ class DPOTask:
         self._mix = mix
         self.objective: Objective = DPOObjective(config.align, log_probs)
         self.validation: Objective = self.objective
-        self.row_length = 2 * mix.seq_length
+        self.row_length = config.row_sequences * mix.seq_length
         self.flops_per_token = flops_per_token(
             arch, mix.seq_length, with_teacher=False, frozen=config.adapter is not None
         )

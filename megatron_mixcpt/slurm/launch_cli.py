@@ -14,7 +14,9 @@ Example: mixcpt launch train.yaml --nodes 2 --gpus-per-node 8 --partition gpu --
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options without a value here take the default of slurm/resources.py."""
-    parser.add_argument("config", help="YAML file that `mixcpt train` takes, or a chain (with `stages`)")
+    parser.add_argument(
+        "config", help="YAML file that `mixcpt train` or `mixcpt align` takes, or a chain (with `stages`)"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the training file's"
     )
@@ -39,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.align.config import AlignConfig, load_run_config, recipe_of
     from megatron_mixcpt.config import validate
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
     from megatron_mixcpt.slurm.jobs import command_jobs
     from megatron_mixcpt.slurm.resources import Resources
+    from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
     if is_chain(args.config):
@@ -52,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
         jobs = chain_jobs(args.config, options)
     else:
         ask = validate(Resources, options, "mixcpt launch")
-        jobs = command_jobs("train", ["train", args.config, *args.overrides], ask, Path())
-        _check(args, ask.world_size)
+        config = load_run_config(args.config, args.overrides)
+        command = "align" if isinstance(config, AlignConfig) else "train"
+        jobs = command_jobs(command, [command, args.config, *args.overrides], ask, Path())
+        # What the command would refuse is refused before anything waits in a queue.
+        check(config, ask.world_size, recipe_of(config))
     if args.dry_run:
         for job in jobs:
             print(job.script)
@@ -65,14 +72,6 @@ def run(args: argparse.Namespace) -> int:
     for job, number in submit_all(jobs):
         print(f"job {number}: {job.stage}, {job.folder / job.stage}.sbatch; logs in {job.logs}", flush=True)
     return 0
-
-
-def _check(args: argparse.Namespace, world_size: int) -> None:
-    """What `mixcpt train` would refuse is refused before anything waits in a queue."""
-    from megatron_mixcpt.config import Config, load_config
-    from megatron_mixcpt.train.setup import check
-
-    check(load_config(Config, args.config, args.overrides), world_size)
 
 
 def _resources(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ goes on where it was stopped, and mends what is damaged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the YAML file that `mixcpt train` takes, with teacher.cache")
+    parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes, with teacher.cache")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks to start on this machine (default 1)")
     parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a position (default 32)")
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
-        from megatron_mixcpt.config import Config, load_config
+        from megatron_mixcpt.align.config import load_run_config
         from megatron_mixcpt.errors import ConfigError
         from megatron_mixcpt.launcher import is_distributed, launch
 
-        config = load_config(Config, args.config, args.overrides)
+        config = load_run_config(args.config, args.overrides)
         if config.teacher.source != "cached" or not config.uses_teacher:
             raise ConfigError(
                 "cache-teacher needs teacher.source=cached, teacher.cache=DIR and a loss.target: the configuration "
