@@ -38,6 +38,7 @@ class ParallelState:
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    store: dist.Store
 
     @property
     def is_first_stage(self) -> bool:
@@ -120,16 +121,17 @@ def parallel_context(
         else:
             stack.enter_context(cpu_backend())
             device, backend = CPU, "gloo"
+        store = _store(launch is not None, timeout)
         dist.init_process_group(
             backend,
-            store=_store(launch is not None, timeout),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
         stack.callback(dist.destroy_process_group)
-        yield _join_grid(stack, rank, world_size, local_rank, device, tensor, pipeline, seed, timeout_minutes)
+        yield _join_grid(stack, store, rank, world_size, local_rank, device, tensor, pipeline, seed, timeout_minutes)
 
 
 def seed_step(state: ParallelState, seed: int, step: int) -> None:
@@ -145,6 +147,7 @@ def seed_step(state: ParallelState, seed: int, step: int) -> None:
 
 def _join_grid(
     stack: contextlib.ExitStack,
+    store: dist.Store,
     rank: int,
     world_size: int,
     local_rank: int,
@@ -184,4 +187,5 @@ def _join_grid(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=world_size // (tensor * pipeline),
         data_group=parallel_state.get_data_parallel_group(),
+        store=store,
     )

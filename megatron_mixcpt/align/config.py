@@ -31,6 +31,11 @@ class AlignSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> AlignSettings:
+        if self.method == "sft":
+            # By value: a run's saved configuration spells out the defaults.
+            for key, field in type(self).model_fields.items():
+                if key != "method" and getattr(self, key) != field.default:
+                    raise ValueError(f"align.{key} is for align.method dpo, sft has no use for it: remove it")
         if self.label_smoothing and self.loss == "ipo":
             raise ValueError("align.label_smoothing is for align.loss sigmoid: set it to 0")
         return self

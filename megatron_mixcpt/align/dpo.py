@@ -27,7 +27,6 @@ from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.observe.throughput import flops_per_token
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.task import Objective, Recipe, Task
 
@@ -122,14 +121,12 @@ class DPOObjective:
 class DPOTask:
     """Training on the packed preference pairs of a mixture."""
 
-    def __init__(self, config: AlignConfig, mix: Mix, arch: Architecture, log_probs: TokenLogProbs) -> None:
+    def __init__(self, config: AlignConfig, mix: Mix, log_probs: TokenLogProbs) -> None:
         self._mix = mix
         self.objective: Objective = DPOObjective(config.align, log_probs)
         self.validation: Objective = self.objective
         self.row_length = config.row_sequences * mix.seq_length
-        self.flops_per_token = flops_per_token(
-            arch, mix.seq_length, with_teacher=False, frozen=config.adapter is not None
-        )
+        self.flops_per_token: float | None = None  # only answers meet the head: it depends on each row
         self.splits = {source.name: (source.train, source.valid) for source in mix.sources}
         self.datasets = {
             split.prefix: PairRows(split.prefix, self.row_length)
@@ -173,7 +170,7 @@ def make_task(
     """Collective: build the task and compute, or read, the reference log-probabilities."""
     assert isinstance(config, AlignConfig)
     log_probs = TokenLogProbs(state, stage.vocab_start, arch.vocab_size)
-    task = DPOTask(config, mix, arch, log_probs)
+    task = DPOTask(config, mix, log_probs)
     for name, splits in task.splits.items():
         for part, split in zip(("train", "valid"), splits):
             if split:

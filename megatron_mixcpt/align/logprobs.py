@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_mixcpt.kernels import linear_lssd_loss
 from megatron_mixcpt.parallel import ParallelState
 
+CHUNK = 1024  # entries that are summed at once
+
 
 class TokenLogProbs:
     """`(hidden, head, labels, targets) -> log-probabilities [t]` for one model shard, with gradient."""
@@ -39,6 +41,32 @@ class TokenLogProbs:
 
 
 def sums_by(groups: Tensor, num_groups: int, values: Tensor) -> Tensor:
-    """fp64 sums of `values` `[t]` or `[t, c]` over the entries of each group; one order of addition on any device."""
-    member = groups.unsqueeze(0) == torch.arange(num_groups, device=groups.device).unsqueeze(1)  # [groups, t]
-    return member.double() @ values.double()
+    """fp64 sums of `values` `[t]` or `[t, c]` over the entries of each group; one order of addition on any device.
+
+    Memory beyond the result is that of a chunk, in backward too.
+    """
+    return _SumsBy.apply(groups, num_groups, values)
+
+
+class _SumsBy(torch.autograd.Function):
+    """Products with the 0/1 matrix of memberships, chunk by chunk: scattered additions have no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, num_groups: int, values: Tensor) -> Tensor:
+        ctx.save_for_backward(groups)
+        ctx.dtype = values.dtype
+        sums = torch.zeros(num_groups, *values.shape[1:], dtype=torch.float64, device=values.device)
+        for part, added in zip(groups.split(CHUNK), values.split(CHUNK)):
+            sums += _members(part, num_groups) @ added.double()
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        (groups,) = ctx.saved_tensors
+        parts = [_members(part, len(gradient)).t() @ gradient for part in groups.split(CHUNK)]
+        return None, None, torch.cat(parts).to(ctx.dtype)
+
+
+def _members(groups: Tensor, num_groups: int) -> Tensor:
+    """fp64 `[groups, t]`: 1 where an entry is of the group."""
+    return (groups.unsqueeze(0) == torch.arange(num_groups, device=groups.device).unsqueeze(1)).double()

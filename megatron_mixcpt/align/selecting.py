@@ -7,13 +7,14 @@ likely. Control tokens that end an answer are left out of both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -29,10 +30,12 @@ from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHI
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import StoppedError
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.train.signals import StopRequest
 
 TELL_SECONDS = 5.0
-PREPARE_MINUTES = 60.0  # the other ranks wait while rank 0 reads the records
 KINDS = {"instruction": "sft", "preference": "dpo"}
 
 
@@ -41,36 +44,25 @@ def select(config: SelectConfig) -> None:
 
     Raises StoppedError, ConfigError, VerificationError.
     """
+    from megatron_mixcpt.align.rank0 import on_rank_0
     from megatron_mixcpt.parallel import parallel_context
     from megatron_mixcpt.train.failures import explained
     from megatron_mixcpt.train.signals import StopRequest
 
     with StopRequest() as stop, explained(stop):
         grid, seed = config.parallel, config.select.seed
-        with parallel_context(grid.tensor, grid.pipeline, seed, timeout_minutes=PREPARE_MINUTES) as state:
-            candidates = _prepared(config, state.rank)
-            scores = _score(config, candidates, state)
-            if state.rank == 0:
-                finish(config, candidates, scores)
+        with parallel_context(grid.tensor, grid.pipeline, seed) as state:
+            candidates = on_rank_0("prepare", lambda: prepare_candidates(config), state)
+            scores = _score(config, candidates, state, stop)
+
+            def write() -> None:
+                with stop.at_once():
+                    finish(config, candidates, scores)
+
+            on_rank_0("finish", write, state)
 
 
-def _prepared(config: SelectConfig, rank: int) -> Candidates:
-    """Rank 0 prepares what is not there; all ranks are told of an error."""
-    import torch
-
-    message: list[Any] = [None]
-    if rank == 0:
-        try:
-            message = [prepare_candidates(config)]
-        except MixcptError as error:
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if isinstance(message[0], MixcptError):
-        raise message[0]
-    return message[0]
-
-
-def _score(config: SelectConfig, candidates: Candidates, state: Any) -> np.ndarray:
+def _score(config: SelectConfig, candidates: Candidates, state: Any, stop: StopRequest) -> np.ndarray:
     from megatron_mixcpt.align.scoring import score_sequences
     from megatron_mixcpt.train.setup import build_stage, read_model_and_mix
 
@@ -81,19 +73,27 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any) -> np.ndarr
     if config.model.preset:
         model.append(config.select.seed)
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([candidates.fingerprint, model]).encode())
-    progress = _Progress(open_indexed(candidates.prefix).lengths, shown=state.rank == 0)
-    scores = score_sequences(
-        candidates.prefix,
-        stage,
-        state,
-        vocab_size=arch.vocab_size,
-        micro_batch_tokens=config.select.micro_batch_tokens,
-        folder=Path(config.out) / "scores",
-        fingerprint=fingerprint,
-        done=progress,
-    )
-    progress.close()
-    return scores
+    stopped = StoppedError("stopped as asked; finished scores are kept: run the same command to go on")
+    lengths = open_indexed(candidates.prefix).lengths
+    with contextlib.closing(_Progress(lengths, shown=state.rank == 0)) as progress:
+
+        def done(tokens: int, sequences: int, computed: bool) -> None:
+            progress(tokens, sequences, computed)
+            if computed and stop.agreed(state.device):
+                raise stopped
+
+        if stop.defer(state.device):
+            raise stopped
+        return score_sequences(
+            candidates.prefix,
+            stage,
+            state,
+            vocab_size=arch.vocab_size,
+            micro_batch_tokens=config.select.micro_batch_tokens,
+            folder=Path(config.out) / "scores",
+            fingerprint=fingerprint,
+            done=done,
+        )
 
 
 class _Progress:

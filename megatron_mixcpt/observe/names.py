@@ -21,7 +21,7 @@ METRICS = {
     "optim/skipped": "steps so far that changed no weight: not finite, or a spike",
     "speed/tok_per_s_gpu": "tokens a second and rank, padding and masked tokens included",
     "speed/step_seconds": "seconds from step to step, without saving and validation",
-    "speed/mfu": "model FLOPs against the device's bf16 peak; absent where the peak is not known",
+    "speed/mfu": "model FLOPs against the device's bf16 peak; absent in DPO and where the peak is not known",
     "speed/data_pct": "percent of the step spent waiting for data",
     "mem/peak_gib": "most memory rank 0 has held: of its device, or on CPU its resident set",
     "time/data": "waiting for the loader and copying the batch to the device",

@@ -77,7 +77,9 @@ class MixCPTTask:
         self.validation: Objective = MixCPTObjective(loss, None)
         self.row_length = mix.seq_length
         frozen = config.adapter is not None
-        self.flops_per_token = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
+        self.flops_per_token: float | None = flops_per_token(
+            arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen
+        )
 
     def train_dataset(self, seed: int, cache_dir: Path) -> Mixture:
         return train_dataset(self._mix, seed, cache_dir)

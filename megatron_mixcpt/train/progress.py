@@ -197,8 +197,9 @@ class Progress:
             "mem/peak_gib": peak_memory_gib(self.state.device),
             **times,
         }
-        if self._peak is not None:
-            metrics["speed/mfu"] = rate * self.parts.task.flops_per_token / self._peak
+        flops = self.parts.task.flops_per_token
+        if self._peak is not None and flops is not None:
+            metrics["speed/mfu"] = rate * flops / self._peak
         return metrics
 
     def _introduce(self, step: int) -> None:

@@ -6,7 +6,9 @@ that all ranks agree on after the step, validation batch or save in flight.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,16 @@ class StopRequest:
         stopping = self.agreed(device)
         self._ready = True
         return stopping
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """After `defer`: within it a stop, also one that came before, raises on this rank as it did before `defer`."""
+        self._deferred = self._ready = False
+        try:
+            self.check()
+            yield
+        finally:
+            self._deferred = self._ready = True
 
     @property
     def early(self) -> bool:

@@ -51,8 +51,8 @@ class Task(Protocol):
     validation: Objective
     row_length: int
     """Tokens of a sample."""
-    flops_per_token: float
-    """Model FLOPs to train on one token."""
+    flops_per_token: float | None
+    """Model FLOPs to train on one token; None where it is no constant, and then there is no MFU."""
 
     def train_dataset(self, seed: int, cache_dir: Path) -> Mixture:
         """Collective: all training samples."""

@@ -143,3 +143,24 @@ def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1
     assert losses(straight)[4] < losses(straight)[1]
     expected, found = (saved_tensors(list_checkpoints(folder / "checkpoints")[0]) for folder in (straight, broken))
     assert all(torch.equal(expected[key], found[key]) for key in expected) and expected.keys() == found.keys()
+
+
+def train_with_a_known_peak(rank, world_size, runs):
+    from megatron_mixcpt.train import progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "peak_flops", lambda device, dtype: 1e15)
+        train_all(rank, world_size, runs)
+
+
+@pytest.mark.distributed
+def test_there_is_no_mfu_where_the_flops_of_a_token_differ(tmp_path, stage1):
+    runs = []
+    for method in ("sft", "dpo"):
+        sections = {"train": {"steps": 1, "global_batch_size": 2, "dtype": "fp32"}, "align": {"method": method}}
+        runs.append((free_port(), values(stage1 / "mix.json", {"preset": "tiny"}, tmp_path / method, **sections)))
+    runs[0][1]["data"] = {"mix": str(stage1 / "mix.json")}
+    run_distributed(train_with_a_known_peak, 1, runs, timeout=300, warm=True)
+    texts = {method: (tmp_path / method / "metrics.jsonl").read_text() for method in ("sft", "dpo")}
+    assert "speed/tok_per_s_gpu" in texts["dpo"] and "speed/mfu" not in texts["dpo"]
+    assert "speed/mfu" in texts["sft"]

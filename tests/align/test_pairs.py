@@ -8,7 +8,7 @@ import torch
 
 from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.align.pairs import PairRows, collate_pairs, read_pair_mix
-from megatron_mixcpt.config import validate
+from megatron_mixcpt.config import load_config, save_config, validate
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
 from megatron_mixcpt.errors import ConfigError
@@ -97,6 +97,10 @@ def test_pairs_of_some_sources_can_be_left_out(stage1):
         ({"align": {"method": "dpo"}, "loss": {"ce_weight": 0.5}}, "remove the loss section"),
         ({"align": {"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}}, "is for align.loss sigmoid"),
         ({"align": {"method": "dpo", "betta": 0.1}}, "did you mean align.beta"),
+        ({"align": {"method": "sft", "beta": 0.2}}, r"align\.beta is for align\.method dpo"),
+        ({"align": {"method": "sft", "label_smoothing": 0.1}}, r"align\.label_smoothing is for align\.method dpo"),
+        ({"align": {"method": "sft", "length_normalized": True}}, r"align\.length_normalized is for align\.method dpo"),
+        ({"align": {"method": "sft", "loss": "ipo"}}, r"align\.loss is for align\.method dpo"),
     ],
 )
 def test_wrong_settings_are_named(stage1, section, message):
@@ -108,3 +112,9 @@ def test_fine_tuning_needs_no_teacher_unless_asked_for(stage1):
     sft = {"align": {"method": "sft"}}
     assert not validate(AlignConfig, values(stage1, **sft, loss={"ce_weight": 2.0}), "test").uses_teacher
     assert validate(AlignConfig, values(stage1, **sft, loss={"target": "plain"}), "test").uses_teacher
+
+
+def test_a_saved_configuration_of_fine_tuning_can_be_used_again(stage1, tmp_path):
+    config = validate(AlignConfig, values(stage1, align={"method": "sft"}), "test")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(AlignConfig, str(tmp_path / "config.yaml"), []) == config

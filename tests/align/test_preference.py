@@ -1,6 +1,7 @@
 """The preference losses against their formulas written down again, in fp64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,35 @@ def test_where_nothing_was_learned_the_loss_is_log_2(smoothing):
     loss, rewards = preference_loss(policy, policy.detach(), lengths, settings)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(2.0)))
     assert not rewards.any()
+
+
+@pytest.mark.parametrize("variant", ["dpo", "dpo strong", "dpo smoothed", "ipo"])
+def test_losses_and_rewards_are_those_of_trl(variant):
+    """Its `dpo_loss` knows no lengths: it takes means for IPO and sums else from its caller."""
+    try:
+        from trl import DPOTrainer
+
+        dpo_loss = DPOTrainer.dpo_loss
+    except (ImportError, RuntimeError, AttributeError) as error:
+        pytest.skip(f"no trl whose DPOTrainer has dpo_loss (as 0.15.2 with its transformers): {error}")
+    settings = AlignSettings(method="dpo", **VARIANTS[variant])
+    trainer = SimpleNamespace(
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        loss_type=settings.loss,
+        reference_free=False,
+        f_divergence_type="reverse_kl",
+        f_divergence_params=None,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    policy, reference, lengths = inputs()
+    loss, rewards = preference_loss(policy, reference, lengths, settings)
+    expected, chosen, rejected = dpo_loss(trainer, *policy.unbind(1), *reference.unbind(1))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rewards, torch.stack([chosen, rejected], 1).detach(), rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), policy)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), policy)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_far_pairs_give_finite_losses_and_gradients():
