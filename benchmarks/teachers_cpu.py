@@ -148,6 +148,8 @@ tokens a step, fp32, 2 threads, forward and backward; medians of {len(wall[NONE]
 {chr(10).join(rows)}
 
 Aim: a cached step within 5 % of a step without a teacher. On a busy machine the CPU seconds are the ones to compare.
+Seconds are medians of the rounds, ratios medians of the rounds' own ratios: on a busy machine one is not the other's
+quotient.
 
 | vocabulary | k | bytes a token |
 |---|---|---|

@@ -35,7 +35,9 @@ from megatron_mixcpt.evaluate.recall import contains_answer
 
 Check = dict[str, Any]
 KINDS = ("all", "any", "none", "sorted", "answer_for")
-NUMBER = re.compile(r"-?\d+(?:[.,]\d+)?")
+# Commas before three digits each group thousands, another stands for a decimal point; "10-2500" is a range.
+GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+NUMBER = re.compile(rf"(?:(?<!\w)-)?(?:{GROUPED.pattern}(?:\.\d+)?|\d+(?:[.,]\d+)?)")
 Z_95 = 1.959963984540054
 
 
@@ -112,7 +114,7 @@ def _stated(answer: str, words: Sequence[str]) -> list[str]:
 
 
 def _number(text: str) -> float:
-    return float(str(text).replace(",", "."))
+    return float(text.replace(",", "") if GROUPED.match(text.lstrip("-")) else text.replace(",", "."))
 
 
 def score(instances: Sequence[Instance], answers: Sequence[str]) -> list[Answer]:

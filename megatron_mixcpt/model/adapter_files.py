@@ -47,6 +47,12 @@ _PEFT_REFUSED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),  # IBM's Activated LoRA, not ours
+    "use_qalora": (False, None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    # What else it can be changes the base model's weights (pissa, olora, corda, loftq, eva and others to come).
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
 }
 
 

@@ -163,6 +163,12 @@ def test_a_base_of_another_shape_and_a_fixed_cache_are_refused(bases, tmp_path):
         ({"lora_alpha": 7}, "set adapter.alpha=7"),
         ({"use_dora": True}, "use_dora"),
         ({"use_rslora": True}, "use_rslora"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": {"embed_tokens": [0]}}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"peft_type": "IA3"}, "not LORA"),
     ],
 )
