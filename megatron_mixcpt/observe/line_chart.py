@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 600, 270
+SMALLEST = 1e-290  # a difference that can still be divided into steps
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
 MAX_POINTS = 500  # a series has in the picture; beyond, the extremes of equal stretches stand for them
 DOTS = 40  # up to so many points are marked
@@ -85,7 +86,7 @@ def line_chart(label: str, series: Sequence[Series], x_label: str, *, smooth: bo
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers from `low` to `high`."""
-    if high <= low:
+    if high - low < SMALLEST:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
