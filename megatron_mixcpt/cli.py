@@ -42,6 +42,21 @@ def main(argv: list[str] | None = None) -> int:
     # What libraries warn each other of (deprecations, Apex and TE, which nothing here needs) is not for the user.
     for library in (r"megatron\.", r"torch\.", r"megatron_mixcpt\.cpu_backend"):
         warnings.filterwarnings("ignore", module=library)
+    args = parse(argv)
+    try:
+        return args.run(args)
+    except MixcptError as error:
+        if os.environ.get("RANK", "0") == "0":
+            # What was stopped on request says so itself, and is no error.
+            print(error if error.exit_code == 75 else f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments of a command line without `mixcpt`. Raises SystemExit, with the reason on stderr, where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="mixcpt",
         description="Make a general language model an expert in a domain without making it forget.",
@@ -64,16 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = [*args.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return args.run(args)
-    except MixcptError as error:
-        if os.environ.get("RANK", "0") == "0":
-            label = "stopped" if error.exit_code == 75 else "error"
-            print(f"{label}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return args
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def check_grid(world_size: int, tensor: int, pipeline: int) -> None:
     if tensor < 1 or pipeline < 1 or world_size % (tensor * pipeline):
         raise ConfigError(
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a multiple of {tensor * pipeline} "
-            f"processes, not {world_size}: change the layout or --nproc"
+            f"processes, not {world_size}: change the layout or the number of processes (--nproc, or nodes x GPUs a "
+            "node)"
         )
 
 

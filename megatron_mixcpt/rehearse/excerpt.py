@@ -18,6 +18,7 @@ def write_excerpt(mix: Path, folder: Path, seq_length: int) -> Path:
     folder.mkdir(parents=True)
     content = json.loads(mix.read_text())
     for number, source in enumerate(content["sources"]):
+        source.pop("pairs", None)  # which `mixcpt align` alone reads
         for split in ("train", "valid"):
             if source.get(split) and source[split]["sequences"]:
                 prefix = mix.parent / source[split]["prefix"]

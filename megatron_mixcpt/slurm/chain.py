@@ -12,6 +12,7 @@ from pydantic import Field
 from megatron_mixcpt.cli import COMMANDS
 from megatron_mixcpt.config import Positive, Section, load_config, validate
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.slurm.check import check_command
 from megatron_mixcpt.slurm.jobs import command_jobs, preprocess_jobs
 from megatron_mixcpt.slurm.resources import Resources
 from megatron_mixcpt.slurm.submit import Job
@@ -56,6 +57,7 @@ def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
     chain = load_config(Chain, path)
     jobs: list[Job] = []
     names: set[str] = set()
+    written: list[Path] = []
     for index, values in enumerate(chain.stages):
         origin = f"{path}: stage {values.get('name', index + 1)}"
         stage = validate(Stage, chain.defaults | options | values, origin)
@@ -65,6 +67,10 @@ def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
         if stage.name in names:
             raise ConfigError(f"{origin}: there are two stages of this name")
         names.add(stage.name)
+        try:
+            written += check_command(words, stage.world_size, written)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
         if stage.array is None:
             jobs += command_jobs(stage.name, words, stage, Path(chain.out))
         elif words[0] == "preprocess" and len(words) == 2:

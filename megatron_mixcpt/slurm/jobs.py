@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,11 +37,12 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
         # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
         frozen = run_dir / "launch" / "config.yaml"
         text = yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
-        return [_job(stage, [words[0], str(frozen), *flags], ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
+        arguments = [words[0], str(frozen), *flags]
+        return [_job(stage, words, arguments, ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
     run_folder = _run_dir(words)
     if run_folder:
-        return [_job(stage, words, ask, run_folder / "launch", run_folder / "logs", {})]
-    return [_job(stage, words, ask, folder.resolve() / stage, folder.resolve() / stage / "logs", {})]
+        return [_job(stage, words, words, ask, run_folder / "launch", run_folder / "logs", {})]
+    return [_job(stage, words, words, ask, folder.resolve() / stage, folder.resolve() / stage / "logs", {})]
 
 
 def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:
@@ -61,11 +63,22 @@ def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder:
             "output": str(folder / "logs" / "%A_%a.log"),
         }
         script = render(template("preprocess.sbatch"), options | ask.options, settings, [config, step])
-        jobs.append(Job(f"{stage}-{step}", name, script, folder, folder / "logs", is_array=True))
+        command = f"preprocess {config} ({step})"
+        size = f"{array.partition('-')[2]} tasks"
+        jobs.append(Job(f"{stage}-{step}", name, script, folder, folder / "logs", command, size, ask.time, True))
     return jobs
 
 
-def _job(stage: str, words: list[str], ask: Resources, folder: Path, logs: Path, files: dict[Path, str]) -> Job:
+def _job(
+    stage: str,
+    words: list[str],
+    arguments: list[str],
+    ask: Resources,
+    folder: Path,
+    logs: Path,
+    files: dict[Path, str],
+) -> Job:
+    """`words`: the command as it was asked for; `arguments`: as the job runs it."""
     name = job_name(stage, folder.parent)
     if words[0] not in DISTRIBUTED:
         ask = ask.model_copy(update={"nodes": 1, "tasks_per_node": 1})
@@ -87,8 +100,9 @@ def _job(stage: str, words: list[str], ask: Resources, folder: Path, logs: Path,
         "MAX_RESTARTS": str(ask.max_restarts),
         "SAVE_SECONDS": str(ask.grace - SAVE_MARGIN),
     }
-    script = render(template("mixcpt.sbatch"), options | ask.options, settings, words)
-    return Job(stage, name, script, folder, logs, files=files)
+    script = render(template("mixcpt.sbatch"), options | ask.options, settings, arguments)
+    size = f"{ask.nodes} x {ask.gpus_per_node} GPUs" if ask.gpus_per_node else f"{ask.nodes} x CPU"
+    return Job(stage, name, script, folder, logs, shlex.join(words), size, ask.time, files=files)
 
 
 def _common_options(name: str, ask: Resources) -> dict[str, str | None]:

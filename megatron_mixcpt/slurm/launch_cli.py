@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option, as qos=high"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
     from megatron_mixcpt.slurm.jobs import command_jobs
+    from megatron_mixcpt.slurm.overview import overview
     from megatron_mixcpt.slurm.resources import Resources
     from megatron_mixcpt.train.setup import check
 
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size, recipe_of(config))
     if args.dry_run:
-        for job in jobs:
-            print(job.script)
+        print(overview(jobs) if is_chain(args.config) else jobs[0].script)
         return 0
 
     from megatron_mixcpt.slurm.submit import refuse_queued, submit_all

@@ -25,6 +25,12 @@ class Job:
     """Where the script goes, as <stage>.sbatch."""
     logs: Path
     """Folder of the batch script's log and of the ranks'."""
+    command: str
+    """What it runs, as it was asked for."""
+    size: str
+    """Nodes and GPUs, in words."""
+    time: str
+    """Its limit."""
     is_array: bool = False
     files: dict[Path, str] = field(default_factory=dict)
     """Written before the job is submitted."""

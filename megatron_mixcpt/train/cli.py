@@ -58,7 +58,7 @@ def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Confi
         from megatron_mixcpt.launcher import is_distributed, launch
         from megatron_mixcpt.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
-        from megatron_mixcpt.train.resume import ending, finished
+        from megatron_mixcpt.train.resume import ending, finished, following
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
@@ -69,6 +69,10 @@ def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Confi
             return 0
         if args.nproc > 1 and not is_distributed():
             trust = ["--trust"] if args.trust else []
-            return launch(args.nproc, [command, args.config, *args.overrides, *trust])
-        train(config, trust=args.trust, recipe=recipe)
-    return 0
+            code = launch(args.nproc, [command, args.config, *args.overrides, *trust])
+        else:
+            train(config, trust=args.trust, recipe=recipe)
+            code = 0
+        if code == 0 and not is_distributed():  # a rank's run may be part of something larger, as a rehearsal
+            print(following(config))
+    return code

@@ -18,7 +18,7 @@ from megatron_mixcpt.train.failures import explained
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.resume import ending, resume
+from megatron_mixcpt.train.resume import resume
 from megatron_mixcpt.train.run_lock import hold
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
@@ -127,7 +127,7 @@ def _train(
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
-    progress.message(ending(config))
+    progress.message(f"finished: {step} of {settings.steps} steps")
 
 
 def _due(step: int, every: int) -> bool:

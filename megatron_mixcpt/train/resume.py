@@ -69,12 +69,14 @@ def finished(config: Config) -> bool:
 
 
 def ending(config: Config) -> str:
-    """What the user is told at the end of a run, with the command to go on."""
+    """What the user is told of a run that is at its end."""
+    return f"finished: {config.train.steps} of {config.train.steps} steps; {following(config)}"
+
+
+def following(config: Config) -> str:
+    """What to look at after a run, and the command to go on."""
     keep = " --adapter" if config.adapter is not None and config.adapter.method == "alora" else ""
-    return (
-        f"finished: {config.train.steps} of {config.train.steps} steps; curves in {config.run_dir}/report.html; next: "
-        f"mixcpt export {config.run_dir} --out DIR{keep}"
-    )
+    return f"curves in {config.run_dir}/report.html; next: mixcpt export {config.run_dir} --out DIR{keep}"
 
 
 def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:

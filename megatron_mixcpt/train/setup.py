@@ -130,6 +130,14 @@ def check_layout(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tu
 def check_settings(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
     arch, mix = check_layout(config, world_size, recipe)
+    check_batch(config, world_size)
+    if config.uses_teacher:
+        check_teacher(config, arch, mix)
+    return arch, mix
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
     data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
     stride = config.train.micro_batch_size * data_size
     if config.train.global_batch_size % stride:
@@ -137,9 +145,6 @@ def check_settings(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> 
             f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
         )
-    if config.uses_teacher:
-        check_teacher(config, arch, mix)
-    return arch, mix
 
 
 def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.align.select_config import SelectConfig
+from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import load_config as load_preprocess
-from megatron_mixcpt.slurm.chain import chain_jobs
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"
 
@@ -24,9 +24,15 @@ def test_the_chain_of_two_stages_fits_together():
     assert f"mixcpt export {dpo.run_dir}" in (FOLDER / "run.sh").read_text()
 
 
-def test_the_chain_for_a_cluster_runs_the_same_commands(monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[2])
-    assert chain_jobs("launch/configs/two-stages/chain.yaml", {})
+def test_the_model_is_measured_against_the_base_on_the_mixture_of_the_first_stage():
+    lines = (FOLDER / "run.sh").read_text().splitlines()
+    (command,) = (line.removeprefix("mixcpt ") for line in lines if line.startswith("mixcpt eval"))
+    args, stage1 = parse(command.split()), load_config(Config, FOLDER / "stage1.yaml")
+    assert (args.model, args.base, args.mix) == ("runs/dpo", stage1.model.hf, stage1.data.mix)
+    assert f"mixcpt {command}\n" in (FOLDER.parents[2] / "docs" / "alignment.md").read_text()
+
+
+def test_the_chain_for_a_cluster_runs_the_same_commands():
     chain = (FOLDER / "chain.yaml").read_text()
     for line in (FOLDER / "run.sh").read_text().splitlines():
         if line.startswith("mixcpt "):

@@ -25,6 +25,16 @@ def mix(tmp_path_factory):
     return write_mix(tmp_path_factory.mktemp("rehearse") / "data", seq_length=48, vocab_size=120)
 
 
+@pytest.fixture(scope="module")
+def preferences(mix):
+    """The same with preference pairs, of which only the chosen answers are trained on."""
+    content = json.loads(mix.read_text())
+    content["sources"][1] |= {"kind": "preference", "pairs": {"train": content["sources"][0]["train"], "valid": None}}
+    path = mix.with_name("preferences.json")
+    path.write_text(json.dumps(content))
+    return path
+
+
 def published(folder, name):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
@@ -32,11 +42,11 @@ def published(folder, name):
 
 
 @pytest.mark.distributed
-def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, mix, capfd):
+def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, preferences, capfd):
     """Qwen2's shape (biases, seven queries a group) over tensor 2 with sequence parallelism, pipeline 2, bf16."""
     published(tmp_path / "model", "Qwen2-7B")
     values = settings(
-        mix,
+        preferences,
         tmp_path / "run",
         model={"hf": str(tmp_path / "model"), "preset": None},
         train={"steps": 100, "micro_batch_size": 4, "global_batch_size": 64, "dtype": "bf16", "warmup_steps": 10},
@@ -50,6 +60,7 @@ def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, mix, capfd):
     assert "tensor 2 x pipeline 2 x data 1 = 4 processes, gloo" in shown
     assert "2 of 28 layers" in shown and "48 of 48 tokens" in shown
     assert "resumed from" in shown and "all went well: 4 steps, validation, 4 saves, a resume from step 2" in shown
+    assert "next:" not in shown  # there is nothing left to export
     assert not (tmp_path / "run").exists()
 
 
@@ -92,6 +103,12 @@ def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
                 assert len(cut) == min(len(long), SEQUENCES)
                 assert all((cut[i] == long[i][:20]).all() for i in range(len(cut)))
         assert open_indexed(f"{after.train.prefix}.flags")[0][0] & DOC_START
+
+
+def test_pairs_which_only_alignment_reads_are_not_part_of_an_excerpt(tmp_path, preferences):
+    assert read_mix(preferences).sources[1].pairs[0] is not None
+    short = read_mix(write_excerpt(preferences, tmp_path / "excerpt", 20)).sources[1]
+    assert short.kind == "preference" and short.train is not None and short.pairs == (None, None)
 
 
 def grid_of_32(mix, nproc):

@@ -11,7 +11,6 @@ import yaml
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.plan import make_plan
-from megatron_mixcpt.slurm.chain import chain_jobs
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
 from tests.slurm.published import CONFIGS, PARAMETERS
@@ -88,7 +87,70 @@ def test_the_gpu_s_bf16_peak_is_not_taken_for_fp32(surroundings, capsys):
     assert "h at 40% of 1 x 0.1 TFLOP/s" in capsys.readouterr().out
 
 
-def test_the_example_of_a_chain_is_valid(monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[1])
-    stages = [job.stage for job in chain_jobs("launch/configs/two-stages/chain.yaml", {})]
-    assert stages == ["preprocess-tokenize", "preprocess-assemble", "stage1", "select", "sft", "dpo", "export", "eval"]
+@pytest.fixture
+def two_stages(tmp_path, monkeypatch):
+    """Path of the example of a chain, in a folder of its own with the base model that it needs."""
+    shutil.copytree(FOLDER / "two-stages", tmp_path / "launch" / "configs" / "two-stages")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "base" / "config.json").write_text(json.dumps(CONFIGS["Qwen2-7B"]))
+    monkeypatch.chdir(tmp_path)
+    return Path("launch/configs/two-stages/chain.yaml")
+
+
+def test_a_dry_run_of_the_example_shows_the_chain_before_its_scripts(two_stages, capsys):
+    assert main(["launch", str(two_stages), "--dry-run"]) == 0
+    table, *scripts = capsys.readouterr().out.split("\n######## ")
+    rows = [re.split("  +", line) for line in table.strip().splitlines()]
+    stages = ["preprocess-tokenize", "preprocess-assemble", "stage1", "select", "sft", "dpo", "export", "eval"]
+    assert [row[0] for row in rows] == ["job", *stages]
+    assert [row[3] for row in rows[1:]] == ["-", *stages[:-1]]
+    assert rows[1][1] == "16 tasks"
+    assert rows[3][1:] == ["2 x 8 GPUs", "1-00:00:00", "preprocess-assemble", f"train {two_stages.parent}/stage1.yaml"]
+    assert rows[7][1:3] == ["1 x CPU", "04:00:00"] and "#SBATCH --partition=cpu" in scripts[6]
+    for stage, script in zip(stages, scripts, strict=True):
+        path, first, *_ = script.splitlines()
+        assert path.endswith(f"/{stage}.sbatch") and first == "#!/bin/bash"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stage", "message"),
+    [
+        ("sft", "tensor: 4", "tensor: 5", "sft", "parallel.tensor=5 x parallel.pipeline=1 needs a multiple of 5 proc"),
+        ("select", "tensor: 4", "tensor: 3", "select", "nodes x GPUs a node"),
+        ("stage1", "tensor: 4", "tensor: 8", "stage1", "parallel.tensor=8 cannot cut this model"),
+        (
+            "stage1",
+            "global_batch_size: 64",
+            "global_batch_size: 66",
+            "stage1",
+            "is not a multiple of train",
+        ),
+        ("stage1", "models/base", "models/bose", "stage1", "models/bose"),
+        ("select", None, None, "select", "select.yaml: no such configuration file"),
+        ("preprocess", None, None, "preprocess", "preprocess.yaml"),
+        ("preprocess", "seq_length:", "seq_lenght:", "preprocess", "seq_lenght"),
+        ("chain", "--base models", "--bose models", "eval", "unrecognized arguments: --bose models/base"),
+        ("chain", "--out work/aligned", "--ouput work/aligned", "export", "are required: --out"),
+    ],
+)
+def test_a_chain_with_a_stage_that_cannot_run_is_refused(two_stages, capsys, file, old, new, stage, message):
+    path = two_stages.with_name(f"{file}.yaml")
+    if old is None:
+        path.unlink()
+    else:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    assert main(["launch", str(two_stages), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert f"stage {stage}: " in error and message in error
+
+
+def test_a_model_that_an_earlier_stage_writes_need_not_be_there(two_stages, capsys):
+    values = yaml.safe_load(two_stages.read_text())
+    export, again = {"name": "hf", "command": "export runs/x --out work/hf"}, {"name": "again"}
+    again["command"] = f"train {two_stages.parent}/stage1.yaml model.hf=work/hf"
+    for stages, code in (([export, again], 0), ([again, export], 2)):
+        two_stages.write_text(yaml.safe_dump(values | {"stages": stages}))
+        assert main(["launch", str(two_stages), "--dry-run"]) == code
+    assert "work/hf" in capsys.readouterr().err

@@ -184,7 +184,8 @@ def test_a_wrong_stage_is_named(capsys, config, tmp_path, change, message):
     assert message in capsys.readouterr().err
 
 
-def test_options_of_the_command_line_are_laid_over_a_chain_s_defaults_and_stages_over_both(capsys, config, tmp_path):
+def test_options_of_the_command_line_are_laid_over_a_chain_s_defaults_and_stages_over_both(capsys, mix, tmp_path):
+    config = write_run(mix, tmp_path, global_batch_size=60)
     stages = [{"name": "a", "command": f"train {config}", "nodes": 3}, {"name": "b", "command": f"train {config}"}]
     chain = tmp_path / "chain.yaml"
     chain.write_text(yaml.safe_dump({"out": "out", "defaults": {"nodes": 2, "account": "x"}, "stages": stages}))

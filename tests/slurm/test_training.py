@@ -43,7 +43,7 @@ def test_a_run_that_is_preempted_and_loses_a_node_ends_as_if_nothing_had_happene
     run.until(lambda: run.restarts() == 1)
     stopped_at = run.steps()
     assert "told to stop" in run.log() and "stopped on request; requeued" in run.log()
-    assert f"stopped: stopped at step {stopped_at} of" in run.rank_log(0)
+    assert f"stopped at step {stopped_at} of" in run.rank_log(0)
 
     run.until(lambda: run.steps() >= stopped_at + 6)
     cluster.fail_node("n2")
@@ -68,5 +68,5 @@ def test_torchrun_style_stops_requeues_and_resumes_too(cluster, mix, tmp_path, s
     cluster.call("scancel", "--signal=USR1", "--batch", str(run.job))
     run.ends_well()
     assert run.restarts() == 1 and "stopped on request; requeued" in run.log()
-    assert "stopped: stopped at step" in run.rank_log(0) and "resumed from" in run.rank_log(0)
+    assert "stopped at step" in run.rank_log(0) and "resumed from" in run.rank_log(0)
     assert_same_end(run.run_dir, straight)

@@ -155,6 +155,6 @@ def test_a_signal_to_the_launcher_saves_and_exits_with_75(tmp_path, mix, number)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, output + errors
-    assert "run the same command to go on" in errors and errors.count("stopped:") == 1
+    assert "run the same command to go on" in errors and errors.count("stopped at step") == 1
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == max(losses(tmp_path / "run"))

@@ -9,3 +9,5 @@ mixcpt select "$configs/select.yaml" --nproc "$nproc"
 mixcpt align "$configs/sft.yaml" --nproc "$nproc"
 mixcpt align "$configs/dpo.yaml" --nproc "$nproc"
 mixcpt export runs/dpo --out work/aligned
+# What was learned and forgotten since the base model, on stage 1's held-out text.
+mixcpt eval runs/dpo --base models/base --mix work/stage1/mix.json --out work/evaluation

@@ -1,0 +1,66 @@
+"""What a stage would refuse is refused before anything waits in a queue, though what it works on may not exist yet."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+from megatron_mixcpt.align.config import AlignConfig
+from megatron_mixcpt.align.select_config import SelectConfig
+from megatron_mixcpt.cli import parse
+from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.model.architecture import architecture_from_hf
+from megatron_mixcpt.parallel import check_grid
+from megatron_mixcpt.train.setup import check_batch
+
+SCHEMAS: dict[str, type[Config] | type[SelectConfig]] = {
+    "train": Config,
+    "align": AlignConfig,
+    "select": SelectConfig,
+    "cache-teacher": Config,
+}
+"""Configurations of the commands that share their work among ranks."""
+
+
+def check_command(words: list[str], world_size: int, written: list[Path]) -> list[Path]:
+    """Raise ConfigError for arguments, a configuration, or a grid and batch that the command would refuse whatever the
+    stages before it make.
+
+    Args:
+        words: the command and its arguments.
+        world_size: ranks of its job.
+        written: folders that stages before it write.
+
+    Returns the folders that it writes itself (`--out`).
+    """
+    args = _arguments(words)
+    if words[0] == "preprocess":
+        load_preprocess(args.config)
+    elif words[0] in SCHEMAS:
+        config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
+        grid = config.parallel
+        check_grid(world_size, grid.tensor, grid.pipeline)
+        if isinstance(config, Config) and words[0] != "cache-teacher":
+            check_batch(config, world_size)
+        if config.model.hf is not None and not _within(Path(config.model.hf), written):
+            architecture_from_hf(config.model.hf).check_layout(grid.tensor, grid.pipeline)
+    return [Path(args.out).resolve()] if getattr(args, "out", None) else []
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    """What the command's own parser reads. Raises ConfigError with its complaint."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return parse(words)
+    except SystemExit:
+        raise ConfigError(said.getvalue().strip().splitlines()[-1]) from None
+
+
+def _within(path: Path, folders: list[Path]) -> bool:
+    path = path.resolve()
+    return any(folder in (path, *path.parents) for folder in folders)
