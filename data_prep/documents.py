@@ -22,6 +22,11 @@ class Document:
     kind: int
     pieces: list[Piece]
 
+    @property
+    def contents(self) -> list[str | int]:
+        """The pieces without their flags."""
+        return [content for content, _ in self.pieces]
+
 
 class Batch:
     """Collects pieces of documents and encodes them in one call."""

@@ -56,7 +56,11 @@ def make_renderer(source: Source, tokenizer: Tokenizer, *, add_bos: bool) -> Ren
 
     def render(record: Record) -> list[Document]:
         tools = get_value(record, source.tools) if source.tools else None
-        return [layout(messages, kind, tools) for messages, kind in zip(read(record), kinds)]
+        documents = [layout(messages, kind, tools) for messages, kind in zip(read(record), kinds)]
+        # A chat template may also trim what tells them apart.
+        if len(documents) == 2 and documents[0].contents == documents[1].contents:
+            raise BadRecord("no preference", "chosen and rejected are the same once they are laid out")
+        return documents
 
     return render
 

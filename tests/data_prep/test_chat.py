@@ -16,6 +16,7 @@ from megatron_mixcpt.data_prep.format import (
     TARGET,
 )
 from megatron_mixcpt.data_prep.pipeline import preprocess
+from megatron_mixcpt.data_prep.records import make_renderer
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
@@ -177,6 +178,16 @@ def test_conversations_run_end_to_end(config_values, tmp_path, form, spelling):
     last = end or "<|endoftext|>"
     assert seen == {f"{texts[i + 1]}{end}last {i}{last}" for i in range(0, 90, 3)}
     assert verify(out, sample=10).problems == []
+
+
+def test_answers_that_the_template_makes_the_same_are_no_preference(chat):
+    source = Source(
+        name="p", kind="preference", paths=["p"], prompt="{q}", chosen="{a}", rejected="{b}", weight=1, format="chat"
+    )
+    render = make_renderer(source, chat(TOOLS_TEMPLATE)[1], add_bos=False)
+    assert len(render({"q": "which organ?", "a": "liver", "b": "hand"})) == 2
+    with pytest.raises(BadRecord, match="chosen and rejected are the same once"):
+        render({"q": "which organ?", "a": "liver", "b": "liver\n"})
 
 
 @pytest.mark.parametrize("form", ["plain", "chat"])
