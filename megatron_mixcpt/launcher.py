@@ -6,6 +6,7 @@ exit codes back, which the contract of `mixcpt` (75: stopped, resumable) needs. 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -18,6 +19,17 @@ from collections.abc import Sequence
 from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    """`--nproc`, of the commands that start ranks of their own."""
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to start on this machine (default 1; not under srun, torchrun)",
+    )
 
 
 def is_distributed() -> bool:

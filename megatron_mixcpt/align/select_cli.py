@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_mixcpt.launcher import add_nproc
 from megatron_mixcpt.train.signals import StopRequest
 
 NAME = "select"
@@ -17,13 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's, as select.n=100"
     )
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        default=1,
-        metavar="N",
-        help="ranks to start on this machine (default 1; not under srun, torchrun)",
-    )
+    add_nproc(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mixcpt.launcher import add_nproc
 from megatron_mixcpt.train.signals import StopRequest
 
 NAME = "cache-teacher"
@@ -17,7 +18,7 @@ goes on where it was stopped, and mends what is damaged."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes, with teacher.cache")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks to start on this machine (default 1)")
+    add_nproc(parser)
     parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a position (default 32)")
     parser.add_argument(
         "--bits", type=int, choices=[16, 32], default=16, help="of a log-probability: 16 (default) in steps of 2^-11"

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megatron_mixcpt.launcher import add_nproc
 from megatron_mixcpt.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -25,13 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's, as train.lr=1e-5"
     )
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        default=1,
-        metavar="N",
-        help="ranks to start on this machine (default 1; not under srun, torchrun)",
-    )
+    add_nproc(parser)
     parser.add_argument(
         "--trust",
         action="store_true",
