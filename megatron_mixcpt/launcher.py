@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +21,20 @@ from collections.abc import Sequence
 from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
+# Below the ports that Linux gives to outgoing connections (net.ipv4.ip_local_port_range), one of which could otherwise
+# take a port in the seconds between `free_port` and rank 0's listening on it.
+LISTENING_PORTS = range(15000, 32768)
+_offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
+
+
+def free_port() -> int:
+    """A local port that nobody listens on and that this process has not been given yet."""
+    for offer in itertools.islice(_offers, len(LISTENING_PORTS)):
+        port = LISTENING_PORTS[offer % len(LISTENING_PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port of {LISTENING_PORTS.start}-{LISTENING_PORTS.stop - 1} is free on this machine")
 
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +59,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     Signals are passed on to all ranks. When a rank ends with an error its peers, which would wait for it until the
     collective times out, are given a grace period and then killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     ranks: list[subprocess.Popen] = []
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from megatron_mixcpt.checkpoint import list_checkpoints, read_info
+from megatron_mixcpt.launcher import free_port
 from megatron_mixcpt.model.export_cli import export
 from tests.align.runs import train_all
 from tests.align.test_select import select_all
 from tests.align.test_select import values as select_values
-from tests.helpers.spawn import free_port, run_distributed
+from tests.helpers.spawn import run_distributed
 
 
 def rows_of(run_dir):

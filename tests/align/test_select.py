@@ -23,9 +23,10 @@ from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.launcher import free_port
 from tests.align.test_pairs import values as align_values
 from tests.data_prep.helpers import documents_of
-from tests.helpers.spawn import free_port, run_distributed
+from tests.helpers.spawn import run_distributed
 
 LAYOUTS = {"one": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
 

@@ -9,8 +9,9 @@ from megatron_mixcpt.align import scoring, selecting
 from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.launcher import free_port
 from tests.align.test_select import values
-from tests.helpers.spawn import free_port, run_distributed
+from tests.helpers.spawn import run_distributed
 
 
 def stop():

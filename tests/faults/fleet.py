@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.helpers.spawn import free_port, warm_context
+from megatron_mixcpt.launcher import free_port
+from tests.helpers.spawn import warm_context
 
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults
 PATIENCE = 240  # seconds after which a process counts as hanging, on a machine that has other things to do

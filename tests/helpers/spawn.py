@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -14,12 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
+from megatron_mixcpt.launcher import free_port
 
 _warm = multiprocessing.get_context("forkserver")
 _warm.set_forkserver_preload(["tests.helpers.preload"])

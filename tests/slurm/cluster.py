@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_mixcpt.launcher import free_port
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 NODES = ("n1", "n2")
@@ -76,11 +78,7 @@ class Cluster:
     def start(self):
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            ports = [each.getsockname()[1] for each in sockets]
+        ports = [free_port() for _ in range(3)]
         host = socket.gethostname().split(".")[0]
         (self.folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=self.folder, ports=ports))
         (self.folder / "gres.conf").write_text("NodeName=g[1-8] Name=gpu Count=8\n")

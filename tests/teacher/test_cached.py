@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.launcher import free_port
 from megatron_mixcpt.teacher import cache_format, caching
 from megatron_mixcpt.teacher.cache_job import cache_teacher
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.signals import StopRequest
 from tests.helpers.corpus import write_mix
-from tests.helpers.spawn import free_port, run_distributed
+from tests.helpers.spawn import run_distributed
 from tests.train.runs import run_steps, settings
 
 VOCABULARY = 250
