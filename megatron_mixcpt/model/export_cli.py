@@ -118,13 +118,13 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
 
     written, arch = DTYPES[dtype] if dtype else weights.dtype, origin.arch
     folder.mkdir()
-    names = list(whole_shapes(arch))
+    shapes = whole_shapes(arch)
     with (
         one_thread(),
-        tensor_progress(title, len(names)) as done,
+        tensor_progress(title, len(shapes)) as done,
         SafetensorsWriter(folder, hf_shapes(arch), written) as writer,
     ):
-        for name, whole in read_ahead(names, weights.read):
+        for name, whole in read_ahead(shapes, weights.read):
             for part, tensor in zip(hf_names(name), split(name, whole, arch)):
                 writer.write(part, tensor)
             done(name)

@@ -7,7 +7,8 @@ tensor `[layers, ...]`.
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.layout import whole_shapes
 
+AHEAD_NUMBERS = 2**24  # what `read_ahead` may hold beyond one tensor
 # specs.layer_spec gives these parameters the names that they have in megatron-core's own checkpoints.
 _RENAMED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -125,14 +127,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def read_ahead(names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, `read(name)`) in order, each read in a thread while the one before it is in use."""
+def read_ahead(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, `read(name)`) in order, read in a thread that is ahead by one tensor, or by several small ones."""
+    names = deque(shapes)
+    coming: deque[tuple[str, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(1) as thread:
-        coming: tuple[str, Future[Tensor]] | None = None
-        for name in names:
-            following = (name, thread.submit(read, name))
-            if coming:
-                yield coming[0], coming[1].result()
-            coming = following
-        if coming:
-            yield coming[0], coming[1].result()
+
+        def submit() -> None:
+            ahead = sum(math.prod(shapes[name]) for name, _ in coming)
+            while names and (not coming or ahead + math.prod(shapes[names[0]]) <= AHEAD_NUMBERS):
+                coming.append((names[0], thread.submit(read, names[0])))
+                ahead += math.prod(shapes[names.popleft()])
+
+        submit()
+        while coming:
+            name, tensor = coming.popleft()
+            submit()
+            yield name, tensor.result()
