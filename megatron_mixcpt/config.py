@@ -386,7 +386,8 @@ C = TypeVar("C", bound=BaseModel)
 
 def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
-    return validate(schema, read_values(path, overrides), str(path))
+    origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return validate(schema, read_values(path, overrides), origin)
 
 
 def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _markdown(
     lines = ["# Weight averages", "", "Weights (1 - alpha) base + alpha tuned.", ""]
     lines += [f"- base: {paths['base']}", f"- tuned: {paths['tuned']}", ""]
     rows = [
-        (text, [f"{change[key]:+.4f}" for change in changes.values()])
+        (text, [f"{round(change[key], 4) + 0.0:+.4f}" for change in changes.values()])  # no -0.0000
         for key, text in CHANGES.items()
         if key in changes["tuned"]
     ]

@@ -4,6 +4,7 @@ Starting an interpreter with torch takes seconds; these tests start hundreds. Ev
 signals, exit codes and files included, is what `mixcpt train` does: it is `mixcpt train`.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from megatron_mixcpt.launcher import free_port
 from tests.helpers.spawn import warm_context
 
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults
+STACKS = signal.SIGUSR2  # makes a rank print where it stands
 PATIENCE = 240  # seconds after which a process counts as hanging, on a machine that has other things to do
 
 
@@ -35,6 +37,7 @@ def _run(arguments, environment, log, fault):
 
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    faulthandler.register(STACKS, all_threads=True)
     from megatron_mixcpt.cli import main
 
     multiprocessing.current_process()._config["daemon"] = False  # a rank may start data workers
@@ -86,6 +89,9 @@ class Fleet:
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        if hanging:
+            self.send(STACKS)
+            time.sleep(1)
         self.send(signal.SIGKILL)
         assert not hanging, f"ranks {hanging} hang\n{self.output()}"
         return [process.exitcode for process in self.processes]
