@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 import xxhash
 
+from megatron_mixcpt.first_rank import from_first
 from megatron_mixcpt.parallel import ParallelState
 
 
@@ -30,11 +30,9 @@ def compute_parts(
         compute: the whole array of a part, on every rank; called by all ranks in the same order.
         done: called with each finished part's number, and whether it was computed now.
     """
-    message = [[_read(folder / f"{i:06d}.part", fingerprint) for i in range(num_parts)] if state.rank == 0 else None]
-    torch.distributed.broadcast_object_list(message, src=0)
-    assert message[0] is not None
+    kept = from_first(lambda: [_read(folder / f"{i:06d}.part", fingerprint) for i in range(num_parts)])
     parts: list[np.ndarray] = []
-    for index, found in enumerate(message[0]):
+    for index, found in enumerate(kept):
         part = compute(index) if found is None else found
         if found is None and state.rank == 0:
             _write(folder / f"{index:06d}.part", fingerprint, part)

@@ -27,6 +27,7 @@ from megatron_mixcpt.checkpoint.store import FORMAT, commit, new_directory, prun
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.first_rank import from_first
 from megatron_mixcpt.model.adapter_files import write_adapter_of
 from megatron_mixcpt.model.architecture import Architecture
 
@@ -200,14 +201,14 @@ def _write(pending: _Pending) -> None:
 
 def _from_first(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """Rank 0's `(result, None)` or `(None, reason)`, on every rank."""
-    message: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
+
+    def attempt() -> tuple[Any, str | None]:
         try:
-            message = [(action(), None)]
+            return action(), None
         except (OSError, RuntimeError, MixcptError) as error:
-            message = [(None, _reason(error))]
-    torch.distributed.broadcast_object_list(message, src=0)
-    return message[0]
+            return None, _reason(error)
+
+    return from_first(attempt)
 
 
 def _reason(error: BaseException) -> str:

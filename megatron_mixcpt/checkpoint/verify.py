@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
 from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
-from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.first_rank import from_first
 
 TRUST_HINT = (
     "if you know where it comes from, mixcpt train --trust loads it without a manifest (it can run any program)"
@@ -40,7 +40,7 @@ def find_checkpoint(
 
     Raises ConfigError where there never was one, VerificationError where none verifies.
     """
-    candidates = _from_first(lambda: _candidates(path)) if together else _candidates(path)
+    candidates = from_first(lambda: _candidates(path)) if together else _candidates(path)
     if candidates == [path]:
         damage = _damage(path, trust, together)
         if damage:
@@ -70,9 +70,9 @@ def newest_good(parent: Path, *, trust: bool, tell: Callable[[str], None]) -> Pa
 
     rank = torch.distributed.get_rank()
     # All ranks walk the same list: rank 0's, taken before any of them writes.
-    candidates = _from_first(lambda: list_checkpoints(parent))
+    candidates = from_first(lambda: list_checkpoints(parent))
     if not candidates:
-        bad = _from_first(lambda: list_quarantined(parent))
+        bad = from_first(lambda: list_quarantined(parent))
         if bad:
             raise VerificationError(
                 f"{parent}: no good checkpoint is left, only {', '.join(path.name for path in bad)}, set aside because "
@@ -117,22 +117,6 @@ def _damage(path: Path, trust: bool, together: bool = False) -> list[str]:
 def _refusal(path: Path, damage: list[str]) -> str:
     hint = f". {TRUST_HINT}" if not (path / MANIFEST).exists() else ""
     return f"{path} is damaged: {describe(damage)}{hint}"
-
-
-def _from_first(find: Callable[[], list[Path]]) -> list[Path]:
-    """Collective: what rank 0 finds, or its error, on every rank."""
-    import torch
-
-    message: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            message = [find()]
-        except MixcptError as error:
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if isinstance(message[0], MixcptError):
-        raise message[0]
-    return message[0]
 
 
 def silent(line: str) -> None:

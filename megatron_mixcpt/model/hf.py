@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.first_rank import from_first
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.hf_metadata import claim, write_metadata
@@ -114,16 +115,7 @@ def save_hf(
     dtype = dtype or model.config.params_dtype
     first = dist.get_rank() == 0
     out = Path(out_dir)
-    # Every rank must learn of a refusal, or the others would wait for the first in vain.
-    problem: list[str | None] = [None]
-    if first:
-        try:
-            claim(out)
-        except ConfigError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ConfigError(problem[0])
+    from_first(lambda: claim(out))
     writer = SafetensorsWriter(out, hf_shapes(arch), dtype) if first else nullcontext()
     if parallel_state.get_data_parallel_rank() == 0:
         with writer as open_writer:

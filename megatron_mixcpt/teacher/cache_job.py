@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.first_rank import from_first
+from megatron_mixcpt.parallel import parallel_context
 from megatron_mixcpt.teacher.build import build_hf_teacher
 from megatron_mixcpt.teacher.cache_format import read_manifest, record_dtype, shards_of
 from megatron_mixcpt.teacher.caching import claim_cache, fill_cache, new_identity
@@ -39,23 +37,11 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -
             start, vocab_start = stage.start, stage.vocab_start
             teacher = InitialTeacher(stage, pipelined=state.pipeline_size > 1)
         identity = new_identity(config, arch, mix, teacher_identity(config, start), top_k=top_k, bits=bits)
-        _claim(cache, identity, state)
+        from_first(lambda: claim_cache(cache, identity))
         size = config.train.micro_batch_size
         fill_cache(cache, identity, teacher, mix, state, stop, micro_batch_size=size, vocab_start=vocab_start)
         if state.rank == 0:
             _report(cache, identity, mix.seq_length)
-
-
-def _claim(cache: Path, identity: dict[str, Any], state: ParallelState) -> None:
-    message: list[Any] = [None]
-    if state.rank == 0:
-        try:
-            claim_cache(cache, identity)
-        except MixcptError as error:  # told to all ranks: they wait for the answer
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise message[0]
 
 
 def _report(cache: Path, identity: dict[str, Any], seq_length: int) -> None:

@@ -47,7 +47,7 @@ def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> No
         ) as state:
             with (
                 Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,
-                hold(Path(config.run_dir), state.rank),
+                hold(Path(config.run_dir)),
                 ExitStack() as stack,
             ):
                 _train(config, recipe, state, stop, watchdog, stack, trust)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.first_rank import from_first
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -124,20 +125,17 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def hold(run_dir: Path, rank: int) -> Iterator[None]:
+def hold(run_dir: Path) -> Iterator[None]:
     """Collective: rank 0 holds the lock of `run_dir` for all. Every rank raises ConfigError where another run does."""
-    import torch.distributed as dist
-
     with contextlib.ExitStack() as stack:
-        problem: list[str | None] = [None]
-        if rank == 0:
+
+        def lock() -> None:
             try:
                 stack.enter_context(RunLock(run_dir))
-            except (ConfigError, OSError) as error:
-                problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise ConfigError(problem[0])
+            except OSError as error:
+                raise ConfigError(str(error)) from error
+
+        from_first(lock)
         yield
 
 

@@ -145,7 +145,7 @@ def _told(rank, world_size, folder):
 
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     try:
-        with hold(folder, rank):
+        with hold(folder):
             return "held"
     except ConfigError as error:
         return str(error)
