@@ -19,6 +19,8 @@ LOST_PEER = re.compile(
 )
 LOST_WORKER = re.compile(r"DataLoader worker .*(killed|exited)")
 
+SIGNALS_APART_SECONDS = 3.0  # ranks are told to stop one after another; the first may be gone before the last knows
+
 
 class LostRankError(MixcptError):
     """Another rank ended. It has its own message; this one says only how the loss was noticed."""
@@ -53,6 +55,8 @@ def explained(stop: StopRequest) -> Iterator[None]:
                 )
             ) from error
         if LOST_PEER.search(text):
+            if stop.follows(SIGNALS_APART_SECONDS):
+                raise stopped_early() from None
             raise LostRankError(
                 f"lost contact with another rank ({text.splitlines()[0][:200]}): it ended or cannot be reached, and "
                 "its own output says why; stacks are in run_dir/stacks. Run the same command to resume from the newest "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -71,6 +72,13 @@ class StopRequest:
     def early(self) -> bool:
         """Whether a stop was asked for before all ranks were ready to save."""
         return self.received is not None and not self._ready
+
+    def follows(self, seconds: float) -> bool:
+        """Whether a stop before the first step reaches this rank within `seconds`; it may raise StoppedError itself."""
+        deadline = time.monotonic() + seconds
+        while not self._ready and not self.early and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.early
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

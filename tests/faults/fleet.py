@@ -75,8 +75,8 @@ class Fleet:
             process.start()
             self.processes.append(process)
 
-    def send(self, number):
-        for process in self.processes:
+    def send(self, number, *only):
+        for process in only or self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 

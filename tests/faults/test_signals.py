@@ -48,3 +48,21 @@ def test_signals_at_random_moments_lose_no_step(tmp_path, mix, record):
         "20/20, no step lost, losses bitwise equal",
         f"{clean}/{signals} ({early} of them before a step)",
     )
+
+
+def _dawdle():
+    from megatron_mixcpt.train import loop
+
+    loop.dry_run = lambda *args: time.sleep(60)
+
+
+def test_ranks_that_are_told_one_after_another_all_stop(tmp_path, mix):
+    """In set-up: the second has lost the first by the time it is told."""
+    fleet = Fleet(
+        write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run")), ranks=2, faults={0: (_dawdle,)}
+    )
+    fleet.until(lambda: "loss    1 CE" in fleet.output())
+    for process in fleet.processes:
+        time.sleep(1.0)
+        fleet.send(signal.SIGTERM, process)
+    assert fleet.wait() == [75, 75], fleet.output()
