@@ -7,7 +7,11 @@ that all ranks agree on after the step, validation batch or save in flight.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -18,6 +22,8 @@ from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:  # this module is imported before anything heavy: a signal may come in the first second
     import torch
+
+PATIENCE_SECONDS = 5.0  # for a process that has been told to stop
 
 
 class StopRequest:
@@ -30,8 +36,13 @@ class StopRequest:
         self.received: int | None = None
         self._deferred = self._ready = False
         self._previous: dict[int, object] = {}
+        self._left = threading.Event()
 
     def __enter__(self) -> StopRequest:
+        self._told, self._teller = socket.socketpair()
+        self._teller.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._insist, name="stop request", daemon=True).start()
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         # A launcher may have blocked them until somebody listens.
@@ -41,6 +52,24 @@ class StopRequest:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._previous_fd)
+        self._left.set()
+        self._teller.close()
+
+    def _insist(self) -> None:
+        """In a thread: end a process that was told to stop and does not, where there is nothing to save.
+
+        Handlers written in Python wait for the main thread to come back from C++, where it may be waiting for a peer
+        that has already stopped, for as long as the process group's timeout.
+        """
+        with self._told:
+            while numbers := self._told.recv(16):
+                # Others may have taken over (a launcher, which passes signals on).
+                ours = any(signal.getsignal(number) == self._receive for number in numbers)
+                if ours and not self._left.wait(PATIENCE_SECONDS) and not self._deferred:
+                    if os.environ.get("RANK", "0") == "0":
+                        print(stopped_early(), file=sys.stderr, flush=True)
+                    os._exit(StoppedError.exit_code)
 
     def check(self) -> None:
         """Raise StoppedError where a stop was asked for early; libraries may have swallowed it while they loaded."""

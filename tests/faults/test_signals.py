@@ -1,5 +1,6 @@
 """Stop signals at random moments: two ranks, all of them signalled as srun does, from the first moment on."""
 
+import os
 import random
 import signal
 import time
@@ -66,3 +67,21 @@ def test_ranks_that_are_told_one_after_another_all_stop(tmp_path, mix):
         time.sleep(1.0)
         fleet.send(signal.SIGTERM, process)
     assert fleet.wait() == [75, 75], fleet.output()
+
+
+def _leave():
+    os._exit(0)
+
+
+def test_a_rank_that_waits_for_one_that_has_left_stops(tmp_path, mix):
+    """It waits in C++, where no handler written in Python runs."""
+    fleet = Fleet(
+        write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run")), ranks=2, faults={1: (_leave,)}
+    )
+    waiting, left = fleet.processes
+    left.join()
+    time.sleep(2.0)
+    assert waiting.is_alive()
+    fleet.send(signal.SIGTERM)
+    assert fleet.wait(60) == [75, 0]
+    assert "stopped as asked before the first step" in fleet.output()
