@@ -1,6 +1,6 @@
 """Speed and memory of `mixcpt convert` and `mixcpt export` against the disk's own copy of the same files.
 
-    python benchmarks/convert_cpu.py [--gigabytes 1.2] [--rounds 3] [--out benchmarks/results/convert_cpu.md]
+    python -m benchmarks.convert_cpu [--gigabytes 1.2] [--rounds 3] [--out benchmarks/results/convert_cpu.md]
 
 Each round copies the model's files (read, write, fsync), converts them and exports them back, in turn, so that a slow
 minute of the machine hits all three alike; ratios are medians of the rounds' ratios. Each step runs in a process of its

@@ -386,8 +386,12 @@ C = TypeVar("C", bound=BaseModel)
 
 def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
-    origin = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return validate(schema, read_values(path, overrides), origin)
+    return validate(schema, read_values(path, overrides), origin(path, overrides))
+
+
+def origin(path: str | Path, overrides: list[str] | None) -> str:
+    """What errors call the values that `read_values` returns."""
+    return f"{path} with {' '.join(overrides)}" if overrides else str(path)
 
 
 def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -410,13 +414,13 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
         raise ConfigError(f"{path}: {error}") from None
 
 
-def validate(schema: type[C], values: Any, origin: str) -> C:
+def validate(schema: type[C], values: Any, where: str) -> C:
     """Build `schema` from plain values; all problems are reported in one ConfigError."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(schema, problem)}" for problem in error.errors())
-        raise ConfigError(f"{origin}: wrong configuration\n{problems}") from None
+        raise ConfigError(f"{where}: wrong configuration\n{problems}") from None
 
 
 def rendered(config: BaseModel) -> str:

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
-# Below the ports that Linux gives to outgoing connections (net.ipv4.ip_local_port_range), one of which could otherwise
-# take a port in the seconds between `free_port` and rank 0's listening on it.
-LISTENING_PORTS = range(15000, 32768)
+# Below the ports that Linux, by default, gives to outgoing connections (net.ipv4.ip_local_port_range), one of which
+# could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
+# launch/mixcpt.sbatch takes.
+LISTENING_PORTS = range(10000, 20000)
 _offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
 
 

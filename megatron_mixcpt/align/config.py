@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_mixcpt.config import Config, LossConfig, Section, read_values, validate
+from megatron_mixcpt.config import Config, LossConfig, Section, origin, read_values, validate
 
 if TYPE_CHECKING:
     from megatron_mixcpt.train.task import Recipe
@@ -86,7 +86,7 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Con
     Raises ConfigError naming the file and the key.
     """
     values = read_values(path, overrides)
-    return validate(AlignConfig if "align" in values else Config, values, str(path))
+    return validate(AlignConfig if "align" in values else Config, values, origin(path, overrides))
 
 
 def recipe_of(config: Config) -> Recipe:

@@ -23,7 +23,10 @@ from megatron_mixcpt.stop_signals import STOP_SIGNALS
 if TYPE_CHECKING:  # this module is imported before anything heavy: a signal may come in the first second
     import torch
 
-PATIENCE_SECONDS = 5.0  # for a process that has been told to stop
+BLOCKED_SECONDS = 5.0  # after which a main thread that has not taken a signal counts as waiting in C++
+LEAVING_SECONDS = 60.0  # for one that has taken it, to close what it opened
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not its parent's
 
 
 class StopRequest:
@@ -42,6 +45,8 @@ class StopRequest:
         self._told, self._teller = socket.socketpair()
         self._teller.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
+        # Blocked in the thread, which inherits that: a launcher that blocks them for a moment must not get them there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=self._insist, name="stop request", daemon=True).start()
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
@@ -66,10 +71,15 @@ class StopRequest:
             while numbers := self._told.recv(16):
                 # Others may have taken over (a launcher, which passes signals on).
                 ours = any(signal.getsignal(number) == self._receive for number in numbers)
-                if ours and not self._left.wait(PATIENCE_SECONDS) and not self._deferred:
-                    if os.environ.get("RANK", "0") == "0":
-                        print(stopped_early(), file=sys.stderr, flush=True)
-                    os._exit(StoppedError.exit_code)
+                if not ours or self._left.wait(BLOCKED_SECONDS):
+                    continue
+                blocked = self.received is None and not self._deferred
+                if blocked or not (self._left.wait(LEAVING_SECONDS) or self._ready):
+                    try:
+                        if os.environ.get("RANK", "0") == "0":
+                            print(stopped_early(), file=sys.stderr, flush=True)
+                    finally:
+                        os._exit(StoppedError.exit_code)
 
     def check(self) -> None:
         """Raise StoppedError where a stop was asked for early; libraries may have swallowed it while they loaded."""

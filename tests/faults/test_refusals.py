@@ -30,10 +30,10 @@ def limit_memory(extra):
 
 
 def test_what_does_not_fit_in_memory_is_told_before_the_data_starts(tmp_path, mix, record):
-    train = {"micro_batch_size": 2048, "global_batch_size": 2048}
+    train = {"micro_batch_size": 8192, "global_batch_size": 8192}
     config = write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run", train=train))
-    output = finish(config, faults={0: (limit_memory, 600 << 20)}, code=2)
-    assert "out of memory in a trial step with train.micro_batch_size=2048 x 16 tokens" in output
+    output = finish(config, faults={0: (limit_memory, 1200 << 20)}, code=2)
+    assert "out of memory in a trial step with train.micro_batch_size=8192 x 16 tokens" in output
     assert "train.recompute=full" in output and "Traceback" not in output
     assert not (tmp_path / "run" / "index_cache").exists()
     record("out of memory", "told in a trial step before the data, with the keys to change", "told")

@@ -7,7 +7,7 @@ import time
 
 from megatron_mixcpt.checkpoint.store import list_checkpoints, step_of
 from tests.faults.conftest import STEPS, run_settings
-from tests.faults.fleet import Fleet, count, finish, metrics, write_config
+from tests.faults.fleet import STACKS, Fleet, count, finish, metrics, write_config
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -80,8 +80,15 @@ def test_a_rank_that_waits_for_one_that_has_left_stops(tmp_path, mix):
     )
     waiting, left = fleet.processes
     left.join()
-    time.sleep(2.0)
-    assert waiting.is_alive()
+
+    def waits():
+        fleet.send(STACKS, waiting)
+        time.sleep(0.5)
+        return "in _create_c10d_store" in fleet.output()
+
+    fleet.until(fleet.log.exists)
+    time.sleep(0.5)  # until it prints stacks on demand
+    fleet.until(waits)
     fleet.send(signal.SIGTERM)
     assert fleet.wait(60) == [75, 0]
     assert "stopped as asked before the first step" in fleet.output()
