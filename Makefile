@@ -36,7 +36,7 @@ demo: install ## adapt a real model on this CPU and report what it learned and f
 test: install ## run all tests that need no GPU (ARGS='-k layouts -x')
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: install ## the fault tests with their full counts; writes the figures of docs/reliability.md (about half an hour)
+test-faults: install ## the fault tests with their full counts; writes the figures of docs/reliability.md (about eight minutes)
 	@MIXCPT_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-gpu: install ## run the tests that need a GPU
