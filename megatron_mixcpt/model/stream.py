@@ -24,7 +24,7 @@ from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.layout import whole_shapes
 
-AHEAD_NUMBERS = 2**24  # what `read_ahead` reads ahead at most where that is more than the next tensor
+AHEAD_NUMBERS = 2**23  # what `read_ahead` reads ahead at most where that is more than the next tensor
 # specs.layer_spec gives these parameters the names that they have in megatron-core's own checkpoints.
 _RENAMED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

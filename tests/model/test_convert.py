@@ -329,7 +329,6 @@ def test_a_damaged_checkpoint_is_told(source, tmp_path, capsys):
 
 MEASURED = r"""
 import re, sys
-from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
 code = main(sys.argv[1:])
 # Not getrusage: its peak survives exec, so it may be the test process's own.
