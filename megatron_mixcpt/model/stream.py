@@ -88,7 +88,11 @@ class CheckpointSource:
 
 
 class _Into(LoadPlanner):
-    """Reads every item into its place in one tensor."""
+    """Reads every item into its place in one tensor.
+
+    `FileSystemReader.read_data` asks for the places of tensors and no more: there are no objects among weights, and the
+    plan comes from `CheckpointSource.read`. What else the interface has says so.
+    """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target

@@ -6,11 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import yaml
 from omegaconf import OmegaConf
 
 from megatron_mixcpt.align.config import AlignConfig
-from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.config import Config, load_config, rendered
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import SAVE_MARGIN, Resources
@@ -36,9 +35,8 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
         run_dir = Path(config.run_dir).resolve()
         # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
         frozen = run_dir / "launch" / "config.yaml"
-        text = yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
         arguments = [words[0], str(frozen), *flags]
-        return [_job(stage, words, arguments, ask, run_dir / "launch", run_dir / "logs", {frozen: text})]
+        return [_job(stage, words, arguments, ask, run_dir / "launch", run_dir / "logs", {frozen: rendered(config)})]
     run_folder = _run_dir(words)
     if run_folder:
         return [_job(stage, words, words, ask, run_folder / "launch", run_folder / "logs", {})]
