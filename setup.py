@@ -1,7 +1,8 @@
 """Packaging of megatron-mixcpt.
 
-The folders `kernels/` and `data_prep/` sit at the top of the repository but install inside the package's namespace:
-a top-level import name `kernels` would overwrite the Hugging Face package of that name, which transformers imports.
+The folders `kernels/`, `data_prep/` and `launch/` sit at the top of the repository and belong to the package: links in
+`megatron_mixcpt/` make them its own for Python, mypy and editors alike. A top-level import name `kernels` would
+overwrite the Hugging Face package of that name, which transformers imports.
 """
 
 import re
@@ -11,14 +12,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_mixcpt/__init__.py").read_text()).group(1)
-NESTED = {"megatron_mixcpt.kernels": "kernels", "megatron_mixcpt.data_prep": "data_prep"}
-
-# Scripts and example configurations; `mixcpt launch` reads them from the package where there is no checkout.
-LAUNCH = {"megatron_mixcpt.launch": "launch"}
-
-packages = find_packages(include=["megatron_mixcpt", "megatron_mixcpt.*"])
-for name, folder in NESTED.items():
-    packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
 
 setup(
     name="megatron-mixcpt",
@@ -28,8 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*packages, *LAUNCH],
-    package_dir={"megatron_mixcpt": "megatron_mixcpt", **NESTED, **LAUNCH},
+    packages=[*find_packages(include=["megatron_mixcpt", "megatron_mixcpt.*"]), "megatron_mixcpt.launch"],
     package_data={
         "megatron_mixcpt": ["py.typed"],
         "megatron_mixcpt.demo": ["data/*"],

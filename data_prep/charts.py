@@ -1,13 +1,13 @@
 """Small bar charts as SVG: nothing to import, the same bytes every time, shown by browsers and Markdown viewers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 56, 42, 28
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
-def bar_chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float]], unit: str = "") -> str:
+def bar_chart(title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], unit: str = "") -> str:
     """Grouped vertical bars: one group for each label, one bar in it for each series. Values must not be negative."""
     highest = max((value for values in series.values() for value in values), default=0) or 1
     plot_height, plot_width = HEIGHT - TOP - BOTTOM, WIDTH - LEFT - 8

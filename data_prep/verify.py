@@ -235,7 +235,7 @@ def _check_pairs(
                 yield f"sequence {row}: wrong kind or no document start"
                 return
             prompts.append(tokens[row][: int(target.argmax())])
-        if not np.array_equal(*prompts):
+        if not np.array_equal(prompts[0], prompts[1]):
             yield f"sequences {index} and {index + 1} have different prompts"
             return
     if (int(tokens.lengths.sum(dtype=np.int64)), num_targets) != (entry["tokens"], entry["target_tokens"]):

@@ -165,9 +165,9 @@ class _Part:
         if not self._documents:
             return
         name = f"{self._chunk:06d}-{len(self._blocks):03d}.part"
-        arrays = (np.concatenate(each) for each in (self._tokens, self._flags, self._documents))
+        tokens, flags, documents = (np.concatenate(each) for each in (self._tokens, self._flags, self._documents))
         signatures = np.concatenate(self._signatures) if self._signatures else None
-        self._blocks.append(write_block(self._job.folder, name, *arrays, signatures=signatures))
+        self._blocks.append(write_block(self._job.folder, name, tokens, flags, documents, signatures))
         self._tokens, self._flags, self._documents, self._signatures, self._num_tokens = [], [], [], [], 0
 
 

@@ -55,7 +55,7 @@ def build(entity: str, project: str, name: str = "megatron-mixcpt") -> Any:
 
     sections = []
     for title, wanted in LAYOUT.items():
-        panels = []
+        panels: list[Any] = []
         for label, metric in wanted.items():
             which: dict[str, Any] = {"metric_regex": metric} if "[" in metric else {"y": [metric]}
             if metric.startswith(SMOOTHED):

@@ -244,6 +244,6 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
             "exact_duplicates": "keep",
         }
     )
-    path = preprocess(prepared)
-    assert path is not None
-    return path
+    mix = preprocess(prepared)
+    assert mix is not None
+    return mix
