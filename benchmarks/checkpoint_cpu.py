@@ -64,7 +64,7 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
                     taken["step"].append(step(parts, config, number))
                     number += 1
                 saver = savers[background]
-                saver.begin(number, parts.model, parts.arch, parts.optimizer)
+                saver.begin(number, parts.model, parts.optimizer)
                 outcome = None
                 while background and (outcome := saver.poll()) is None:
                     taken["during"].append(step(parts, config, number))

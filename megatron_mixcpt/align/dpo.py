@@ -27,6 +27,7 @@ from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.task import Objective, Recipe, Task
 
@@ -163,13 +164,13 @@ def make_task(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     beat: Callable[[str], None],
 ) -> Task:
     """Collective: build the task and compute, or read, the reference log-probabilities."""
     assert isinstance(config, AlignConfig)
-    log_probs = TokenLogProbs(state, stage.vocab_start, arch.vocab_size)
+    log_probs = TokenLogProbs(state, stage.model.vocab_start, arch.vocab_size)
     task = DPOTask(config, mix, log_probs)
     for name, splits in task.splits.items():
         for part, split in zip(("train", "valid"), splits):

@@ -41,8 +41,7 @@ def convert(
         ConfigError: the model is not supported, `out` is not empty, or `tokenizer` is not the model's own plus tokens.
         VerificationError: the weights do not fit their configuration.
     """
-    from megatron_mixcpt import __version__
-    from megatron_mixcpt.checkpoint.store import FORMAT, seal
+    from megatron_mixcpt.checkpoint import CheckpointInfo, seal
     from megatron_mixcpt.model.architecture import architecture_from_hf
     from megatron_mixcpt.model.hf_metadata import claim, write_metadata
     from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
@@ -71,14 +70,6 @@ def convert(
         files = write_weights(partial, arch, stored, tensors, done)
     (partial / "hf").mkdir()
     write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
-    info = {
-        "format": FORMAT,
-        "version": __version__,
-        "step": 0,
-        "architecture": arch.to_dict(),
-        "optimizer_step": None,
-        "source": {"hf": hf_dir.resolve().name},
-    }
-    seal(partial, info, files)
+    seal(partial, CheckpointInfo(0, arch, source=hf_dir.resolve().name), files)
     out.rmdir()
     partial.rename(out)

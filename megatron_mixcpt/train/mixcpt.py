@@ -18,6 +18,7 @@ from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.observe.throughput import flops_per_token
 from megatron_mixcpt.observe.timing import section
 from megatron_mixcpt.parallel import ParallelState
@@ -110,18 +111,18 @@ def make_task(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     beat: Callable[[str], None],
 ) -> Task:
     """Collective."""
-    from megatron_mixcpt.train.setup import build_stage
+    from megatron_mixcpt.train.setup import empty_stage
 
-    teacher = build_teacher(config, state, mix, stage, lambda: build_stage(config, arch, weights=False))
+    teacher = build_teacher(config, state, mix, stage, lambda: empty_stage(config, arch))
     loss = MixCPTLoss(
         config.loss,
         group=state.tensor_group if state.tensor_size > 1 else None,
-        vocab_start=stage.vocab_start,
+        vocab_start=stage.model.vocab_start,
         vocab_size=arch.vocab_size,
         device=state.device,
     )

@@ -16,6 +16,7 @@ from megatron_mixcpt.data.dataset import Mixture
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.parallel import ParallelState
 
 
@@ -73,6 +74,6 @@ class Recipe:
     """How a kind of training reads its data and is built once the starting weights are there."""
 
     read_mix: Callable[[Config], Mix]
-    make_task: Callable[[Config, Mix, Architecture, MixGPTModel, ParallelState, Callable[[str], None]], Task]
+    make_task: Callable[[Config, Mix, Architecture, Stage, ParallelState, Callable[[str], None]], Task]
     """Collective; the stage holds the starting weights and is not wrapped yet. The last argument is to be called with a
     few words whenever something long goes on."""

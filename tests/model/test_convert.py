@@ -58,7 +58,7 @@ def test_convert_and_export_keep_every_bit(name, tmp_path, capsys):
 def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
-        from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.model.adapter_start import load_model_weights
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
         from megatron_mixcpt.model.hf import load_hf
@@ -96,7 +96,7 @@ def save_random(rank, world_size, parent, archs, tensor, pipeline):
         from megatron_mixcpt.model.gpt import build_gpt
 
         for number, arch in enumerate(archs):
-            save_checkpoint(parent, number + 1, build_gpt(arch), arch)
+            save_checkpoint(parent, number + 1, build_gpt(arch))
 
 
 @pytest.mark.distributed

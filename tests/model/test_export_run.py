@@ -56,7 +56,7 @@ def test_export_holds_the_trained_weights(folder, exported):
     from megatron_mixcpt.model.layout import unshard
 
     with parallel_context():
-        from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.model.adapter_start import load_model_weights
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
