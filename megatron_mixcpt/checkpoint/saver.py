@@ -26,7 +26,7 @@ from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, 
 from megatron_mixcpt.checkpoint.store import commit, new_directory, prune, require_space
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.first_rank import from_first
+from megatron_mixcpt.runtime.first_rank import from_first
 
 TOUCH_SECONDS = 1.0
 RESERVE = 1 << 20  # bytes beyond the tensors: indices, manifest, directory

@@ -17,7 +17,7 @@ from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
 
 
 class Objective(Protocol):

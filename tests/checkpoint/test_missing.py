@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mixcpt.adapters.start import load_model_weights
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.adapter_start import load_model_weights
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 
 
