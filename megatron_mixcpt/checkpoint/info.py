@@ -20,7 +20,8 @@ from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.stage import Start
 
 INFO = "checkpoint.json"
-FORMAT = "mixcpt-checkpoint/1"
+FORMAT = "mixcpt-checkpoint/2"
+FIRST_FORMAT = "mixcpt-checkpoint/1"  # other names of the optimizer's tensors (see `shares.optimizer_key`)
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ class CheckpointInfo:
     """None: `mixcpt train` or `align` did not write it."""
     version: str = __version__
     """Of the program that wrote it."""
+    format: str = FORMAT
 
 
 def render_info(info: CheckpointInfo) -> dict[str, Any]:
     """The file's content."""
     content: dict[str, Any] = {
-        "format": FORMAT,
+        "format": info.format,
         "version": info.version,
         "step": info.step,
         "architecture": info.architecture.to_dict(),
@@ -104,10 +106,10 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         raise VerificationError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise VerificationError(f"{path}: expected a mapping, found a {type(content).__name__}")
-    if content.get("format", FORMAT) != FORMAT:  # the first version of all did not name it
+    if content.get("format", FIRST_FORMAT) not in (FIRST_FORMAT, FORMAT):  # the first version of all did not name it
         raise VerificationError(
-            f"{path}: format {content['format']!r}, this version reads {FORMAT!r}: use the version of megatron-mixcpt "
-            f"that wrote it ({content.get('version', 'unknown')}), or a later one"
+            f"{path}: format {content['format']!r}, this version reads {FIRST_FORMAT!r} and {FORMAT!r}: use the "
+            f"version of megatron-mixcpt that wrote it ({content.get('version', 'unknown')}), or a later one"
         )
     try:
         return _parse(content)
@@ -129,7 +131,7 @@ def _parse(content: dict[str, Any]) -> CheckpointInfo:
         if "start" in content:
             state["start"] = {"weights": content["start"], "adapter": content.get("adapter_start")}
         values["training"] = state
-    return _READER.validate_python({"version": "unknown", **values})
+    return _READER.validate_python({"version": "unknown", "format": FIRST_FORMAT, **values})
 
 
 _READER = TypeAdapter(CheckpointInfo)

@@ -22,7 +22,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState
-from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, optimizer_step_count
+from megatron_mixcpt.checkpoint.optimizer_state import common_state, optimizer_step_count
+from megatron_mixcpt.checkpoint.shares import written_here
 from megatron_mixcpt.checkpoint.store import commit, new_directory, prune, require_space
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.errors import MixcptError
@@ -49,6 +50,7 @@ class Outcome:
 class _Pending:
     step: int
     info: CheckpointInfo
+    common: dict[str, Any]
     began: float
     folder: Path | None
     writer: ShareWriter | None
@@ -103,12 +105,8 @@ class Saver:
         assert self._pending is None, "a save is under way"
         began = time.monotonic()
         stage = unwrap_model(model)
-        state = stage.sharded_state_dict()
-        sharded: dict[str, Any] = {"model": state}
-        if optimizer is not None:
-            optimizer_state = optimizer_sharded_state(optimizer, state, loading=False)
-            if optimizer_state:  # on some ranks there is none: others hold it
-                sharded["optimizer"] = optimizer_state
+        share = written_here(stage.sharded_state_dict(), optimizer)
+        common = {} if optimizer is None else {"optimizer": common_state(optimizer)}
         info = CheckpointInfo(
             step,
             stage.arch,
@@ -117,10 +115,10 @@ class Saver:
             training=training,
         )
         folder, error = _from_first(lambda: new_directory(self.parent, step))
-        pending = _Pending(step, info, began, folder, None, error)
+        pending = _Pending(step, info, common, began, folder, None, error)
         self._pending = pending
         if folder is not None:
-            pending.writer = plan_share(sharded, folder, self._buffers)
+            pending.writer = plan_share(share, folder, self._buffers)
             needed = torch.tensor([pending.writer.num_bytes], dtype=torch.int64, device=torch.cuda.current_device())
             torch.distributed.all_reduce(needed)
             _, pending.error = _from_first(lambda: require_space(self.parent, int(needed.item()) + RESERVE))
@@ -159,7 +157,7 @@ class Saver:
 
     def _commit(self, pending: _Pending, shares: list[Any]) -> Path:
         assert pending.writer is not None and pending.folder is not None
-        write_index(pending.writer, [results for results, _ in shares])
+        write_index(pending.writer, [results for results, _ in shares], pending.common)
         self._add_files(pending.folder)
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)

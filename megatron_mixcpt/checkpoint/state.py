@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState, read_info
 from megatron_mixcpt.checkpoint.optimizer_state import (
     assert_steps_are_separate,
-    load_optimizer_state,
-    optimizer_sharded_state,
     optimizer_step_count,
+    set_step_count,
 )
+from megatron_mixcpt.checkpoint.reading import read_boxes
 from megatron_mixcpt.checkpoint.saver import Saver
+from megatron_mixcpt.checkpoint.shares import needed_here, replicas
 from megatron_mixcpt.errors import MixcptError, VerificationError
 
 
@@ -58,11 +58,9 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
     step = info.optimizer_step
     if step is None:
         raise VerificationError(f"{checkpoint}: holds weights only, so training cannot resume from it")
-    state = unwrap_model(model).sharded_state_dict()
-    sharded = {"model": state, "optimizer": optimizer_sharded_state(optimizer, state, loading=True)}
-    loaded = dist_checkpointing.load(sharded, str(checkpoint))
-    unwrap_model(model).load_state_dict(loaded["model"])
-    load_optimizer_state(optimizer, loaded["optimizer"], step)
+    needed = needed_here(unwrap_model(model).sharded_state_dict(), optimizer, info.format)
+    read_boxes(checkpoint, needed, replicas())
+    set_step_count(optimizer, step)
     assert_steps_are_separate(optimizer)
     restored = optimizer_step_count(optimizer)
     if restored != step:
@@ -72,5 +70,4 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
 
 def load_weights(stage: Any, checkpoint: Path) -> None:
     """Fill this rank's shard of the weights from a verified checkpoint that holds them, in any layout. Collective."""
-    loaded = dist_checkpointing.load({"model": stage.weights_sharded_state_dict()}, str(checkpoint))
-    stage.load_state_dict(loaded["model"])
+    read_boxes(checkpoint, needed_here(stage.weights_sharded_state_dict(), None), replicas())
