@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_mixcpt.align.pairs import read_pair_mix
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.objectives.pairs import read_pair_mix
 from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.select.candidates import prepare_candidates
 from megatron_mixcpt.select.config import SelectConfig
@@ -140,9 +140,9 @@ def test_what_is_chosen_is_ready_for_training(outs, stage1):
     records = [json.loads(line) for line in (out / "sft" / "records" / "asked.jsonl").read_text().splitlines()]
     assert len(records) == 20
     assert answers == {record["response"] + "<|im_end|>" for record in records}
-    from megatron_mixcpt.align.config import AlignConfig
+    from megatron_mixcpt.config import Config
 
-    mix = read_pair_mix(validate(AlignConfig, align_values(out / "dpo" / "mix.json"), "test"))
+    mix = read_pair_mix(validate(Config, align_values(out / "dpo" / "mix.json"), "test"))
     assert {source.name for source in mix.sources} == {"pairs", "more"}
 
 
