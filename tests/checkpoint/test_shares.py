@@ -13,13 +13,13 @@ from megatron_mixcpt.checkpoint import list_checkpoints, load_checkpoint, save_c
 from megatron_mixcpt.checkpoint import state as state_module
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import VerificationError
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.setup import build
 from tests.helpers.nano import use_nano
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.train.runs import settings
+from tests.train.runs import losses, saved_tensors, settings
 
 STORED = Path(__file__).parent / "stored" / "format_1"
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -44,22 +44,10 @@ def configuration(run_dir, sections, **train):
     return values | {"model": {"preset": "nano"}}
 
 
-def whole_tensors(checkpoint):
-    """Every tensor of a checkpoint, whole, by key."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items()}
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
 def hashes(checkpoint):
     """By key; the optimizer's under the names of format 1, and without padding beyond the stored checkpoint's."""
     found = {}
-    for key, tensor in whole_tensors(checkpoint).items():
+    for key, tensor in saved_tensors(checkpoint).items():
         key = key.replace("optimizer.state.fp32_param.", "optimizer.master.").replace("optimizer.state.", "optimizer.")
         if "word_embeddings" in key:
             assert not tensor[128:].any()
@@ -151,9 +139,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, ranks):
     target = tmp_path / "run" / "checkpoints" / "step_00000002"
     shutil.copytree(STORED / "step_00000002", target)
     run_distributed(go_on, ranks, configuration(tmp_path / "run", DISTRIBUTED), timeout=300, warm=True)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = {str(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
-    assert losses == pytest.approx({step: EXPECTED["losses"][step] for step in ("3", "4")}, rel=1e-5)
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx({step: EXPECTED["losses"][str(step)] for step in (3, 4)}, rel=1e-5)
 
 
 def read_by_megatron(rank, world_size, values, checkpoint):
