@@ -38,17 +38,18 @@ class Origin:
         return self.info.adapter
 
 
-def find_origin(path: Path, *, verify: bool = True) -> Origin:
+def find_origin(path: Path, *, verify: bool = True, allow_older: bool = False) -> Origin:
     """`path`: a run directory, one of its checkpoints, or a checkpoint that `mixcpt convert` wrote.
 
     Args:
         verify: compare the checkpoint with its hashes; without, the newest one is taken as it is.
+        allow_older: see `find_checkpoint`.
 
     Raises:
-        VerificationError: it holds no complete checkpoint.
+        VerificationError: it holds no complete checkpoint, or the newest one is damaged.
         ConfigError: the run started from a Hugging Face directory that is gone.
     """
-    checkpoint = find_checkpoint(path) if verify else newest_checkpoint(path)
+    checkpoint = find_checkpoint(path, allow_older=allow_older) if verify else newest_checkpoint(path)
     info = read_info(checkpoint)
     if (checkpoint / "hf").is_dir():
         return Origin(checkpoint, info, None, {}, {}, None, checkpoint / "hf", checkpoint / "hf")

@@ -21,6 +21,7 @@ from megatron_mixcpt.adapters.layout import check_adapter_layout
 from megatron_mixcpt.adapters.start import load_model_weights, start_adapters
 from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.dataset import check_files
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.load import load_hf
@@ -146,7 +147,9 @@ def check_batch(config: Config, world_size: int) -> None:
 
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError, naming the key to change, unless everything that a run needs fits together, disk included."""
-    arch, _ = check_settings(config, world_size)
+    arch, mix = check_settings(config, world_size)
+    if config.kind != "dpo":  # whose rows are packed from all pairs before anything is written
+        check_files(mix)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     if config.adapter is not None and config.adapter.init:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from megatron_mixcpt.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from megatron_mixcpt.checkpoint import Saver, list_checkpoints, load_checkpoint, save_checkpoint
 from megatron_mixcpt.checkpoint import state as state_module
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import VerificationError
@@ -209,3 +209,30 @@ def test_what_cannot_be_read_is_told_on_every_rank(moved, tmp_path):
     messages = run_distributed(refuse, 2, values, [cut, other], timeout=120, warm=True)
     assert messages[0] == messages[1]
     assert "cannot be read" in messages[0][0] and "holds no optimizer.master" in messages[0][1]
+
+
+def snapshot(rank, world_size, values):
+    """(bytes copied by a save in the background, bytes foreseen)."""
+    from megatron_mixcpt.plan.estimate import make_plan
+    from megatron_mixcpt.train.setup import read_model_and_mix
+
+    use_nano()
+    config = validate(Config, values, "test")
+    with parallel_context() as state:
+        parts = build(config, state)
+        saver = Saver(Path(config.run_dir) / "checkpoints", background=True)
+        saver.begin(1, parts.model, parts.optimizer)
+        assert saver.finish().path is not None
+        copied = sum(buffer.numel() * buffer.element_size() for buffer in saver._buffers.values())
+        return copied, make_plan(config, *read_model_and_mix(config), world_size).stages[0].snapshot
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_save_in_the_background_copies_as_much_as_planned(tmp_path, distributed):
+    values = configuration(tmp_path / "run", {}, distributed_optimizer=distributed)
+    values["checkpoint"]["async"] = True
+    found = run_distributed(snapshot, 2, values, timeout=120, warm=True)
+    copied, foreseen = zip(*found)
+    assert sum(copied) == pytest.approx(sum(foreseen), abs=len(found))
+    assert max(copied) < 1.2 * foreseen[0]

@@ -102,12 +102,15 @@ def test_another_spelling_of_a_manifest_is_refused(tmp_path):
         read_manifest(checkpoint)
 
 
-def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path):
+def test_a_reader_refuses_damage_passes_over_it_where_allowed_and_changes_nothing(tmp_path):
     older, newer = save(tmp_path / "checkpoints", 1), save(tmp_path / "checkpoints", 2)
     assert find_checkpoint(tmp_path) == newer
     (newer / "__0_0.distcp").write_bytes(b"weighty")
     told = []
-    assert find_checkpoint(tmp_path, tell=told.append) == older and newer.exists()
+    with pytest.raises(VerificationError, match=r"step_00000002/__0_0\.distcp: content.*step_00000001.*--allow-older"):
+        find_checkpoint(tmp_path, tell=told.append)
+    assert not told
+    assert find_checkpoint(tmp_path, allow_older=True, tell=told.append) == older and newer.exists()
     assert "step_00000002 is damaged, falling back to step_00000001" in told[0]
     with pytest.raises(VerificationError, match="content differs"):
         find_checkpoint(newer)

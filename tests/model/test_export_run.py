@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 
@@ -104,6 +105,30 @@ def test_the_card_names_what_was_not_measured_and_has_no_empty_table(folder):
     card = model_card(dataclasses.replace(origin, mix=none, run_dir=folder / "base"))  # without metrics
     assert f"Not measured: {first}, {second} (" in card and "| before |" not in card
     assert "Gain and loss" not in model_card(dataclasses.replace(origin, run_dir=folder / "base"))
+
+
+def test_what_is_shipped_is_the_newest_checkpoint_or_what_was_allowed(folder, tmp_path, capsys):
+    """export, generate and eval refuse a damaged newest checkpoint by name; `--allow-older` takes the one before, and
+    the card says so."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    older = run / "checkpoints" / f"step_{STEPS:08d}"
+    newest = older.with_name(f"step_{STEPS + 7:08d}")
+    shutil.copytree(older, newest)
+    os.truncate(newest / "__0_0.distcp", 100)
+    for command in (
+        ["export", str(run), "--out", str(tmp_path / "out")],
+        ["generate", str(run), "--prompt", "a"],
+        ["eval", str(run), "--mix", str(folder / "data/mix.json"), "--out", str(tmp_path / "eval")],
+    ):
+        assert main(command) == 3
+        said = capsys.readouterr().err
+        assert f"{newest}/__0_0.distcp: 100 bytes" in said and "--allow-older" in said and str(older) in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "eval").exists()
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--allow-older"]) == 0
+    assert f"falling back to {older.name}" in capsys.readouterr().err
+    assert f"from step {STEPS}." in (tmp_path / "out/README.md").read_text()
+    assert main(["generate", str(run), "--prompt", "a", "--max-new-tokens", "1", "--allow-older"]) == 0
 
 
 def test_a_run_whose_base_is_gone_says_so(folder, tmp_path, capsys):
