@@ -53,8 +53,9 @@ def find_checkpoint(
     damage = _damage(newest, trust, together)
     if not damage:
         return newest
-    older = candidates[1:]
-    hint = f". To take an older one, name it ({older[0]}) or give --allow-older where the command has it" * bool(older)
+    hint = ""
+    if len(candidates) > 1:
+        hint = f". To take an older one, name it ({candidates[1]}) or give --allow-older where the command has it"
     raise VerificationError(_refusal(newest, damage) + hint)
 
 
