@@ -18,8 +18,8 @@ from megatron_mixcpt.align.scoring import plan_rounds
 from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.align.selecting import finish, select
 from megatron_mixcpt.config import validate
-from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import open_indexed
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
