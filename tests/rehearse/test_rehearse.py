@@ -15,7 +15,7 @@ from megatron_mixcpt.rehearse import rehearsal
 from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
 from megatron_mixcpt.rehearse.rehearsal import _checked, _grid
 from megatron_mixcpt.rehearse.scale import Grid, small_architecture, small_run, write_random_model
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import edit_mix, write_mix
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
 
@@ -28,10 +28,14 @@ def mix(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preferences(mix):
     """The same with preference pairs, of which only the chosen answers are trained on."""
-    content = json.loads(mix.read_text())
-    content["sources"][1] |= {"kind": "preference", "pairs": {"train": content["sources"][0]["train"], "valid": None}}
+
+    def change(content):
+        train = content["sources"][0]["train"]
+        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
+
     path = mix.with_name("preferences.json")
-    path.write_text(json.dumps(content))
+    path.write_text(mix.read_text())
+    edit_mix(path, change)
     return path
 
 
