@@ -30,7 +30,8 @@ from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.mix import Mix, read_mix
 from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
