@@ -1,6 +1,5 @@
 """A trained run becomes a Hugging Face directory with its card; `eval` and `generate` look at it."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -94,16 +93,17 @@ def test_the_card_tells_data_training_gain_and_loss(folder, exported):
 def test_the_card_names_what_was_not_measured_and_has_no_empty_table(folder):
     origin = find_origin(folder / "run")
     assert f"A qwen2 of {origin.arch.num_parameters / 1e6:.2g}M parameters" in model_card(origin)
-    first, second = (source["name"] for source in origin.mix["sources"])
-    one, none = copy.deepcopy(origin.mix), copy.deepcopy(origin.mix)
-    for source in none["sources"]:
-        source["valid"] = None
-    one["sources"][1]["valid"] = None
-    one["sources"][1]["name"] = "rare"
+    first, second = origin.mix.sources
+    rare = dataclasses.replace(second, name="rare", valid=None)
+    one = dataclasses.replace(origin.mix, sources=(first, rare))
+    unmeasured = tuple(dataclasses.replace(source, valid=None) for source in origin.mix.sources)
+    none = dataclasses.replace(origin.mix, sources=unmeasured)
     card = model_card(dataclasses.replace(origin, mix=one))
-    assert f"| {first} | domain |" in card and "Not measured: rare (no validation split with target tokens)." in card
+    assert (
+        f"| {first.name} | domain |" in card and "Not measured: rare (no validation split with target tokens)." in card
+    )
     card = model_card(dataclasses.replace(origin, mix=none, run_dir=folder / "base"))  # without metrics
-    assert f"Not measured: {first}, {second} (" in card and "| before |" not in card
+    assert f"Not measured: {first.name}, {second.name} (" in card and "| before |" not in card
     assert "Gain and loss" not in model_card(dataclasses.replace(origin, run_dir=folder / "base"))
 
 
