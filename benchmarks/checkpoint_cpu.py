@@ -1,6 +1,6 @@
 """How long saving stops training, in the foreground and behind it, what hashing costs, and what four ranks each do.
 
-A 20 M parameter model. One process: foreground and background saves in turn. Four ranks: this version and, with
+One process, a model of 50 M parameters: foreground and background saves in turn. Four ranks, one of 8 M: this version and, with
 `--before DIR`, the version checked out in DIR in turn. So the ratios hold on a busy machine.
 """
 
@@ -37,7 +37,7 @@ from megatron_mixcpt.train.setup import Parts, build
 from tests.helpers.corpus import write_mix
 
 SEQ_LENGTH, VOCAB = 128, 30000
-RANKS = 4
+RANKS, RANKS_VOCAB = 4, 60000
 
 
 def step(parts: Parts, config: Config, number: int) -> float:
@@ -99,23 +99,25 @@ def hash_rate(seconds: float = 1.0) -> float:
 
 def measure_ranks(folder: Path, trees: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float]]]:
     """By version and measure: a value for each round, of the rank that does most (of bytes, also of all ranks)."""
-    mix = write_mix(folder / "ranks-data", seq_length=SEQ_LENGTH, vocab_size=VOCAB)
     values = {
-        "model": {"preset": "small"},
-        "data": {"mix": str(mix)},
+        "model": {"preset": "tiny"},
         "train": {"steps": 10, "dtype": "bf16", "distributed_optimizer": True, "global_batch_size": RANKS},
         "loss": {"target": "none"},
         "teacher": {"source": "none"},
         "run_dir": str(folder / "ranks-run"),
     }
-    config = folder / "ranks.json"
-    config.write_text(json.dumps(values))
+    for version, tree in trees.items():  # each reads the format of its own time
+        data, config = folder / f"{version}-data", folder / f"{version}.json"
+        code = f"write_mix(Path({str(data)!r}), seq_length={SEQ_LENGTH}, vocab_size={RANKS_VOCAB})"
+        code = f"from pathlib import Path; from tests.helpers.corpus import write_mix; {code}"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)})
+        config.write_text(json.dumps(values | {"data": {"mix": str(data / "mix.json")}}))
     taken: dict[str, dict[str, list[float]]] = {version: {} for version in trees}
     for number in range(rounds):
         for version, tree in trees.items():
             out = folder / f"{version}-{number}"
             out.mkdir()
-            found = run_ranks(tree, config, out)
+            found = run_ranks(tree, folder / f"{version}.json", out)
             for name in ("foreground 2", "background 1", "background 2", "resume"):
                 for measure in found[0][name]:
                     row = [of_rank[name][measure] for of_rank in found]
