@@ -1,7 +1,7 @@
 """How long saving stops training, in the foreground and behind it, what hashing costs, and what four ranks each do.
 
-One process, a model of 50 M parameters: foreground and background saves in turn. Four ranks, one of 8 M: this version and, with
-`--before DIR`, the version checked out in DIR in turn. So the ratios hold on a busy machine.
+One process and a model of 50 M parameters, foreground and background saves in turn; four ranks and one of 8 M, this
+version and, with `--before DIR`, the version checked out in DIR in turn. So the ratios hold on a busy machine.
 """
 
 from __future__ import annotations
