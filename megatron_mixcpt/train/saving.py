@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
@@ -29,7 +29,7 @@ class RunSaver:
     ) -> None:
         self._parts, self._progress, self._beat = parts, progress, beat
         self._longest = 60.0 * config.checkpoint.every_minutes
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -42,7 +42,7 @@ class RunSaver:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
         parts = self._parts
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
         if last or not self._saver.background:
             self._finish(last=last)
@@ -50,7 +50,7 @@ class RunSaver:
     @property
     def is_late(self) -> bool:
         """Whether the last checkpoint is older than `checkpoint.every_minutes`, by this rank's clock."""
-        return 0.0 < self._longest < time.monotonic() - self._saved_at
+        return 0.0 < self._longest < monotonic() - self._saved_at
 
     def answer(self, step: int) -> str:
         """What whoever asks to stop is told while the step after `step` is being taken."""

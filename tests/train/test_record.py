@@ -101,12 +101,12 @@ def test_a_validation_that_a_stop_left_out_is_made_up(mix, tmp_path, monkeypatch
 def test_a_run_saves_by_the_clock_too(mix, tmp_path, monkeypatch):
     """With a clock that passes 20 minutes a look and the default of 30, not every step is saved, but some are."""
     clock = iter(range(0, 10**9, 20 * 60))
-    monkeypatch.setattr(saving.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(saving, "monotonic", lambda: next(clock))
     folder = tmp_path / "run"
     run(mix, folder, train={"steps": 5}, checkpoint={"keep": 9})
     steps = [int(path.name.split("_")[1]) for path in list_checkpoints(folder / "checkpoints")]
     assert 5 in steps and 1 < len(steps) < 5
-    monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(saving, "monotonic", lambda: 0.0)
     run(mix, tmp_path / "other", train={"steps": 5}, checkpoint={"keep": 9})
     assert len(list_checkpoints(tmp_path / "other" / "checkpoints")) == 1
 
