@@ -64,14 +64,14 @@ def _train(
     watchdog.beat("resuming")
     step, position, guard, saved, notes = resume(config, parts, trust=trust)
     due = step in (0, settings.steps) or _due(step, config.eval.every)
-    validates = due and (saved is None or not saved.get("validated", True))  # what a stop left out is made up
+    validates = due and (saved is None or saved.validated is False)  # what a stop left out is made up
     if step == settings.steps:
         notes += nothing_left(config)
     elif state.rank == 0:  # not before: a run that refuses these settings keeps its own
         changed = record_settings(run_dir, step, config)
         notes += [f"settings from step {step + 1} on: {', '.join(changed)}"] if changed else []
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, saved))
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, step, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
