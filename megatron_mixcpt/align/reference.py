@@ -21,6 +21,7 @@ from megatron_mixcpt.align.logprobs import TokenLogProbs
 from megatron_mixcpt.align.pairs import PairRows, collate_pairs
 from megatron_mixcpt.align.scores import compute_parts
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.mix import Split
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.parallel import ParallelState
@@ -59,10 +60,7 @@ def reference_log_probs(
             for m in range(MICRO_BATCHES)
             if part * stride + m * state.data_size * size < len(rows)
         ]
-        batches = [
-            collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]).to(state.device)
-            for indices in mine
-        ]
+        batches: list[Batch] = [collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]) for indices in mine]
         run(batches, forward_only=True)
         first = part * stride
         ends = np.cumsum([0, *(len(pairs) for pairs in rows.pairs_of[first : first + stride])])

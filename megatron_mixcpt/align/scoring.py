@@ -21,6 +21,7 @@ from megatron_mixcpt.align.scores import compute_parts
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, Indexed, open_indexed
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.train.step import ForwardBackward
@@ -80,7 +81,7 @@ def score_sequences(
     def compute(number: int) -> np.ndarray:
         work = rounds[number]
         mine = _share(work, state)
-        run([_batch(tokens, flags, part, work).to(state.device) for part in mine], forward_only=True)
+        run([_batch(tokens, flags, part, work) for part in mine], forward_only=True)
         values = torch.zeros(len(work.sequences), dtype=torch.float64, device=state.device)
         if contributes:
             for index, part in enumerate(mine):
@@ -119,13 +120,13 @@ def _batch(tokens: Indexed, flags: Indexed, sequences: np.ndarray, work: Round) 
     place, row_of = np.nonzero(labels.T != IGNORE_INDEX)
     if len(place) == 0:  # every rank takes part in the loss, also with padding alone
         place, row_of = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    position_ids = torch.arange(work.length).expand(work.rows, -1).contiguous()
+    packing = Documents.whole(work.rows, work.length)
     return AnswerBatch(
         tokens=torch.from_numpy(rows),
         labels=torch.from_numpy(labels),
         kinds=torch.zeros(work.rows, work.length, dtype=torch.int64),
-        position_ids=position_ids,
-        attention_mask=None,
+        position_ids=packing.position_ids(),
+        packing=packing,
         source=torch.zeros(work.rows, dtype=torch.int64),
         targets=torch.from_numpy(place * work.rows + row_of),
         documents=torch.from_numpy(row_of),

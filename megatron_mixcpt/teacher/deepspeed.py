@@ -73,9 +73,9 @@ class DeepSpeedTeacher:
     ) -> None:
         from megatron.core import parallel_state
 
-        from megatron_mixcpt.teacher.hf_parts import LogitsShard, check_body, hf_masks
+        from megatron_mixcpt.teacher.hf_parts import DocumentsInside, LogitsShard, check_body
 
-        self._state, self._dtype, self._masks = state, dtype, hf_masks
+        self._state = state
         # The ranks of this replica: whatever one of them computes, all of them would.
         self._group = parallel_state.get_model_parallel_group() if state.tensor_size * state.pipeline_size > 1 else None
         self._size = state.tensor_size * state.pipeline_size
@@ -84,7 +84,6 @@ class DeepSpeedTeacher:
         self._hidden: dict[int, Tensor] = {}
         model, settings = _load_in_pieces(config, dtype, state)
         check_body(model.base_model, type(model).__name__)
-        self._config = model.config.get_text_config()
         weight, bias = _head_rows(model, vocab_start, width)
         body = model.base_model
         self._shard = LogitsShard(model, weight.to(state.device), bias, width)
@@ -92,6 +91,7 @@ class DeepSpeedTeacher:
 
         self._engine = deepspeed.initialize(model=body, config=settings)[0]
         self._engine.eval()
+        self._answers = DocumentsInside(self._engine, model.config.get_text_config(), type(model).__name__)
 
     def begin_step(self, batches: list[Batch]) -> None:
         """With pipeline parallelism everything is computed here, since the stages are not in step afterwards."""
@@ -111,10 +111,9 @@ class DeepSpeedTeacher:
     def _run(self, first: int) -> None:
         """The micro-batches from `first` on, one on each rank of the replica."""
         mine = self._batches[min(first + self._rank, len(self._batches) - 1)]  # all ranks have to run something
-        tokens = mine.tokens
-        mask = self._masks(mine.attention_mask, self._config, tokens.shape[1], self._dtype, tokens.device)
-        output = self._engine(
-            input_ids=tokens, position_ids=mine.position_ids, attention_mask=mask, use_cache=False, return_dict=True
+        mine = mine.to(self._state.device)
+        output = self._answers(
+            mine.packing, input_ids=mine.tokens, position_ids=mine.position_ids, use_cache=False, return_dict=True
         )
         hidden = all_gather(output.last_hidden_state.unsqueeze(0), self._group)  # [ranks, b, s, h]
         if self._state.is_last_stage:
@@ -131,6 +130,8 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from megatron_mixcpt.teacher.hf_parts import ATTENTION
+
     logger.setLevel("ERROR")
     os.environ.setdefault("LOCAL_RANK", str(state.local_rank))  # deepspeed asks for it, one process or many
     if not deepspeed.comm.is_initialized():
@@ -141,7 +142,9 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     # transformers loads in pieces for as long as this object lives.
     pieces = HfDeepSpeedConfig(settings)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.hf, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.hf, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.hf: {config.hf}: transformers cannot open it: {error}") from error
     del pieces

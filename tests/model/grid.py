@@ -67,7 +67,7 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         )
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from megatron_mixcpt.model.attention import document_mask
+        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         model = build_gpt(arch, sequence_parallel=sequence, recompute=recompute)
@@ -85,8 +85,8 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
 
         def forward_step(batches, module):
             tokens, labels, doc_start = next(batches)
-            position_ids, mask = document_mask(doc_start)
-            output = module(tokens, position_ids, mask, labels=labels)
+            packing = Documents.of(doc_start)
+            output = module(tokens, packing.position_ids(), packing, labels=labels)
             return output, lambda losses: loss_func(labels, losses)
 
         mine = [microbatch(arch, i) for i in range(state.data_rank, MICROBATCHES, state.data_size)]

@@ -13,7 +13,7 @@ from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.launcher import free_port
-from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix
@@ -58,11 +58,11 @@ def batches(count=3):
     for number in range(count):
         tokens = torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator)
         doc_start = torch.zeros(2, LENGTH, dtype=torch.bool)
-        if number != 1:  # one micro-batch of single documents, which has no mask
+        if number != 1:  # one micro-batch of single documents, which is met in another way
             doc_start[0, 7] = doc_start[1, 15] = doc_start[1, 16] = True
-        position_ids, mask = document_mask(doc_start)
+        packing = Documents.of(doc_start)
         source = torch.zeros(2, dtype=torch.int64)
-        result.append(Batch(tokens, tokens, torch.zeros_like(tokens), position_ids, mask, source))
+        result.append(Batch(tokens, tokens, torch.zeros_like(tokens), packing.position_ids(), packing, source))
     return result
 
 
