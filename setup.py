@@ -30,7 +30,7 @@ setup(
         "megatron_mixcpt.observe": ["page/*"],
     },
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.11",
         "triton>=3.2; platform_system == 'Linux'",
         "megatron-core>=0.16.1,<0.17",
         "deepspeed>=0.16",

@@ -19,12 +19,12 @@ import xxhash
 from megatron_mixcpt.align.answers import AnswerSums
 from megatron_mixcpt.align.logprobs import TokenLogProbs
 from megatron_mixcpt.align.pairs import PairRows, collate_pairs
-from megatron_mixcpt.align.scores import compute_parts
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.mix import Split
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.select.score_file import compute_parts
 from megatron_mixcpt.train.step import ForwardBackward
 
 FOLDER = "reference"
@@ -60,7 +60,9 @@ def reference_log_probs(
             for m in range(MICRO_BATCHES)
             if part * stride + m * state.data_size * size < len(rows)
         ]
-        batches: list[Batch] = [collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]) for indices in mine]
+        batches: list[Batch] = [
+            collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]) for indices in mine
+        ]
         run(batches, forward_only=True)
         first = part * stride
         ends = np.cumsum([0, *(len(pairs) for pairs in rows.pairs_of[first : first + stride])])
