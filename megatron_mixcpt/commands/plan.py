@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.adapters.layout import describe_adapter
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
+    from megatron_mixcpt.plan.documents import document_length
     from megatron_mixcpt.plan.estimate import make_plan
     from megatron_mixcpt.train.setup import check_settings, existing_parent
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
-        row_length,
+        document_length(mix),
         with_teacher=config.runs_teacher,
         recompute=train.recompute == "full",
         fuse_lm_head=config.fuses_lm_head,
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
     print(
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
-        "with recomputation, padding and masked attention"
+        "with recomputation, padding and attention within documents"
     )
     if train.dtype == "fp32" and not args.peak_tflops:
         print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")

@@ -166,5 +166,6 @@ class DocumentAttention(MegatronModule):
         packed_seq_params: Documents,
     ) -> Tensor:
         """query `[s, b, n, d]`, key and value `[s, b, g, d]` -> `[s, b, n * d]`."""
+        value = value.contiguous()  # a part of the layer's projection, all of which would be kept for backward
         out = attention(query, key, value, packed_seq_params, window=self.window, scale=self.softmax_scale)
         return out.flatten(2)

@@ -1,7 +1,7 @@
 """What a run will take, computed from its configuration alone: memory of each rank by part, tokens, hours, disk.
 
 The activation terms are a count of the tensors that autograd keeps for each token of this model (norms in fp32, gated
-MLP, masked attention with repeated heads); tests compare them with the peak of real runs.
+MLP, attention by documents); tests compare them with the peak of real runs.
 
 Symbols: h hidden, f FFN, q and kv channels of queries and of keys, d head dimension, n heads, v vocabulary, s sequence.
 """
@@ -100,7 +100,7 @@ def _stage(
     tokens = train.micro_batch_size * row_length
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
     layers = arch.num_layers // pipeline
-    layer = tokens * _layer_bytes(arch, config, row_length)
+    layer = tokens * _layer_bytes(arch, config)
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
     head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens) if last else 0
@@ -183,13 +183,13 @@ def _adapter_bytes(arch: Architecture, config: Config) -> int:
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 
-def _layer_bytes(arch: Architecture, config: Config, row_length: int) -> int:
-    """Kept by one layer for each token of a micro-batch, with several documents in a row."""
+def _layer_bytes(arch: Architecture, config: Config) -> int:
+    """Kept by one layer for each token of a micro-batch."""
     tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
     sequence = tensor if config.parallel.sequence else 1
-    queries = arch.num_attention_heads * arch.head_dim // tensor
+    queries, keys = (heads * arch.head_dim // tensor for heads in (arch.num_attention_heads, arch.num_query_groups))
     norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
-    attention = 4 * queries * size + row_length * size  # q, k, v, output; the mask's row in the weights' type
+    attention = 2 * (queries + keys) * size  # q, output, k, v
     rotary = 4 * arch.head_dim * size
     mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
     return (
