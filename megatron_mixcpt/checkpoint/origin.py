@@ -12,8 +12,9 @@ from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_
 from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 
 
 @dataclass(frozen=True)

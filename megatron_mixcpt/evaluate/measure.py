@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
+from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
 
 if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
@@ -123,9 +124,7 @@ def _answers(folder: Path, instances: list[Instance], name: str, *, chat: bool) 
 
 def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
     if not chat:
-        from megatron_mixcpt.demo.configs import ask
-
-        return ask
+        return plain_prompt
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -10,7 +10,8 @@ from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
 from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.rehearse import rehearsal
 from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
 from megatron_mixcpt.rehearse.rehearsal import _checked, _grid

@@ -14,7 +14,7 @@ from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.model import attention_plan
 from megatron_mixcpt.model.architecture import PRESETS
 from megatron_mixcpt.model.documents import QUERIES
-from megatron_mixcpt.observe.throughput import executed_flops_per_token, flops_per_token, peak_flops
+from megatron_mixcpt.model.throughput import executed_flops_per_token, flops_per_token, peak_flops
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix
