@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.train.setup import check_settings, existing_parent
 
     grid, train = config.parallel, config.train
-    world_size = args.nproc or grid.tensor * grid.pipeline
+    world_size = args.nproc or grid.replica
     arch, mix = check_settings(config, world_size)
     if args.gpu is not None and args.gpu not in PEAK_BF16:
         raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
         f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
-        f"x data {plan.data_size}; "
+        + f"x context {grid.context} " * (grid.context > 1)
+        + f"x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
     )
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, kind_of
+from megatron_mixcpt.model.context import cut
 from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
@@ -36,9 +37,24 @@ class Batch:
     source: torch.Tensor  # [b] int64, index of the source each sample came from
     digest: int = 0  # sum of the samples' digests (see data.dataset.Mixture), modulo 2^64
     keys: tuple[SampleKey, ...] = ()  # of each training sample; made-up ones have none
+    places: torch.Tensor | None = None  # [b, s] int64: of a part of longer rows, where its tokens are in them
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def here(self, device: torch.device) -> Batch:
+        """What this rank computes of it, on its device: with context parallelism its part of every row."""
+        from megatron.core import parallel_state
+
+        size = parallel_state.get_context_parallel_world_size()
+        batch = self.part(parallel_state.get_context_parallel_rank(), size) if size > 1 else self
+        return batch.to(device)
+
+    def part(self, rank: int, size: int) -> Batch:
+        """The tokens of every row that `rank` of `size` has."""
+        packing, places = cut(self.packing, rank, size)
+        rows = {name: getattr(self, name).gather(1, places) for name in ("tokens", "labels", "kinds", "position_ids")}
+        return replace(self, packing=packing, places=places, **rows)
 
     def pin_memory(self) -> Batch:
         """Called by the data loader."""
@@ -48,6 +64,14 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return replace(self, packing=self.packing.map_tensors(function), **changed)
+
+
+def of_part(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """x `[b, s, ...]` of whole rows -> what belongs to the tokens of `batch`, a part of them or all."""
+    if batch.places is None:
+        return x
+    places = batch.places.to(x.device)
+    return x[torch.arange(len(places), device=x.device).unsqueeze(1), places]
 
 
 def collate(samples: list[dict]) -> Batch:

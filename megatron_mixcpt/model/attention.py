@@ -3,7 +3,7 @@
 No scores of whole rows exist anywhere: a GPU runs PyTorch's variable-length flash attention, the CPU its flash kernel
 on groups of documents. Neither needs Transformer Engine.
 
-Shapes: s queries of a row on this rank, S keys of a row, b rows, n query heads, g key/value heads, d head dimension.
+Shapes: s tokens of a row (on this rank), b rows, n query heads, g key/value heads, d head dimension.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mixcpt.model.attention_cpu import attention_on_cpu
+from megatron_mixcpt.model.context import gathered_rows
 from megatron_mixcpt.model.documents import Documents
 
 MULTIPLE = 8  # of the head dimension that flash kernels take
@@ -39,7 +40,8 @@ def attention(
     """softmax(scale q k^T) v over the keys that each query may see: those before it, in its document and the window.
 
     Args:
-        query: `[s, b, n, d]`; key, value: `[S, b, g, d]`, where g divides n.
+        query: `[s, b, n, d]`; key, value: `[s, b, g, d]`, where g divides n. With context parallelism those of this
+            rank's tokens, and collective.
         window: a token sees itself and the `window` - 1 before it (Mistral, https://arxiv.org/abs/2310.06825).
         scale: None is 1 / sqrt(d).
 
@@ -52,6 +54,8 @@ def attention(
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
         return out.permute(2, 0, 1, 3)
+    if query.is_cuda and documents.cut is not None:
+        key, value = gathered_rows(torch.stack([key, value], dim=2), documents).unbind(2)
     if query.is_cuda and query.dtype in FLASH_DTYPES:
         return attention_on_cuda(query, key, value, documents, window, scale)
     if query.is_cuda:

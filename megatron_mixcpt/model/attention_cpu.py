@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_mixcpt.model.attention_plan import Call, Slice, plan_calls
+from megatron_mixcpt.model.context import summed_part, whole_rows
 from megatron_mixcpt.model.documents import Documents
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -30,16 +31,19 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def attention_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scale: float
 ) -> Tensor:
-    """query `[s, b, n, d]`, key and value `[S, b, g, d]`, any float type -> `[s, b, n, d]`."""
+    """query `[s, b, n, d]`, key and value `[s, b, g, d]`, any float type -> `[s, b, n, d]`."""
     heads = query.shape[2] * query.shape[3] / 64
     calls = documents.plan(("cpu", window, heads), lambda each: plan_calls(each, window, heads))
-    return _ByCalls.apply(query, key, value, calls, scale)
+    return _ByCalls.apply(query, key, value, documents, calls, scale)
 
 
 class _ByCalls(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: list[Call], scale: float) -> Tensor:
-        query, key, value = (_even(x) for x in (query, key, value))
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents, calls: list[Call], scale: float
+    ) -> Tensor:
+        query, key, value = own = tuple(_even(x) for x in (query, key, value))
+        key, value = _of_whole_rows(key, value, documents)
         tokens = query.shape[0] * query.shape[1]
         out = query.new_empty(tokens + 1, *query.shape[2:])
         sums = out.new_empty(out.shape[:2], dtype=torch.promote_types(out.dtype, torch.float32))  # log of each
@@ -52,13 +56,15 @@ class _ByCalls(torch.autograd.Function):
             call.put_queries(out, part)
             call.put_queries(sums, logs)
         result = out[:-1].view(query.shape)
-        ctx.save_for_backward(query, key, value, result, sums[:-1].view(query.shape[:3]))
-        ctx.calls, ctx.scale = calls, scale
+        # Keys of other ranks are gathered again in backward: kept, they would not fall with the number of ranks.
+        ctx.save_for_backward(*own, result, sums[:-1].view(query.shape[:3]))
+        ctx.documents, ctx.calls, ctx.scale = documents, calls, scale
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, sums = ctx.saved_tensors
+        key, value = _of_whole_rows(key, value, ctx.documents)
         upstream = _even(upstream)
         grad_query = query.new_zeros(query.shape[0] * query.shape[1] + 1, *query.shape[2:])
         grad_key, grad_value = (x.new_zeros(x.shape[0] * x.shape[1] + 1, *x.shape[2:]) for x in (key, value))
@@ -74,8 +80,17 @@ class _ByCalls(torch.autograd.Function):
             call.add_queries(grad_query, of_query)
             call.add_keys(grad_key, of_key)
             call.add_keys(grad_value, of_value)
-        grads = (grad[:-1].view(x.shape) for grad, x in zip((grad_query, grad_key, grad_value), (query, key, value)))
-        return (*grads, None, None)
+        grads = [grad[:-1].view(x.shape) for grad, x in zip((grad_query, grad_key, grad_value), (query, key, value))]
+        if ctx.documents.cut is not None:
+            grads[1:] = summed_part(torch.stack(grads[1:], dim=2), ctx.documents).unbind(2)
+        return (*grads, None, None, None)
+
+
+def _of_whole_rows(key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    if documents.cut is None:
+        return key, value
+    key, value = whole_rows(torch.stack([key, value], dim=2), documents).unbind(2)
+    return _even(key), _even(value)
 
 
 def _even(x: Tensor) -> Tensor:

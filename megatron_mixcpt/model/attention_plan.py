@@ -17,6 +17,7 @@ from megatron_mixcpt.model.documents import KEY, KEYS, QUERIES, QUERY, ROW, Docu
 CALL = 12000.0  # of a call, whatever it computes
 TOKEN = 15.0  # of bringing a token of such a head into a batch and back
 WINDOW_BLOCK = 512  # queries that meet the window before them at a time
+MASKED = 1 << 20  # queries times keys of a span with keys before it, up to which a mask is better than two calls
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ def plan_calls(documents: Documents, window: int | None, heads: float) -> list[C
     if window is not None:
         return _windowed(documents, spans, window)
     before = spans[:, KEYS] - spans[:, QUERIES]
+    masked = (before > 0) & (spans[:, QUERIES] * spans[:, KEYS] <= MASKED)
+    with_mask = _windowed(documents, spans[masked], documents.row_length)
+    spans, before = spans[~masked], before[~masked]
     own = spans.copy()  # each span's queries with the keys that are the same tokens
     own[:, KEY] += before
     own[:, KEYS] = own[:, QUERIES]
@@ -137,7 +141,7 @@ def plan_calls(documents: Documents, window: int | None, heads: float) -> list[C
             batches.append(_gathered(documents, own[members]))
     later = spans[before > 0]
     later[:, KEYS] -= later[:, QUERIES]
-    return [*batches, *singles, *(replace(_slice(documents, span), merges=True) for span in later)]
+    return [*batches, *with_mask, *singles, *(replace(_slice(documents, span), merges=True) for span in later)]
 
 
 def _slice(documents: Documents, span: np.ndarray) -> Slice:

@@ -22,6 +22,15 @@ ROW, QUERY, QUERIES, KEY, KEYS = range(5)  # columns of `spans`
 
 
 @dataclass(frozen=True, eq=False)
+class Cut:
+    """How rows are cut over the ranks of a context-parallel group (see context.py)."""
+
+    size: int
+    from_ranks: Tensor  # int64 [s * b]: for each token of the rows, where it is among all ranks' tokens
+    to_ranks: Tensor  # int64 [s * b], the inverse
+
+
+@dataclass(frozen=True, eq=False)
 class Documents:
     """The documents of one micro-batch, made on the CPU: nothing in here ever waits for a device.
 
@@ -34,9 +43,8 @@ class Documents:
     spans: np.ndarray  # int32 [m, 5], sorted: row, first query in the rank's part, queries, first key in the row, keys
     cu_queries: Tensor  # int32 [M + 1] where each span begins among all queries, rows one after another, and the end
     cu_keys: Tensor  # int32 [M + 1], the same among all keys; M is m rounded up to a power of two, by empty spans
-    key_order: Tensor | None = (
-        None  # int64, the keys of all spans in [b * S], where cu_keys does not count rows themselves
-    )
+    key_order: Tensor | None = None  # int64, keys of all spans among [b * s]; None: they are all keys in order
+    cut: Cut | None = None  # over the ranks of a context-parallel group
 
     qkv_format = "sbhd"  # megatron-core's name for tensors [s, b, n, d]
 
@@ -52,12 +60,14 @@ class Documents:
         return cls.of(torch.zeros(num_rows, row_length, dtype=torch.bool))
 
     @classmethod
-    def from_begins(cls, begins: np.ndarray, places: np.ndarray) -> Documents:
+    def from_begins(cls, begins: np.ndarray, places: np.ndarray, cut: Cut | None = None) -> Documents:
         """begins: int `[b, s]`, where the document of each token begins; places: `[b, part]`, tokens on this rank."""
         rows = [_row_spans(row, begin, place) for row, (begin, place) in enumerate(zip(begins, places))]
         spans = np.concatenate(rows).astype(np.int32)
         cu_queries, cu_keys = _padded_sums(spans[:, QUERIES]), _padded_sums(spans[:, KEYS])
-        return cls(len(begins), begins.shape[1], places.shape[1], spans, cu_queries, cu_keys)
+        b, s = begins.shape
+        order = None if cut is None else torch.from_numpy(_keys(spans, s))
+        return cls(b, s, places.shape[1], spans, cu_queries, cu_keys, order, cut)
 
     @cached_property
     def begins(self) -> np.ndarray:
@@ -84,7 +94,11 @@ class Documents:
         return torch.from_numpy(np.arange(self.row_length) - self.begins)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Documents:
-        return replace(self, cu_queries=function(self.cu_queries), cu_keys=function(self.cu_keys))
+        sums = replace(self, cu_queries=function(self.cu_queries), cu_keys=function(self.cu_keys))
+        if self.cut is None or self.key_order is None:
+            return sums
+        cut = replace(self.cut, from_ranks=function(self.cut.from_ranks), to_ranks=function(self.cut.to_ranks))
+        return replace(sums, key_order=function(self.key_order), cut=cut)
 
     def plan(self, key: Any, make: Callable[[Documents], Any]) -> Any:
         """What `make` derives from the documents for all layers, kept under `key`."""
@@ -112,6 +126,13 @@ def _row_spans(row: int, begins: np.ndarray, places: np.ndarray) -> np.ndarray:
     queries = np.diff(np.append(first, len(places)))
     keys = places[first] + queries - begin[first]
     return np.stack([np.full(len(first), row), first, queries, begin[first], keys], axis=1)
+
+
+def _keys(spans: np.ndarray, row_length: int) -> np.ndarray:
+    """int64, the keys of all spans one after another, counted over the rows."""
+    keys = spans[:, KEYS].astype(np.int64)
+    begins = spans[:, ROW].astype(np.int64) * row_length + spans[:, KEY]
+    return np.arange(keys.sum()) + np.repeat(begins - (np.cumsum(keys) - keys), keys)
 
 
 def _padded_sums(lengths: np.ndarray) -> Tensor:

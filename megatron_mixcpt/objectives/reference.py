@@ -49,7 +49,7 @@ def reference_log_probs(
     """
     answers = AnswerSums(log_probs)
     run = ForwardBackward(stage, answers, num_sources=1, contributes=False)
-    contributes = state.is_last_stage and state.tensor_rank == 0
+    contributes = state.speaks_for_replica
     size = config.train.micro_batch_size
     stride = size * state.data_size * MICRO_BATCHES
     began = told = time.monotonic()

@@ -25,7 +25,7 @@ class ForwardBackward:
         model: this rank's stage, wrapped in Megatron's DistributedDataParallel or bare (forward only).
         objective: what is minimised.
         num_sources: rows of the returned statistics.
-        contributes: whether this rank's statistics count: one rank a data-parallel replica, on the last stage.
+        contributes: whether this rank's statistics count: one tensor-parallel rank, on the last stage.
     """
 
     def __init__(self, model: torch.nn.Module, objective: Objective, *, num_sources: int, contributes: bool) -> None:
@@ -58,7 +58,7 @@ class ForwardBackward:
         self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor
     ) -> tuple[Tensor, Any]:
         index, batch = next(batches)
-        batch = batch.to(self._device)  # no sooner: the others of the step take no room there
+        batch = batch.here(self._device)  # no sooner: the others of the step take no room there
         stage = unwrap_model(model)
         shape = len(batch.source), len(self.objective.statistics)
         statistics = torch.zeros(shape, dtype=torch.float64, device=batch.tokens.device)

@@ -64,7 +64,7 @@ class RunPlan:
 def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> RunPlan:
     """`world_size` and the configuration fit together (train.setup.check)."""
     grid, train = config.parallel, config.train
-    data_size = world_size // (grid.tensor * grid.pipeline)
+    data_size = world_size // grid.replica
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
     row_length = config.row_sequences * mix.seq_length
     stages = [_stage(config, arch, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
@@ -95,9 +95,9 @@ def _stage(
         trained = _adapter_parameters(arch, config.adapter, tensor, pipeline, index)
         count += trained
     state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
-    optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
+    optimizer = math.ceil(state / (data_size * config.parallel.context)) if train.distributed_optimizer else state
     offloaded = config.optimizer.offload == "cpu"
-    tokens = train.micro_batch_size * row_length
+    tokens = train.micro_batch_size * row_length // config.parallel.context
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
     layers = arch.num_layers // pipeline
     layer = tokens * _layer_bytes(arch, config)
@@ -139,7 +139,7 @@ def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: in
     grid = config.parallel
     hidden = next(source.shape(name)[-1] for name in source.names() if numbers[name] == max(numbers.values()))
     head = arch.padded_vocab_size(grid.tensor) // grid.tensor * hidden
-    pieces = sum(numbers.values()) // (data_size * grid.tensor * grid.pipeline)
+    pieces = sum(numbers.values()) // (data_size * grid.replica)
     here = pieces if config.teacher.offload == "none" else 0
     return size * (here + head + max(numbers.values()))
 

@@ -76,7 +76,7 @@ def score_sequences(
     rounds = plan_rounds(tokens.lengths.astype(np.int64), micro_batch_tokens, state.data_size, multiple)
     answers = AnswerSums(TokenLogProbs(state, stage.vocab_start, vocab_size))
     run = ForwardBackward(stage.eval(), answers, num_sources=1, contributes=False)
-    contributes = state.is_last_stage and state.tensor_rank == 0
+    contributes = state.speaks_for_replica
 
     def compute(number: int) -> np.ndarray:
         work = rounds[number]

@@ -42,7 +42,7 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
     elif words[0] in SCHEMAS:
         config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
         grid = config.parallel
-        check_grid(world_size, grid.tensor, grid.pipeline)
+        check_grid(world_size, grid.tensor, grid.pipeline, grid.context)
         if isinstance(config, Config) and words[0] != "cache-teacher":
             config.check_command(words[0], args.config)
             check_batch(config, world_size)

@@ -74,7 +74,7 @@ class ModelTeacher:
 
     @staticmethod
     def _keep_hidden(batches: Iterator[Batch], model: MixGPTModel) -> tuple[Tensor, Any]:
-        batch = next(batches).to(next(model.parameters()).device)
+        batch = next(batches).here(next(model.parameters()).device)
         hidden = model.hidden(batch.tokens, batch.position_ids, batch.packing)  # [s(/tp), b, h]
         return hidden, lambda output, non_loss_data: output
 

@@ -57,9 +57,9 @@ def cross_entropy(model):
     return loss
 
 
-def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=False):
+def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=False, context=1):
     """(summed loss, {name: gradient shard} with its place in the grid) of this process after one step."""
-    with parallel_context(tensor=tensor, pipeline=pipeline) as state:
+    with parallel_context(tensor=tensor, pipeline=pipeline, context=context) as state:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -67,6 +67,7 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         )
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        from megatron_mixcpt.model.context import cut
         from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
@@ -86,7 +87,11 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         def forward_step(batches, module):
             tokens, labels, doc_start = next(batches)
             packing = Documents.of(doc_start)
-            output = module(tokens, packing.position_ids(), packing, labels=labels)
+            positions = packing.position_ids()
+            if context > 1:
+                packing, places = cut(packing, state.context_rank, context)
+                tokens, labels, positions = (x.gather(1, places) for x in (tokens, labels, positions))
+            output = module(tokens, positions, packing, labels=labels)
             return output, lambda losses: loss_func(labels, losses)
 
         mine = [microbatch(arch, i) for i in range(state.data_rank, MICROBATCHES, state.data_size)]

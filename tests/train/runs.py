@@ -81,6 +81,11 @@ def _whole_adapters(stage, state, value):
     }
 
 
+def grid_of(config):
+    grid = config.parallel
+    return parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context)
+
+
 def run_steps(values):
     """Train `values` (a configuration) from the start; call in every rank.
 
@@ -88,7 +93,7 @@ def run_steps(values):
     trained model scores on the held-out data.
     """
     config = validated(Config, values, "test")
-    with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
+    with grid_of(config) as state:
         parts = build(config, state)
         batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
         batches = train_batches(
