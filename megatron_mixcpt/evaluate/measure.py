@@ -71,7 +71,7 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
 
 def measure_model(path: Path, what: What) -> Measured:
     """Measure a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
-    from megatron_mixcpt.data.mix import read_mix
+    from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.evaluate.held_out import validation_perplexity
     from megatron_mixcpt.evaluate.target import as_hf_directory
 
@@ -79,7 +79,7 @@ def measure_model(path: Path, what: What) -> Measured:
     if what.mix_path is not None:
         measured["sources"] = validation_perplexity(
             path,
-            read_mix(what.mix_path),
+            open_mix(what.mix_path),
             dtype=what.dtype,
             micro_batch_size=what.micro_batch_size,
             max_samples=what.max_samples,
