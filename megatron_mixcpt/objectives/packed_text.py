@@ -24,6 +24,7 @@ from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
 
 BY_SOURCE = ("ce",)  # statistics that are shown for each source too
+BY_KIND = ("kl_base",)  # and those for each kind of data, and then for each source
 
 
 class PackedTextTask:
@@ -34,6 +35,7 @@ class PackedTextTask:
     ) -> None:
         self._mix = mix
         self.objective, self.validation = objective, validation
+        self._kinds = {source.name: source.kind for source in mix.train_sources}
         self.row_length = mix.seq_length
         frozen = config.adapter is not None
         self.flops_per_token: float | None = flops_per_token(
@@ -63,7 +65,17 @@ class PackedTextTask:
             means[f"train/{name}"] = total[column] / max(total[COUNT], 1.0)
             if name in BY_SOURCE:
                 means |= {f"train/{name}/{s}": row[column] / row[COUNT] for s, row in by_source.items() if row[COUNT]}
+            if name in BY_KIND:
+                means |= self._by_kind(name, column, by_source)
         return means
+
+    def _by_kind(self, name: str, column: int, by_source: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        sums: dict[str, list[float]] = {}
+        for source, row in by_source.items():
+            for group in (self._kinds[source], f"source/{source}"):
+                count, total = sums.get(group, (0.0, 0.0))
+                sums[group] = [count + row[COUNT], total + row[column]]
+        return {f"train/{name}/{group}": total / count for group, (count, total) in sums.items() if count}
 
     def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
         return validation_metrics(total)
