@@ -177,7 +177,8 @@ def report(rounds: int, *, long: bool) -> str:
     return f"""# Attention over packed documents on CPU
 
 `python benchmarks/attention_cpu.py`: {HEADS} heads in {GROUPS} groups of {HEAD_DIM} channels, fp32, forward and
-backward, {torch.get_num_threads()} threads; CPU time, medians of {rounds} interleaved rounds. Memory: tensors alive at once.
+backward, {torch.get_num_threads()} threads; CPU time, medians of {rounds} interleaved rounds. Memory: of tensors
+that are alive together.
 
 | row | attention | CPU seconds | by documents = 1 | MiB |
 |---|---|---|---|---|

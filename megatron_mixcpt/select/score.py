@@ -8,6 +8,7 @@ Shapes: b micro-batch, s sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Round:
 
 
 def plan_rounds(lengths: np.ndarray, micro_batch_tokens: int, data_size: int, multiple: int = MULTIPLE) -> list[Round]:
-    """Rounds over all sequences, longest first; `multiple` is one of the tensor-parallel size."""
+    """Rounds over all sequences, longest first; `multiple` is one of the ranks that share a row."""
     order = np.argsort(-lengths, kind="stable")
     rounds, begin = [], 0
     while begin < len(order):
@@ -72,7 +73,7 @@ def score_sequences(
         done: called with each finished round's tokens and sequences, and whether it was computed now.
     """
     tokens, flags = open_indexed(prefix), open_indexed(flags_prefix(prefix))
-    multiple = MULTIPLE * state.tensor_size if MULTIPLE % state.tensor_size else MULTIPLE
+    multiple = math.lcm(MULTIPLE, state.tensor_size * state.context_size)
     rounds = plan_rounds(tokens.lengths.astype(np.int64), micro_batch_tokens, state.data_size, multiple)
     answers = AnswerSums(TokenLogProbs(state, stage.vocab_start, vocab_size))
     run = ForwardBackward(stage.eval(), answers, num_sources=1, contributes=False)

@@ -159,6 +159,11 @@ def test_training_on_a_copy_of_the_student_is_training_on_the_initial_teacher(mo
     cached["teacher"] = {"source": "cached", "cache": str(tmp_path / "cache"), "hf": str(folder / "llama")}
     found = run_distributed(_train, 2, cached, free_port(), timeout=300, warm=True)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # Both answer for whole rows, of which a context-parallel rank takes its part.
+    for whole in (values["deepspeed"], cached):
+        parted = whole | {"parallel": {"context": 2}, "run_dir": str(tmp_path / "parted")}
+        found = run_distributed(_train, 2, parted, timeout=300, warm=True)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def refusal(mix, tmp_path, teacher, sections=None):

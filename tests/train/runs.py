@@ -48,7 +48,8 @@ def whole_tensors(parts, state, value):
         return _whole_adapters(stage, state, value)
     local = {slot.name: value(slot.parameter).detach().clone() for slot in stage.slots()}
     gathered = [None] * state.world_size
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    replica = state.data_rank * state.context_size + state.context_rank
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
     shards = {}
     for _, data_rank, tensor_rank, tensors in sorted(gathered, key=lambda entry: entry[:3]):
         if data_rank != 0:
@@ -68,7 +69,8 @@ def _whole_adapters(stage, state, value):
         for name, (_, axis) in adapter.layout.tensors().items()
     }
     gathered = [None] * state.world_size
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    replica = state.data_rank * state.context_size + state.context_rank
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
     shards = {}
     for _, data_rank, _, tensors in sorted(gathered, key=lambda entry: entry[:3]):
         for key, (axis, tensor) in tensors.items() if data_rank == 0 else ():
@@ -120,6 +122,7 @@ def run_steps(values):
             dict(valid_datasets(parts.mix, 1234, _cache(config))),
             parts.validation,
             collate,
+            parts.task.validation_metrics,
             state=state,
             micro_batch_size=micro,
             max_samples=None,
