@@ -27,20 +27,20 @@ from benchmarks.train_cpu import cpu_name
 from megatron_mixcpt.config import Config, LossConfig, validate
 from megatron_mixcpt.data.batch import collate
 from megatron_mixcpt.data.dataset import train_dataset
-from megatron_mixcpt.data.mix import Mix, read_mix
 from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, write_mix
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import InitialTeacher, Teacher
 from megatron_mixcpt.teacher.cache_fill import claim_cache, fill_cache, new_identity
 from megatron_mixcpt.teacher.cache_format import record_dtype
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
-from megatron_mixcpt.train.step import ForwardBackward
 
 VOCABULARY, LAYERS, TOP_K, SEQUENCES = 49152, 10, 32, 2
 NONE, ONLINE, CACHED = "no teacher (CE only)", "initial", f"cached, k = {TOP_K}"
@@ -69,12 +69,11 @@ def write_data(folder: Path, seq_length: int) -> Mix:
                 marker.add(flags)
             marker.finish()
         digest = writer.finish()
-    train = {"prefix": "text", "sequences": SEQUENCES, "tokens": SEQUENCES * seq_length, "hash": digest}
-    tokenizer = {"path": "tokenizer", "vocab_size": VOCABULARY, "hash": "0"}
-    source = {"name": "text", "kind": "domain", "weight": 1.0, "train": train, "valid": None}
-    mix = {"format": "mixcpt-mix/1", "seq_length": seq_length, "fingerprint": "", "tokenizer": tokenizer}
-    (folder / "mix.json").write_text(json.dumps({**mix, "sources": [source]}))
-    return read_mix(folder / "mix.json")
+    train = Split(folder / "text", SEQUENCES, SEQUENCES * seq_length, digest)
+    tokenizer = TokenizerEntry("huggingface", folder / "tokenizer", VOCABULARY, "0", None, 0, 0)
+    source = Source("text", "domain", 1.0, train, None)
+    path = folder / "mix.json"
+    return write_mix(path, Mix(path, seq_length, "", tokenizer, (source,)))
 
 
 def fill(folder: Path, arch: Architecture, mix: Mix, teacher: Teacher, state: ParallelState) -> CachedTeacher:
@@ -106,9 +105,9 @@ def measure(folder: Path, seq_length: int, rounds: int, state: ParallelState) ->
 
     def runner(target: str, teacher: Teacher | None) -> ForwardBackward:
         loss = MixCPTLoss(
-            LossConfig(target=target), group=None, vocab_start=0, vocab_size=VOCABULARY, device=state.device
+            LossConfig(target=target), teacher, group=None, vocab_start=0, vocab_size=VOCABULARY, device=state.device
         )
-        return ForwardBackward(model, MixCPTObjective(loss, teacher), num_sources=1, contributes=True)
+        return ForwardBackward(model, loss, num_sources=1, contributes=True)
 
     runs = {NONE: runner("none", None), ONLINE: runner("swap", online), CACHED: runner("swap", cached)}
     wall: dict[str, list[float]] = {name: [] for name in runs}

@@ -7,20 +7,19 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, make
+from tests.model.families import FAMILIES, assert_same_bits, make
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
 
 def round_trip(source, out, tensor, pipeline, dtype):
     with parallel_context(tensor=tensor, pipeline=pipeline):
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf, save_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(source)
@@ -46,20 +45,6 @@ def test_every_rank_learns_that_the_output_is_refused(models, tmp_path):
     (tmp_path / "mine").write_text("keep")
     messages = run_distributed(export_to_a_full_directory, 2, models["qwen2"][0], tmp_path)
     assert all("not empty" in message for message in messages)
-
-
-def read_all(folder):
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def assert_same_bits(source, out):
-    expected, actual = read_all(source), read_all(out)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +108,8 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     make("qwen2", tmp_path / "in", dtype=torch.bfloat16, shard_size="50KB")
     assert (tmp_path / "in/model.safetensors.index.json").exists()
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf, save_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(tmp_path / "in")
@@ -142,8 +127,8 @@ def tokens_of(model, rows=2, length=20):
 
 def our_logits(source, tokens, doc_start):
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.attention import document_mask
         from megatron_mixcpt.model.gpt import build_gpt
 
@@ -204,8 +189,9 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 def test_a_model_from_no_directory_exports(model_type, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import save_hf
-        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling, architecture_from_hf
+        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = dataclasses.replace(
