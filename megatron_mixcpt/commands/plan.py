@@ -8,11 +8,11 @@ from pathlib import Path
 
 NAME = "plan"
 HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
-what is saved where. Checks the configuration as `mixcpt train` or `mixcpt align` would."""
+what is saved where. Checks the configuration as `mixcpt train`, `mixcpt align` or `mixcpt recall` would."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes")
+    parser.add_argument("config", help="the YAML file that `mixcpt train`, `mixcpt align` or `mixcpt recall` takes")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
@@ -22,7 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config
+    from megatron_mixcpt.config.reader import read_document, validate_document
 
+    document = read_document(args.config, args.overrides)
+    if "n" in document.values:  # which of all configurations `mixcpt recall`'s has alone
+        from megatron_mixcpt.recall.config import RecallConfig
+        from megatron_mixcpt.recall.cost import described
+
+        print("\n".join(described(validate_document(RecallConfig, document), args.nproc or 1, args.gpu, args.mfu)))
+        return 0
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
     from megatron_mixcpt.errors import ConfigError

@@ -24,7 +24,9 @@ STREAM_NUMBERS = {"instructions": 0, "text": 1}
 
 def generator(seed: int, stream: str, number: int, purpose: int) -> np.random.Generator:
     """Random numbers of one sample for one purpose."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, STREAM_NUMBERS[stream], number, purpose])))
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed, STREAM_NUMBERS[stream], number, purpose]))
+    )
 
 
 @dataclass(frozen=True)

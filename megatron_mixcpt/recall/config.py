@@ -50,7 +50,9 @@ class TextSettings(Section):
 class SamplingSettings(Section):
     """How tokens are drawn."""
 
-    temperatures: Annotated[list[Annotated[float, Field(gt=0.0, le=10.0)]], Field(min_length=1)] = [0.7, 1.0]
+    temperatures: Annotated[list[Annotated[float, Field(gt=0.0, le=10.0)]], Field(min_length=1)] = Field(
+        default=[0.7, 1.0]
+    )
     """Each sample takes one of them."""
     top_p: Probability = 0.95
     """Share of the probability that is drawn from, most likely tokens first; 1: the model's whole distribution."""
@@ -155,11 +157,11 @@ class Filters(Section):
     """Shorter answers are rejected."""
     min_text_tokens: NonNegative = 16
     """Shorter texts are rejected."""
-    unfinished: list[Stream] = [INSTRUCTIONS]
+    unfinished: list[Stream] = Field(default=[INSTRUCTIONS])
     """Streams whose samples are rejected where they reach their length limit; a cut text is still good text."""
     max_repetition: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     """Highest share of a part's token 4-grams that repeat an earlier one."""
-    languages: list[Literal[LANGUAGES]] = []  # type: ignore[valid-type]
+    languages: list[Literal[LANGUAGES]] = Field(default=[])  # type: ignore[valid-type]
     """Languages that are kept, by ISO code; empty: all. What is too short to tell is kept."""
     max_perplexity: Annotated[float, Field(gt=1.0)] = 50.0
     """Highest perplexity of an answer, or text, under the model itself at temperature 1, where the engine tells it."""
@@ -178,7 +180,7 @@ class RecallConfig(Section):
     text: TextSettings = TextSettings()
     sampling: SamplingSettings = SamplingSettings()
     filters: Filters = Filters()
-    overlap: dict[str, Overlap] = {}
+    overlap: dict[str, Overlap] = Field(default={})
     """Named searches for common n-grams, as `{domain: {paths: [docs/*.jsonl], action: measure}, evaluation: {paths:
     [eval.jsonl]}}`."""
 

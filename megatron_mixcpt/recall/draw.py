@@ -33,9 +33,7 @@ class Watch(Protocol):
 def stores(config: RecallConfig, identity: Callable[[str], dict[str, Any]]) -> dict[str, Store]:
     """The stores of the streams that are asked for."""
     wanted = [stream for stream in STREAMS if config.amount(stream)]
-    return {
-        stream: Store(Path(config.out), stream, identity(stream), config.engine.block_size) for stream in wanted
-    }
+    return {stream: Store(Path(config.out), stream, identity(stream), config.engine.block_size) for stream in wanted}
 
 
 def missing_blocks(config: RecallConfig, found: dict[str, Store]) -> list[tuple[str, int]]:

@@ -139,7 +139,7 @@ def _write(
     shown: list[list[str]] = []
     for sample, verdict in zip(samples_of(store, len(verdicts)), verdicts):
         record = _record(stream, sample)
-        way = ways.setdefault(f"{sample['way']}, temperature {sample['temperature']:g}", Counter())
+        way = ways.setdefault(f"{sample['way']}, temperature {sample['temperature']:g}", Counter(drawn=0, kept=0))
         way["drawn"] += 1
         if verdict is not None:
             reasons[verdict.reason] += 1

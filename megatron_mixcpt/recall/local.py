@@ -23,9 +23,11 @@ from megatron_mixcpt.recall.store import Store
 
 
 def model_identity(folder: str) -> dict[str, str]:
-    """Hashes of the files that decide what a model says."""
-    names = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
-    return {path.name: hash_file(path) for path in names}
+    """What tells a model from others: numbers of every tensor, and hashes of its smaller files."""
+    from megatron_mixcpt.huggingface.weights import weights_fingerprint
+
+    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".json", ".jinja", ".model")]
+    return {"weights": weights_fingerprint(folder), **{path.name: hash_file(path) for path in files}}
 
 
 class LocalEngine:
@@ -64,9 +66,7 @@ class LocalEngine:
         firsts = self._continue(
             stream, 0, [(ask.number, ask.tokens, ask.temperature) for ask in asks], first_limit, on_tokens
         )
-        samples = [
-            sample_of(ask, [self._part(first, opening=ask.opening)]) for ask, first in zip(asks, firsts)
-        ]
+        samples = [sample_of(ask, [self._part(first, opening=ask.opening)]) for ask, first in zip(asks, firsts)]
         if stream == INSTRUCTIONS:
             asked = [i for i, sample in enumerate(samples) if answerable(self._asker, sample["parts"][0])]
             wanted = [
@@ -106,4 +106,3 @@ class LocalEngine:
     def _part(self, written: Continuation, *, opening: str = "") -> dict[str, Any]:
         text = opening + self._asker.decode(written.tokens)
         return part(text, written.ending, written.tokens, written.logprobs)
-

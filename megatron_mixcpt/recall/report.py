@@ -54,7 +54,10 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         f"{', '.join(f'{value:g}' for value in sampling.temperatures)}, top-p {sampling.top_p:g}, seed {sampling.seed}."
     )
     sources = fragment(config, summary)
-    for name, content in (("report.md", _markdown(intro, tables, sources)), ("report.html", _html(intro, tables, sources))):
+    for name, content in (
+        ("report.md", _markdown(intro, tables, sources)),
+        ("report.html", _html(intro, tables, sources)),
+    ):
         with whole_file(out / name) as file:
             file.write(content.encode())
 
@@ -72,7 +75,10 @@ def _rejections(summary: dict[str, Any]) -> Table:
     streams = summary["streams"]
     reasons = next(iter(streams.values()))["rejected"]
     rows = [
-        [reason, *(f"{c['rejected'][reason]} ({_percent(c['rejected'][reason], c['drawn'])})" for c in streams.values())]
+        [
+            reason,
+            *(f"{c['rejected'][reason]} ({_percent(c['rejected'][reason], c['drawn'])})" for c in streams.values()),
+        ]
         for reason in reasons
     ]
     return "Rejected, by the first reason that applies", ["reason", *streams], rows
@@ -80,7 +86,13 @@ def _rejections(summary: dict[str, Any]) -> Table:
 
 def _ways(summary: dict[str, Any]) -> Table:
     rows = [
-        [stream, way, str(counts["drawn"]), str(counts.get("kept", 0)), _percent(counts.get("kept", 0), counts["drawn"])]
+        [
+            stream,
+            way,
+            str(counts["drawn"]),
+            str(counts.get("kept", 0)),
+            _percent(counts.get("kept", 0), counts["drawn"]),
+        ]
         for stream, c in summary["streams"].items()
         for way, counts in c["ways"].items()
     ]

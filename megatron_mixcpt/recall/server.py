@@ -140,8 +140,8 @@ class Client:
             quiet = time.monotonic() - max(began, self._last_answer)
             if quiet > self.settings.patience_seconds:
                 raise StoppedError(
-                    f"engine.openai: {self._address} has given no answer for {quiet:.0f} s ({reason}); what it answered "
-                    "is stored: start it and run the same command to go on"
+                    f"engine.openai: {self._address} has given no answer for {quiet:.0f} s ({reason}); what it "
+                    "answered is stored: start it and run the same command to go on"
                 )
             if closing.wait(min(wait, self.settings.patience_seconds / 4)):
                 raise StoppedError("stopped while waiting for the server")

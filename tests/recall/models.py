@@ -48,10 +48,10 @@ def save_chat_model(folder: Path, *, template=TEMPLATE, end_logit=6.0, seed=0) -
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
-        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[:, 0] = -40.0  # bytes that are no character alone
+        texts = [wrapped.decode([i]) for i in range(len(wrapped))]
+        model.lm_head.weight[[i for i in range(3, len(texts)) if texts[i].isascii() and texts[i].isprintable()], 0] = 0
         model.lm_head.weight[2, 0] = end_logit
-        letters = [i for i in range(len(wrapped)) if wrapped.decode([i]).isascii() and i > 2]
-        model.lm_head.weight[letters, 0] = 2.0  # mostly readable bytes
     model.save_pretrained(folder)
     return folder
 
