@@ -46,10 +46,13 @@ def missing_blocks(config: RecallConfig, found: dict[str, Store]) -> list[tuple[
     ]
 
 
-def share_of(config: RecallConfig, found: dict[str, Store], index: int, count: int) -> list[tuple[str, int]]:
-    """The blocks of share `index` of `count`, drawn already or not: the same however much of them is done."""
+def share_of(
+    config: RecallConfig, found: dict[str, Store], shard: tuple[int, int] | None, rank: int, world_size: int
+) -> list[tuple[str, int]]:
+    """The blocks of a rank in its shard, drawn already or not; shards may have different numbers of ranks."""
     whole = [(stream, block) for stream, store in found.items() for block in store.blocks(config.amount(stream))]
-    return whole[index::count]
+    first, step = shard or (0, 1)
+    return whole[first::step][rank::world_size]
 
 
 def draw(engine: Engine, found: dict[str, Store], blocks: list[tuple[str, int]], watch: Watch) -> None:

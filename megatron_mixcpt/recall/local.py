@@ -7,7 +7,7 @@ are the same whoever computes it, and whatever else is computed before or beside
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ class LocalEngine:
             self._device = torch.device("cpu")
             torch.set_num_threads(self._settings.threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._settings.dtype]
-        model, _ = load_directory(config.model.hf)
-        self._model: Any = model.to(device=self._device, dtype=dtype)
+        model, _ = load_directory(config.model.hf, dtype=dtype)
+        self._model: Any = model.to(self._device)
         vocabulary = self._model.get_input_embeddings().num_embeddings
         if len(asker.tokenizer) > vocabulary:
             raise ConfigError(
@@ -66,7 +66,10 @@ class LocalEngine:
         firsts = self._continue(
             stream, 0, [(ask.number, ask.tokens, ask.temperature) for ask in asks], first_limit, on_tokens
         )
-        samples = [sample_of(ask, [self._part(first, opening=ask.opening)]) for ask, first in zip(asks, firsts)]
+        samples = [
+            sample_of(ask, [self._part(first, ask.tokens[1:] if ask.opening else [])])
+            for ask, first in zip(asks, firsts)
+        ]
         if stream == INSTRUCTIONS:
             asked = [i for i, sample in enumerate(samples) if answerable(self._asker, sample["parts"][0])]
             wanted = [
@@ -103,6 +106,6 @@ class LocalEngine:
             on_tokens=on_tokens,
         )
 
-    def _part(self, written: Continuation, *, opening: str = "") -> dict[str, Any]:
-        text = opening + self._asker.decode(written.tokens)
+    def _part(self, written: Continuation, opening: Sequence[int] = ()) -> dict[str, Any]:
+        text = self._asker.decode([*opening, *written.tokens])  # decoded together: a space between them may be lost
         return part(text, written.ending, written.tokens, written.logprobs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_mixcpt.recall.draw import draw, missing_blocks, share_of, stores
 from megatron_mixcpt.recall.finish import SUMMARY, finish, write_summary
 from megatron_mixcpt.recall.progress import DrawProgress
 from megatron_mixcpt.recall.report import write_report
+from megatron_mixcpt.recall.server import ServerEngine, ServerGoneError
 from megatron_mixcpt.recall.store import Store
 
 POLL_SECONDS = 0.5
@@ -55,9 +57,8 @@ def recall(
     try:
         if rank == 0:
             record_provenance(out / "provenance")
-        index, count = (rank, world_size) if shard is None else (shard[0] * world_size + rank, shard[1] * world_size)
         if not assemble:
-            _draw_share(config, asker, found, share_of(config, found, index, count), rank, world_size)
+            _draw_share(config, asker, found, share_of(config, found, shard, rank, world_size), rank, world_size)
         if shard is not None:
             return None
         fingerprint = xxhash.xxh3_128_hexdigest(
@@ -82,12 +83,10 @@ def recall(
         summary = finish(config, asker, found, fingerprint)
         write_report(out, summary)
         write_summary(out, summary)
-    except StoppedError as error:
-        raise StoppedError(
-            str(error)
-            if "engine.openai" in str(error)
-            else "stopped as asked; finished blocks are kept: run the same command to go on"
-        ) from None
+    except ServerGoneError:
+        raise
+    except StoppedError:
+        raise StoppedError("stopped as asked; what is stored is kept: run the same command to go on") from None
     return summary
 
 
@@ -149,15 +148,13 @@ def _draw_share(
 
         engine = LocalEngine(config, asker)
     else:
-        from megatron_mixcpt.recall.server import ServerEngine
-
         engine = ServerEngine(config, asker)
     done = (len(mine) - len(missing)) * size
     with DrawProgress(len(mine) * size, done, world_size, shown=rank == 0) as progress:
         draw(engine, found, missing, progress)
 
 
-def _wait(ready: Any) -> None:
+def _wait(ready: Callable[[], bool]) -> None:
     while not ready():
         time.sleep(POLL_SECONDS)
 

@@ -30,6 +30,10 @@ MAX_ANSWER_BYTES = 64 << 20
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # codes that a busy or restarting server gives
 
 
+class ServerGoneError(StoppedError):
+    """No answer for longer than anybody wants to wait; what was answered is stored."""
+
+
 class ServerEngine:
     """Draws blocks by asking a server."""
 
@@ -41,7 +45,7 @@ class ServerEngine:
     def draw(self, stream: str, store: Store, block: int, on_tokens: Callable[[int], None]) -> None:
         """Complete a block; what an earlier attempt has stored of it is not asked for again.
 
-        Raises StoppedError (75) when the server is gone, MixcptError when it refuses or answers nonsense.
+        Raises ServerGoneError (75) when the server is gone, MixcptError when it refuses or answers nonsense.
         """
         samples = {number: found for number, found in store.growing(block).items() if number in store.numbers(block)}
         wanted: queue.SimpleQueue[Ask] = queue.SimpleQueue()
@@ -139,12 +143,12 @@ class Client:
                 reason = str(error)
             quiet = time.monotonic() - max(began, self._last_answer)
             if quiet > self.settings.patience_seconds:
-                raise StoppedError(
+                raise ServerGoneError(
                     f"engine.openai: {self._address} has given no answer for {quiet:.0f} s ({reason}); what it "
                     "answered is stored: start it and run the same command to go on"
                 )
             if closing.wait(min(wait, self.settings.patience_seconds / 4)):
-                raise StoppedError("stopped while waiting for the server")
+                raise ServerGoneError("stopped while waiting for the server")
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _post(self, body: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ TEMPLATE = (
 )
 
 
-def save_chat_model(folder: Path, *, template=TEMPLATE, end_logit=6.0, seed=0) -> Path:
+def save_chat_model(folder: Path, *, template=TEMPLATE, end_logit=10.0, seed=0) -> Path:
     """Write model and tokenizer. `end_logit`: how much likelier than others a token that ends a turn or text is."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,7 +63,7 @@ def recall_values(folder: Path, model: Path, **changes) -> dict:
         "out": str(folder / "out"),
         "n": {"instructions": 21, "text": 13},
         "engine": {"transformers": {"batch_size": 4, "block_size": 8, "dtype": "fp32"}},
-        "sampling": {"max_instruction_tokens": 12, "max_answer_tokens": 16, "max_text_tokens": 16, "seed": 7},
+        "sampling": {"max_instruction_tokens": 24, "max_answer_tokens": 16, "max_text_tokens": 16, "seed": 7},
         "filters": {"min_instruction_tokens": 1, "min_text_tokens": 1, "max_perplexity": 1e9, "max_repetition": 1.0},
     }
     return values | changes

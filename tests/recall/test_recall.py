@@ -123,14 +123,15 @@ def test_another_seed_draws_other_samples(whole, chat_model, tmp_path):
 
 
 def test_the_printed_fragment_is_what_preprocess_takes(whole, chat_model, tmp_path):
-    from megatron_mixcpt.data_prep.config import load_config
+    from megatron_mixcpt.config import load_config
+    from megatron_mixcpt.data_prep.config import Config
     from megatron_mixcpt.data_prep.pipeline import preprocess
 
     config, summary, _ = whole
     path = tmp_path / "preprocess.yaml"
     head = f"tokenizer: {chat_model}\nout: {tmp_path / 'data'}\nseq_length: 256\nvalid_fraction: 0\nsources:\n"
     path.write_text(head + fragment(config, summary))
-    mix = json.loads(preprocess(load_config(path)).read_text())
+    mix = json.loads(preprocess(load_config(Config, path, literal=True)).read_text())
     documents = {source["name"]: source["train"]["documents"] for source in mix["sources"]}
     assert {source["name"]: source["kind"] for source in mix["sources"]} == {
         "recall-instructions": "instruction",
@@ -216,3 +217,25 @@ def test_a_directory_without_a_tokenizer_is_named(chat_model, tmp_path):
     (tmp_path / "model" / "config.json").write_text((chat_model / "config.json").read_text())
     with pytest.raises(ConfigError, match="has no tokenizer"):
         recall(configured(tmp_path, tmp_path / "model"))
+
+
+def test_a_full_disk_is_told_and_the_next_run_goes_on(whole, chat_model, tmp_path, monkeypatch, capsys):
+    import errno
+    import os
+
+    path = tmp_path / "recall.yaml"
+    path.write_text(yaml.safe_dump(recall_values(tmp_path, chat_model)))
+    written = []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main(["recall", str(path)]) == 1
+    assert "no room left" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / ".samples").glob("*/*"))) == 1  # the first block, and nothing half written
+    assert main(["recall", str(path)]) == 0
+    assert result(configured(tmp_path, chat_model)) == whole[2]

