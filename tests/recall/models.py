@@ -56,7 +56,7 @@ def save_chat_model(folder: Path, *, template=TEMPLATE, end_logit=10.0, seed=0) 
     return folder
 
 
-def recall_values(folder: Path, model: Path, **changes) -> dict:
+def recall_values(folder: Path, model: Path, /, **changes) -> dict:
     """A small configuration; `changes` replace whole sections."""
     values = {
         "model": {"hf": str(model)},

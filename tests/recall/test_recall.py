@@ -21,7 +21,7 @@ from tests.recall.models import recall_values, save_chat_model
 RESULTS = ("instructions.jsonl", "text.jsonl", "rejected.jsonl", "tokens.jsonl")
 
 
-def configured(folder, model, **changes):
+def configured(folder, model, /, **changes):
     return validate(RecallConfig, recall_values(folder, model, **changes), "test")
 
 
