@@ -23,10 +23,8 @@ def test_the_memory_that_is_told_is_that_of_weights_and_a_full_cache(chat_model,
     limits, batch = config.sampling, config.engine.transformers.batch_size
     longest = limits.max_instruction_tokens + limits.max_answer_tokens
     cache = model(torch.ones(batch, longest, dtype=torch.long), use_cache=True).past_key_values
-    held = sum(
-        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
-    )
-    assert cost.cache == held
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert cost.cache == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert cost.most_tokens == 21 * longest + 13 * limits.max_text_tokens
 
 
