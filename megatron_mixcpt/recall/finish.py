@@ -79,7 +79,9 @@ def _reject_near_duplicates(config: RecallConfig, stream: str, store: Store, ver
     if settings is None:
         return
     signer = Signer(NearDuplicates(**settings.model_dump()))
-    places, signatures, texts = [], [], []
+    places: list[int] = []
+    signatures: list[np.ndarray] = []
+    texts: list[str] = []
 
     def sign() -> None:
         if texts:
