@@ -1,4 +1,4 @@
-"""A completions server around the very small model: python -m tests.recall.completions MODEL PORT [MODE].
+"""A completions server around the very small model: python -m tests.recall.completions MODEL PORT MODE.
 
 MODE: tokens or text (how prompts must come), nonsense (200 and a page of HTML), refuse (400).
 Every request is noted on stdout, a line each.
@@ -9,13 +9,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
-import numpy as np
-import torch
-
-from megatron_mixcpt.evaluate.loading import load_directory
-from megatron_mixcpt.recall.generate import Prompt, continue_prompts
-
-MODE = sys.argv[3] if len(sys.argv) > 3 else "tokens"
+MODE = sys.argv[3]
 ALONE = Lock()
 
 
@@ -42,6 +36,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def complete(request):
     """As a server does it: the text without the stop string, and a log-probability a token."""
+    import numpy as np
+
+    from megatron_mixcpt.recall.generate import Prompt, continue_prompts
+
     prompt = request["prompt"]
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
     ends = tokenizer.convert_tokens_to_ids(request["stop"])
@@ -60,6 +58,11 @@ def complete(request):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    model, tokenizer = load_directory(sys.argv[1])
+    if MODE in ("tokens", "text"):
+        import torch
+
+        from megatron_mixcpt.evaluate.loading import load_directory
+
+        torch.set_num_threads(1)
+        model, tokenizer = load_directory(sys.argv[1])
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
