@@ -21,6 +21,7 @@ from megatron_mixcpt.data_prep.assemble import (
     write_prefix,
 )
 from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.explain import explain_mixture
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.holdout import hold_out
 from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
@@ -100,6 +101,8 @@ def build(
     ):
         builder.files[name] = describe_file(out / name)
     write_manifest(out, config, plans, builder.files, counts)
+    for line in explain_mixture(mix):
+        print(f"mixture: {line}", file=sys.stderr)
     return write_mix(out / FILE_NAME, mix).path
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus
 from megatron_mixcpt.data_prep.charts import bar_chart, short
+from megatron_mixcpt.data_prep.explain import seen
 from megatron_mixcpt.data_prep.mix import SPLITS
 from megatron_mixcpt.data_prep.plan import Plan
 
@@ -73,7 +74,7 @@ def _sequence_table(mix: dict[str, Any]) -> Table:
 
 
 def _mixture_table(mix: dict[str, Any]) -> Table:
-    head = ["source", "asked for", "share of the text", "share of the mixture", "amount", "epochs"]
+    head = ["source", "asked for", "share of the text", "share of the mixture", "amount", "of its text"]
     sources = [source for source in mix["sources"] if source["train"] is not None]
     total = sum(source["train"]["tokens"] for source in sources)
     rows = []
@@ -87,7 +88,7 @@ def _mixture_table(mix: dict[str, Any]) -> Table:
                 f"{source['train']['tokens'] / total:.2%}",
                 f"{source['weight']:.2%}",
                 f"{share['tokens']} {share['of']}",
-                f"{share['epochs']:.3f}",
+                seen(share["epochs"]),
             ]
         )
     return head, rows
