@@ -80,10 +80,14 @@ def build(
         counts.append(_count(source, corpus, status))
         _say(counts[-1])
         if sources[-1].valid is None and (source.heldout or config.valid_fraction > 0):
-            what = "held-out documents is left" if source.heldout else "few documents fell into its validation split"
+            none = (
+                f"none of the held-out documents of {source.name} is left"
+                if source.heldout
+                else f"none of the few documents of {source.name} fell into its validation split"
+            )
             _note(
-                f"{source.name}: none of its {what}, so nothing will tell what is forgotten of it; raise "
-                "valid_fraction or name other files as heldout"
+                f"{none}, so nothing will tell what is forgotten of it; raise valid_fraction or name other files as "
+                "heldout"
             )
     mix = Mix(
         path=out / FILE_NAME,
