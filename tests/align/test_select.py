@@ -197,8 +197,15 @@ def test_a_tokenizer_without_template_needs_the_plain_format(tmp_path, stage1):
 @pytest.mark.parametrize("form", ["plain", "chat"])
 def test_a_pair_is_a_candidate_only_if_both_answers_fit_in_the_format(tmp_path, tokenizer_dir, form):
     """Rejected answers of which the last two fit without the template's turns, and not with them."""
+    engine = load_tokenizer(tokenizer_dir).engine
+
+    def length(*texts):
+        return sum(len(engine.encode([text])[0]) for text in texts) + 1
+
+    fits = max(n for n in range(60) if length("Why, 10?\n", "no. " * n) <= 64)
     pairs = [
-        {"prompt": f"Why, {i}?", "chosen": f"yes {i}", "rejected": "no. " * (20 if i < 18 else 27)} for i in range(20)
+        {"prompt": f"Why, {i}?", "chosen": "yes", "rejected": "no. " * (fits if i >= 28 else fits // 3)}
+        for i in range(10, 30)
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
