@@ -28,6 +28,7 @@ setup(
         "megatron_mixcpt.evaluate": ["tasks/*"],
         "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*", "configs/*/*"],
         "megatron_mixcpt.observe": ["page/*"],
+        "megatron_mixcpt.recall": ["data/*"],
     },
     install_requires=[
         "torch>=2.11",
