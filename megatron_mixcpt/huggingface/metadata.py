@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import config_dict, gguf_file
-from megatron_mixcpt.model.architecture import Architecture
 
 TOKENIZER_FILES = (
     "tokenizer.json",

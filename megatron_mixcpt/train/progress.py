@@ -9,11 +9,11 @@ from typing import Any
 import xxhash
 
 from megatron_mixcpt.adapters.layout import describe_adapter
+from megatron_mixcpt.architecture.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
-from megatron_mixcpt.model.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
