@@ -30,6 +30,7 @@ from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.files import write_whole
 
 ENDINGS = (".bin", ".idx", ".flags.bin", ".flags.idx")
 
@@ -174,9 +175,7 @@ def _finished(
     for ending in ENDINGS:
         files[name + ending] = describe_file(builder.out / (name + ending), hashes.get(ending))
     builder.files.update(files)
-    unfinished = receipt.with_name(receipt.name + ".tmp")
-    unfinished.write_bytes(orjson.dumps({"entry": entry, "files": files}))
-    os.replace(unfinished, receipt)
+    write_whole(receipt, orjson.dumps({"entry": entry, "files": files}))
     return entry
 
 

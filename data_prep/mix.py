@@ -1,7 +1,6 @@
 """`mix.json`: the mixture that the trainer reads, sealed with a fingerprint."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron_mixcpt.data_prep.config import Config
 from megatron_mixcpt.data_prep.mixing import Request, Share, resolve_shares
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import write_whole
 
 FORMAT = "mixcpt-mix/1"
 FILE_NAME = "mix.json"
@@ -68,10 +68,7 @@ def write_mix(path: Path, mix: dict[str, Any]) -> Path:
     ordered.update({key: value for key, value in mix.items() if key not in (*ordered, "fingerprint")})
     sealed = {"format": FORMAT, "fingerprint": fingerprint(ordered)}
     sealed.update(ordered)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    os.replace(temporary, path)
-    return path
+    return write_whole(path, orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
 def read_mix(path: str | Path) -> tuple[Path, dict[str, Any]]:

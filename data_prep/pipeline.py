@@ -33,6 +33,7 @@ from megatron_mixcpt.data_prep.sampling import sample_texts
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.data_prep.worker import Job, process_chunk
 from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.files import write_whole
 
 PARTS_FOLDER = ".parts"
 
@@ -108,9 +109,8 @@ def prepare(config: Config, out: Path) -> Prepared:
         )
         folder = out / PARTS_FOLDER / f"{source.name}-{plan.key[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"plan.json.{uuid.uuid4().hex}.tmp"  # shards on several machines write the same plan
-        temporary.write_bytes(plan_to_json(plan))
-        os.replace(temporary, folder / "plan.json")
+        own = folder / f"plan.json.{uuid.uuid4().hex}"  # shards on several machines write the same plan
+        os.replace(write_whole(own, plan_to_json(plan)), folder / "plan.json")
         stages.append(Stage(source, plan, folder))
     return Prepared(config, tokenizer, add_bos, token_dtype(tokenizer.vocab_size), stages)
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import write_whole
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -429,7 +430,7 @@ def rendered(config: BaseModel) -> str:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    path.write_text(rendered(config))
+    write_whole(path, rendered(config))
 
 
 def _explain(schema: type[BaseModel], problem: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -31,6 +30,7 @@ from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.files import write_whole, writing
 
 if TYPE_CHECKING:
     from megatron_mixcpt.train.signals import StopRequest
@@ -208,9 +208,8 @@ def _write_table(path: Path, table: dict[str, np.ndarray]) -> None:
         name: pa.array(values, mask=np.isnan(values)) if values.dtype.kind == "f" else pa.array(values)
         for name, values in table.items()
     }
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with writing(path) as file:
+        pq.write_table(pa.table(columns), file)
 
 
 def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]], rows: np.ndarray, out: Path) -> Path:
@@ -227,7 +226,7 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
     entries = []
     for name, lines in chosen.items():
         path = picks / f"{name}.jsonl"
-        path.write_text("".join(f"{line}\n" for line in lines))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
         kept = {key: value for key, value in sources[name].items() if key not in dropped and value is not None}
         if config.select.format == PLAIN:
             kept.pop("tools", None)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import shutil
 from pathlib import Path
 
 NAME = "convert"
@@ -43,8 +42,9 @@ def convert(
     """
     from megatron_mixcpt import __version__
     from megatron_mixcpt.checkpoint.store import FORMAT, seal
+    from megatron_mixcpt.files import new_directory
     from megatron_mixcpt.model.architecture import architecture_from_hf
-    from megatron_mixcpt.model.hf_metadata import claim, write_metadata
+    from megatron_mixcpt.model.hf_metadata import write_metadata
     from megatron_mixcpt.model.hf_weights import DTYPES, check_names, open_source, whole_tensor, widest
     from megatron_mixcpt.model.layout import whole_shapes
     from megatron_mixcpt.model.progress import tensor_progress
@@ -56,21 +56,9 @@ def convert(
     arch = source_arch
     if tokenizer is not None:
         arch = dataclasses.replace(arch, vocab_size=extended_vocab_size(hf_dir, tokenizer, arch.vocab_size))
-    claim(out)
     source = open_source(hf_dir)
     check_names(source, source_arch, str(hf_dir))
     stored = DTYPES[dtype] if dtype else widest({source.dtype(name) for name in source.names()})
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
-    partial.mkdir()
-    with one_thread(), tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
-        tensors = read_ahead(
-            whole_shapes(arch),
-            lambda name: whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir)),
-        )
-        files = write_weights(partial, arch, stored, tensors, done)
-    (partial / "hf").mkdir()
-    write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
     info = {
         "format": FORMAT,
         "version": __version__,
@@ -79,6 +67,13 @@ def convert(
         "optimizer_step": None,
         "source": {"hf": hf_dir.resolve().name},
     }
-    seal(partial, info, files)
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        with one_thread(), tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
+            tensors = read_ahead(
+                whole_shapes(arch),
+                lambda name: whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir)),
+            )
+            files = write_weights(partial, arch, stored, tensors, done)
+        (partial / "hf").mkdir()
+        write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
+        seal(partial, info, files)

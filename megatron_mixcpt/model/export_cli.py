@@ -45,17 +45,14 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
         VerificationError: there is no complete checkpoint, or it is damaged.
         ConfigError: `out` is not empty, what the run started from is gone, or its adapter cannot be merged.
     """
-    from megatron_mixcpt.model.hf_metadata import claim
+    from megatron_mixcpt.files import new_directory
     from megatron_mixcpt.model.origin import find_origin
     from megatron_mixcpt.model.weights import open_weights
 
     origin = find_origin(source)
     weights = open_weights(origin)
-    claim(out)
-    partial = _partial(out)
-    _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
 
 
 def export_adapter(source: Path, out: Path) -> str:
@@ -67,43 +64,35 @@ def export_adapter(source: Path, out: Path) -> str:
     """
     from megatron_mixcpt import hf_alora
     from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.files import new_directory
     from megatron_mixcpt.model.adapter_files import write_directory
     from megatron_mixcpt.model.adapter_layout import adapted_linears
     from megatron_mixcpt.model.adapter_state import read_adapters
     from megatron_mixcpt.model.card import model_card
-    from megatron_mixcpt.model.hf_metadata import claim, copy_tokenizer
+    from megatron_mixcpt.model.hf_metadata import copy_tokenizer
     from megatron_mixcpt.model.origin import find_origin, hf_base
     from megatron_mixcpt.model.weights import open_base
 
     origin = find_origin(source)
     if origin.adapter is None:
         raise ConfigError(f"{source} trained all weights, no adapter: leave --adapter out")
-    claim(out)
-    partial = _partial(out)
-    partial.mkdir()
     hf = hf_base(origin.config, origin.arch, origin.adapter)
     base = str(hf) if hf else "base"
-    if not hf:
-        _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
-    tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
-    write_directory(partial, origin.arch, origin.adapter, tensors, base)
-    for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
-        if folder:
-            copy_tokenizer(folder, partial)
-    (partial / "README.md").write_text(model_card(origin))
-    if origin.adapter.method == "alora":
-        shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        if not hf:
+            (partial / base).mkdir()
+            _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
+        tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
+        write_directory(partial, origin.arch, origin.adapter, tensors, base)
+        for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
+            if folder:
+                copy_tokenizer(folder, partial)
+        (partial / "README.md").write_text(model_card(origin))
+        if origin.adapter.method == "alora":
+            shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
     if origin.adapter.method == "lora":
         return f"peft loads it over {hf or out / base}"
     return "megatron_mixcpt.hf_alora.load_alora loads it"
-
-
-def _partial(out: Path) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    return partial
 
 
 def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str | None, title: str) -> None:
@@ -117,7 +106,6 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
     from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
     written, arch = DTYPES[dtype] if dtype else weights.dtype, origin.arch
-    folder.mkdir()
     shapes = whole_shapes(arch)
     with (
         one_thread(),

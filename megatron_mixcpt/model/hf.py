@@ -11,10 +11,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import claim
 from megatron_mixcpt.first_rank import from_first
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.model.hf_metadata import claim, write_metadata
+from megatron_mixcpt.model.hf_metadata import write_metadata
 from megatron_mixcpt.model.hf_names import hf_names, hf_shapes, split
 from megatron_mixcpt.model.hf_weights import check_names, open_source, whole_tensor
 from megatron_mixcpt.model.layout import EMBEDDING, shard, unshard, whole_shapes

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mixcpt import __version__
+from megatron_mixcpt.files import write_whole
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.line_chart import Series, line_chart, number
 from megatron_mixcpt.observe.report_tables import (
@@ -71,10 +72,7 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
     """Read the run directories and write the page. Raises ConfigError where one is no run directory."""
     runs = [read_run(path) for path in paths]
     distinct_names(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(page(runs), encoding="utf-8")
-    temporary.replace(out)  # a browser never sees half of it
+    write_whole(out, page(runs))  # a browser never sees half of it
 
 
 def page(runs: Sequence[Run]) -> str:

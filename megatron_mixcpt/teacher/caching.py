@@ -24,6 +24,7 @@ from megatron_mixcpt.data.dataset import Mixture, train_dataset
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.data_prep.progress import Progress
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
+from megatron_mixcpt.files import write_json
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.parallel import ParallelState
 from megatron_mixcpt.teacher.cache_format import (
@@ -36,7 +37,6 @@ from megatron_mixcpt.teacher.cache_format import (
     read_manifest,
     record_dtype,
     shards_of,
-    write_json,
     write_shard,
 )
 from megatron_mixcpt.teacher.identity import data_identity

@@ -124,7 +124,7 @@ def _killed(rank, world_size, values, shards):
         if len(written) == shards:
             path = shard.path(cache)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".partial").write_bytes(content.tobytes()[:100])
+            path.with_name(path.name + ".tmp").write_bytes(content.tobytes()[:100])
             path.write_bytes(content.tobytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
         write(cache, shard, content)
@@ -148,7 +148,7 @@ def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
     with pytest.raises(ConfigError, match="is not finished"):
         train(validate(Config, broken, "test"))
     run_distributed(_fill, 1, broken, warm=True)
-    for name in [*(tmp_path / "broken").rglob("*.partial")]:
+    for name in [*(tmp_path / "broken").rglob("*.tmp")]:
         pytest.fail(f"{name} is left over")
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
     # A damaged shard is mended by the same command.
