@@ -83,6 +83,6 @@ def test_a_command_that_meets_a_full_disk_says_so_in_one_line(small_disk, capsys
     def run(args):
         (small_disk / "x").write_bytes(bytes(2 << 20))
 
-    monkeypatch.setattr("megatron_mixcpt.doctor_cli.run", run)
+    monkeypatch.setattr("megatron_mixcpt.commands.doctor.run", run)
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.convert.card import not_measured
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
-from megatron_mixcpt.evaluate.validation import SourcePerplexity
+from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from megatron_mixcpt.files import write_json, write_whole
-from megatron_mixcpt.model.card import not_measured
 
 Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
 
