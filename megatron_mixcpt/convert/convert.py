@@ -5,7 +5,6 @@ from pathlib import Path
 
 from megatron_mixcpt import __version__
 from megatron_mixcpt.checkpoint.store import FORMAT, seal
-from megatron_mixcpt.convert.progress import tensor_progress
 from megatron_mixcpt.convert.stream_write import write_weights
 from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.huggingface.metadata import write_metadata
@@ -14,6 +13,7 @@ from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import DTYPES, check_names, open_source, whole_tensor, widest
 from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.model.layout import whole_shapes
+from megatron_mixcpt.progress import Progress
 
 
 def convert(
@@ -41,12 +41,12 @@ def convert(
         "source": {"hf": hf_dir.resolve().name},
     }
     with new_directory(out) as partial:
-        with one_thread(), tensor_progress(f"converting {hf_dir.name}", len(whole_shapes(arch))) as done:
+        with one_thread(), Progress(f"converting {hf_dir.name}", len(whole_shapes(arch)), "tensors") as progress:
             tensors = read_ahead(
                 whole_shapes(arch),
                 lambda name: whole_tensor(source, name, arch, source_arch.vocab_size, str(hf_dir)),
             )
-            files = write_weights(partial, arch, stored, tensors, done)
+            files = write_weights(partial, arch, stored, tensors, lambda key: progress.advance())
         (partial / "hf").mkdir()
         write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
         seal(partial, info, files)

@@ -9,7 +9,6 @@ from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base
 from megatron_mixcpt.convert.card import model_card
-from megatron_mixcpt.convert.progress import tensor_progress
 from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import new_directory
@@ -19,6 +18,7 @@ from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.model.layout import whole_shapes
+from megatron_mixcpt.progress import Progress
 
 
 def export(source: Path, out: Path, dtype: str | None = None) -> None:
@@ -69,11 +69,11 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
     shapes = whole_shapes(arch)
     with (
         one_thread(),
-        tensor_progress(title, len(shapes)) as done,
+        Progress(title, len(shapes), "tensors") as progress,
         SafetensorsWriter(folder, hf_shapes(arch), written) as writer,
     ):
         for name, whole in read_ahead(shapes, weights.read):
             for part, tensor in zip(hf_names(name), split(name, whole, arch)):
                 writer.write(part, tensor)
-            done(name)
+            progress.advance()
     write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))

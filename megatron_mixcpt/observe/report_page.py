@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from megatron_mixcpt import __version__
 from megatron_mixcpt.files import write_whole
-from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.line_chart import Series, line_chart, number
 from megatron_mixcpt.observe.report_tables import (
     checkpoint_table,
@@ -24,6 +23,7 @@ from megatron_mixcpt.observe.report_tables import (
     time_section,
 )
 from megatron_mixcpt.observe.run_data import Point, Run, distinct_names, read_run
+from megatron_mixcpt.units import duration
 
 REPORT = "report.html"  # in the run directory, unless another place is named
 COLOURS = 8

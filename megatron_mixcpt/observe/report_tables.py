@@ -9,9 +9,9 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.line_chart import number
 from megatron_mixcpt.observe.run_data import Run, differing_settings
+from megatron_mixcpt.units import duration
 
 # Parts of the time in the order of a step, with the index of their colour.
 PARTS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils.data import Dataset
@@ -16,7 +16,7 @@ from megatron_mixcpt.train.step import ForwardBackward
 @torch.no_grad()
 @section("validation")
 def validate(
-    datasets: dict[str, Dataset],
+    datasets: Mapping[str, Dataset],
     run: ForwardBackward,
     collate: Callable[[list[dict]], Batch],
     *,

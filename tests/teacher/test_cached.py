@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import WriteError
 from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import cache_fill, cache_format
@@ -279,12 +280,12 @@ def test_a_full_disk_is_told_before_and_while_the_cache_is_written(small, tmp_pa
     config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
 
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise WriteError("shard.bin: cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_fill, "write_shard", full)
         assert main(["cache-teacher", str(config)]) == 1
-    assert "No space left on device): what is complete is kept" in capsys.readouterr().err
+    assert "shard.bin: cannot be written: No space left on device; what is complete is kept" in capsys.readouterr().err
     monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
     assert main(["cache-teacher", str(config)]) == 2
     assert "will take 0.00 GiB, its disk has 0.00 GiB left" in capsys.readouterr().err
