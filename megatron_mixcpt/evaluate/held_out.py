@@ -38,11 +38,11 @@ def validation_perplexity(
     from megatron_mixcpt.data.batch import Batch, collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.huggingface.weights import DTYPES
-    from megatron_mixcpt.losses.mixcpt import MixCPTLoss
+    from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+    from megatron_mixcpt.objectives.packed_text import validation_metrics
+    from megatron_mixcpt.objectives.step import ForwardBackward
     from megatron_mixcpt.runtime.parallel import parallel_context
-    from megatron_mixcpt.train.mixcpt import MixCPTObjective
-    from megatron_mixcpt.train.step import ForwardBackward
-    from megatron_mixcpt.train.validate import validate
+    from megatron_mixcpt.train.validation import validate
 
     from_hf = is_hf_directory(path)
     adapter = None
@@ -67,8 +67,9 @@ def validation_perplexity(
         else:
             load_model_weights(model, path)
         loss = MixCPTLoss(
-            LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
+            LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
         )
+<<<<<<< HEAD
         datasets = dict(valid_datasets(mix, seed=0, cache_dir=Path(cache)))
         total = sum(min(len(dataset), max_samples or len(dataset)) for dataset in datasets.values())
         with Progress(f"{path.name}: held-out text", total, "sequences") as progress:
@@ -86,6 +87,18 @@ def validation_perplexity(
                 max_samples=max_samples,
                 stop_requested=lambda: False,
             )
+=======
+        metrics, _ = validate(
+            dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
+            ForwardBackward(model, loss, num_sources=1, contributes=True),
+            collate,
+            validation_metrics,
+            state=state,
+            micro_batch_size=micro_batch_size,
+            max_samples=max_samples,
+            stop_requested=lambda: False,
+        )
+>>>>>>> main
         torch.distributed.barrier()
     measured = [
         SourcePerplexity(source.name, source.kind, metrics[f"val/{source.name}/ppl"])

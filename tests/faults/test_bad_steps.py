@@ -10,13 +10,13 @@ from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.train.guard import StepGuard
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
-from tests.train.test_resume import saved_tensors
+from tests.train.runs import saved_tensors
 
 
 def spoil(changes):
     """`{step: kind}` (from 0): spoil the loss or the gradients of this rank before the optimizer sees them."""
+    from megatron_mixcpt.objectives.step import ForwardBackward
     from megatron_mixcpt.train import loop
-    from megatron_mixcpt.train.step import ForwardBackward
 
     original, step = ForwardBackward.__call__, -2  # the dry run comes first
 

@@ -1,20 +1,23 @@
 """Train a few steps on some process grid and bring losses, gradients and weights back whole, to compare grids."""
 
+import json
 import os
+import shutil
 
 import torch
 
+from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config import validate as validated
 from megatron_mixcpt.data.batch import collate, train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.losses.mixcpt import STATISTICS
 from megatron_mixcpt.model.layout import unshard
+from megatron_mixcpt.objectives.mixcpt import STATISTICS
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.setup import build
-from megatron_mixcpt.train.validate import validate
+from megatron_mixcpt.train.validation import validate
 
 
 def settings(mix, run_dir, **sections):
@@ -133,3 +136,30 @@ def _cache(config):
     from pathlib import Path
 
     return Path(config.run_dir) / "index_cache"
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def saved_tensors(checkpoint):
+    """Every tensor of a checkpoint, whole, by key."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(str(checkpoint))
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def keep_only_step(run_dir, step):
+    """As if the run had died between the checkpoint of `step` and its next."""
+    for checkpoint in list_checkpoints(run_dir / "checkpoints"):
+        if checkpoint.name != f"step_{step:08d}":
+            shutil.rmtree(checkpoint)

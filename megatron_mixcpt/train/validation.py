@@ -1,0 +1,104 @@
+"""Validation: the objective on each source's held-out split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.batch import Batch, valid_batches
+from megatron_mixcpt.objectives.step import ForwardBackward
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.runtime.timing import section
+from megatron_mixcpt.train.progress import Progress
+from megatron_mixcpt.train.setup import Parts
+
+INDEX_CACHE = "index_cache"  # in the run directory: in which order samples are read
+
+
+class RunValidation:
+    """Validates every source and tells `progress`. All methods are collective.
+
+    Args:
+        beat: told before each micro-batch what is being done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        state: ParallelState,
+        progress: Progress,
+        stop: StopRequest,
+        beat: Callable[[str], None],
+    ) -> None:
+        self._config, self._parts, self._state = config, parts, state
+        self._progress, self._stop, self._beat = progress, stop, beat
+        self._datasets = parts.task.valid_datasets(config.train.seed, Path(config.run_dir) / INDEX_CACHE)
+
+    def __call__(self, step: int) -> bool:
+        """After `step` steps; whether some rank was asked to stop meanwhile, which cuts it short."""
+
+        def stop_requested() -> bool:
+            self._beat(f"validation after step {step}")
+            return self._stop.agreed(self._state.device)
+
+        metrics, stopping = validate(
+            self._datasets,
+            self._parts.validation,
+            self._parts.task.collate,
+            self._parts.task.validation_metrics,
+            state=self._state,
+            micro_batch_size=self._config.train.micro_batch_size,
+            max_samples=self._config.eval.max_samples,
+            stop_requested=stop_requested,
+        )
+        self._progress.validated(step, metrics, whole=not stopping)
+        return stopping
+
+
+@torch.no_grad()
+@section("validation")
+def validate(
+    datasets: dict[str, Dataset],
+    run: ForwardBackward,
+    collate: Callable[[list[dict]], Batch],
+    measure: Callable[[Sequence[float]], dict[str, float]],
+    *,
+    state: ParallelState,
+    micro_batch_size: int,
+    max_samples: int | None,
+    stop_requested: Callable[[], bool],
+) -> tuple[dict[str, float], bool]:
+    """`{"val/<source>/<name>": value}`, names and values from `measure` of the sums; the same on every rank.
+
+    Sources with nothing to learn in their validation split are left out. Asks `stop_requested` (collective) after each
+    micro-batch; where it says so, returns the sources that are complete, and True.
+    """
+    run.model.eval()
+    metrics: dict[str, float] = {}
+    stopping = False
+    for name, dataset in datasets.items():
+        totals = torch.zeros(len(run.objective.statistics), dtype=torch.float64, device=state.device)
+        for indices in valid_batches(
+            dataset,
+            max_samples=max_samples,
+            micro_batch_size=micro_batch_size,
+            data_rank=state.data_rank,
+            data_size=state.data_size,
+        ):
+            batch = collate([dataset[index] for index in indices]).to(state.device)
+            totals += run([batch], forward_only=True).sum(0)
+            stopping = stop_requested()
+            if stopping:
+                break
+        if stopping:
+            break
+        torch.distributed.all_reduce(totals)
+        metrics |= {f"val/{name}/{key}": value for key, value in measure(totals.tolist()).items()}
+    run.model.train()
+    return metrics, stopping
