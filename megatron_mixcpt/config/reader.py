@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import write_whole
 
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str | int, ...]
@@ -104,7 +105,7 @@ def rendered(config: BaseModel) -> str:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    path.write_text(rendered(config))
+    write_whole(path, rendered(config))
 
 
 def _read(path: Path) -> str:

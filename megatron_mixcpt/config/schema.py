@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 
 from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.files import write_whole
 
 
 class ModelConfig(Section):
@@ -414,93 +413,4 @@ class Config(Section):
     @property
     def fuses_lm_head(self) -> bool:
         """Whether logits exist for a chunk of tokens at a time only."""
-<<<<<<< HEAD:megatron_mixcpt/config.py
-        return self.loss.fuse_lm_head
-
-
-C = TypeVar("C", bound=BaseModel)
-
-
-def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
-    return validate(schema, read_values(path, overrides), origin(path, overrides))
-
-
-def origin(path: str | Path, overrides: list[str] | None) -> str:
-    """What errors call the values that `read_values` returns."""
-    return f"{path} with {' '.join(overrides)}" if overrides else str(path)
-
-
-def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The plain values of `path` with `key=value` overrides laid over them. Raises ConfigError."""
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
-    for override in overrides or []:
-        if "=" not in override:
-            raise ConfigError(f"{override!r}: overrides are written key=value, for example train.steps=100")
-    try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
-        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def validate(schema: type[C], values: Any, where: str) -> C:
-    """Build `schema` from plain values; all problems are reported in one ConfigError."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = "\n".join(f"  {_explain(schema, problem)}" for problem in error.errors())
-        raise ConfigError(f"{where}: wrong configuration\n{problems}") from None
-
-
-def rendered(config: BaseModel) -> str:
-    """The resolved configuration as YAML, every default included: what `config.yaml` of a run holds."""
-    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
-
-
-def save_config(config: BaseModel, path: Path) -> None:
-    write_whole(path, rendered(config))
-
-
-def _explain(schema: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_of(schema, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{key}: required"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
-
-
-def section_of(annotation: Any) -> Any:
-    """The section class of a key that may also be null; any other annotation as it is."""
-    sections = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-    return sections[0] if sections and type(None) in get_args(annotation) else annotation
-
-
-def _keys_of(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """Field names of the section at `location`."""
-    section: Any = schema
-    for part in location:
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            section = section_of(section.model_fields[part].annotation)
-        else:  # a mapping or list of sections
-            section = next((arg for arg in reversed(get_args(section))), None)
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return [field.alias or name for name, field in section.model_fields.items()]
-    return []
-=======
         return self.kind == "dpo" or self.loss.fuse_lm_head  # objectives/logprobs.py
->>>>>>> main:megatron_mixcpt/config/schema.py

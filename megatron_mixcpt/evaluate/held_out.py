@@ -69,7 +69,6 @@ def validation_perplexity(
         loss = MixCPTLoss(
             LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
         )
-<<<<<<< HEAD
         datasets = dict(valid_datasets(mix, seed=0, cache_dir=Path(cache)))
         total = sum(min(len(dataset), max_samples or len(dataset)) for dataset in datasets.values())
         with Progress(f"{path.name}: held-out text", total, "sequences") as progress:
@@ -80,25 +79,14 @@ def validation_perplexity(
 
             metrics, _ = validate(
                 datasets,
-                ForwardBackward(model, MixCPTObjective(loss, None), num_sources=1, contributes=True),
+                ForwardBackward(model, loss, num_sources=1, contributes=True),
                 told,
+                validation_metrics,
                 state=state,
                 micro_batch_size=micro_batch_size,
                 max_samples=max_samples,
                 stop_requested=lambda: False,
             )
-=======
-        metrics, _ = validate(
-            dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
-            ForwardBackward(model, loss, num_sources=1, contributes=True),
-            collate,
-            validation_metrics,
-            state=state,
-            micro_batch_size=micro_batch_size,
-            max_samples=max_samples,
-            stop_requested=lambda: False,
-        )
->>>>>>> main
         torch.distributed.barrier()
     measured = [
         SourcePerplexity(source.name, source.kind, metrics[f"val/{source.name}/ppl"])

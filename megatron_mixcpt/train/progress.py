@@ -13,11 +13,7 @@ from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
-<<<<<<< HEAD
-=======
 from megatron_mixcpt.model.throughput import peak_flops, peak_memory_gib
-from megatron_mixcpt.observe.console import duration
->>>>>>> main
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
