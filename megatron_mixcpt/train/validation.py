@@ -64,7 +64,7 @@ class RunValidation:
 @torch.no_grad()
 @section("validation")
 def validate(
-    datasets: dict[str, Dataset],
+    datasets: Mapping[str, Dataset],
     run: ForwardBackward,
     collate: Callable[[list[dict]], Batch],
     measure: Callable[[Sequence[float]], dict[str, float]],
