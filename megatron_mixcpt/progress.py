@@ -94,7 +94,7 @@ class Progress:
             new = self._done - self._before
             left = (self._total - self._done) * self._seconds / new if new else 0.0
             share = self._done / max(self._total, SHORTEST)
-            amounts = f"{number(self._done, 3)} of {number(self._total, 3)} {self._unit}"
+            amounts = f"{number(self._done, 3)} of {_amount(self._total, self._unit)}"
             self._display.show(
                 share, [f"{self._title} {share:.0%}", amounts, *self._rates(), f"ETA {duration(max(0.0, left))}"]
             )
@@ -114,7 +114,7 @@ class Progress:
 
     def _rates(self) -> list[str]:
         counts = {self._unit: self._done - self._before, **self._more}
-        return [f"{number(count / self._seconds, 3)} {unit}/s" for unit, count in counts.items()]
+        return [f"{_amount(count / self._seconds, unit)}/s" for unit, count in counts.items()]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -123,8 +123,12 @@ class Progress:
             return
         self._display.close()
         if kind is None:
-            done = f"{number(self._done - self._before, 3)} {self._unit} in {duration(self._seconds)}"
+            done = f"{_amount(self._done - self._before, self._unit)} in {duration(self._seconds)}"
             self._display.message(f"{self._title}: {', '.join([done, *self._rates()])}")
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{number(value, 3)}{'' if unit == 'B' else ' '}{unit}"
 
 
 def fit(parts: Sequence[str], width: int) -> str:

@@ -31,9 +31,9 @@ def test_a_log_has_lines_with_amounts_rates_and_the_time_left(capsys, clock):
             progress.advance(1_000_000, tokens=500_000)
     # A line at 6 s (4 of 10 MB done, 2 in this run) and at 12 s; resumed bytes do not count as speed.
     assert capsys.readouterr().err.splitlines() == [
-        "tokenize 40% | 4M of 10M B | 333k B/s | 167k tokens/s | ETA 18s",
-        "tokenize 60% | 6M of 10M B | 333k B/s | 167k tokens/s | ETA 12s",
-        "tokenize: 4M B in 12s, 333k B/s, 167k tokens/s",
+        "tokenize 40% | 4M of 10MB | 333kB/s | 167k tokens/s | ETA 18s",
+        "tokenize 60% | 6M of 10MB | 333kB/s | 167k tokens/s | ETA 12s",
+        "tokenize: 4MB in 12s, 333kB/s, 167k tokens/s",
     ]
 
 
