@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.observe.report_page import REPORT, write_report
+    from megatron_mixcpt.observe.run_report import REPORT, write_report
 
     out = Path(args.out or Path(args.runs[0]) / REPORT)
     if out.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.observe.console import TrainConsole
 from megatron_mixcpt.observe.metrics import MetricsFile
-from megatron_mixcpt.observe.report_page import REPORT, write_report
+from megatron_mixcpt.observe.run_report import REPORT, write_report
 from megatron_mixcpt.observe.wandb_process import Ending, WandbProcess, choose_mode, run_id_of
 
 
@@ -23,6 +23,8 @@ class Record:
     def __init__(self, config: Config, step: int, saved: dict[str, Any]) -> None:
         self._run_dir = run_dir = Path(config.run_dir)
         self._file = MetricsFile(run_dir / "metrics.jsonl", step)
+        if step:
+            self.write(step, {"run/resumed": 1})
         self.console = TrainConsole(config.train.steps, step)
         self.wandb_id: str | None = saved.get("wandb_id")
         self._wandb: WandbProcess | None = None
