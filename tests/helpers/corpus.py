@@ -1,10 +1,12 @@
 """A small mixture of random documents in the final format, without a tokenizer."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from megatron_mixcpt.data_prep import mix as data_mix
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_DOMAIN,
@@ -16,6 +18,7 @@ from megatron_mixcpt.data_prep.format import (
     pack_flags,
     token_dtype,
 )
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry
 
 KINDS = {"facts": KIND_DOMAIN, "tasks": KIND_INSTRUCTION}
 
@@ -40,7 +43,7 @@ def packed_sequence(generator, kind, seq_length, vocab_size):
 
 
 def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator):
-    prefix, num_tokens = folder / name, 0
+    prefix, num_tokens, num_targets = folder / name, 0, 0
     with IndexedWriter(prefix, token_dtype(vocab_size)) as tokens_file:
         with IndexedWriter(folder / f"{name}.flags", np.dtype(np.uint8)) as flags_file:
             for _ in range(sequences):
@@ -48,36 +51,33 @@ def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, gen
                 tokens_file.add(tokens)
                 flags_file.add(flags)
                 num_tokens += int(np.count_nonzero((flags & PAD) == 0))
+                num_targets += int(np.count_nonzero(flags & TARGET))
             flags_file.finish()
         digest = tokens_file.finish()
-    counts = {"sequences": sequences, "documents": sequences, "tokens": num_tokens}
-    return {"prefix": name, **counts, "hash": digest}
+    return Split(prefix, sequences, num_tokens, digest, documents=sequences, target_tokens=num_targets)
 
 
 def write_mix(folder: Path, *, seq_length=32, vocab_size=250, train=24, valid=5, seed=0, weights=(0.6, 0.4)) -> Path:
     """Write the mixture and return the path of its mix.json."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
-    sources = [
-        {
-            "name": name,
-            "kind": "domain" if kind == KIND_DOMAIN else "instruction",
-            "weight": weight,
-            "layout": "pack",
-            "train": write_split(folder, f"{name}-train", kind, train, seq_length, vocab_size, generator),
-            "valid": write_split(folder, f"{name}-valid", kind, valid, seq_length, vocab_size, generator),
-        }
+    sources = tuple(
+        Source(
+            name,
+            "domain" if kind == KIND_DOMAIN else "instruction",
+            weight,
+            write_split(folder, f"{name}-train", kind, train, seq_length, vocab_size, generator),
+            write_split(folder, f"{name}-valid", kind, valid, seq_length, vocab_size, generator),
+        )
         for (name, kind), weight in zip(KINDS.items(), weights)
-    ]
-    tokenizer = {"kind": "huggingface", "path": "tokenizer", "vocab_size": vocab_size, "hash": "0", "eos_id": 0}
-    mix = {
-        "format": "mixcpt-mix/1",
-        "seq_length": seq_length,
-        "seed": seed,
-        "fingerprint": f"random-{seed}",
-        "tokenizer": tokenizer,
-        "sources": sources,
-    }
+    )
+    tokenizer = TokenizerEntry("huggingface", folder / "tokenizer", vocab_size, "0", None, 0, 0)
     path = folder / "mix.json"
-    path.write_text(json.dumps(mix))
-    return path
+    return data_mix.write_mix(path, Mix(path, seq_length, "", tokenizer, sources, seed)).path
+
+
+def edit_mix(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of a mix.json, and seal it again."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps({**content, "fingerprint": data_mix.fingerprint(content)}))
