@@ -30,7 +30,6 @@ from megatron_mixcpt.data_prep.mix import (
     Mix,
     Split,
     TokenizerEntry,
-    mix_to_json,
     split_from_json,
     split_to_json,
     write_mix,
@@ -92,7 +91,7 @@ def build(
         sources=tuple(weighted(config, sources)),
         seed=config.seed,
     )
-    reports = write_report(out, mix_to_json(mix), counts, plans, corpora)
+    reports = write_report(out, mix, counts, plans, corpora, tokenizer.decode)
     for name in (
         "quarantine.jsonl",
         *reports,

@@ -124,7 +124,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
             mixes[name] = _write_mix(config, folder, records, chosen[kind], out / name)
     write_report(out, config, table, texts, ranked, chosen, mixes)
     counts = ", ".join(f"{len(rows)} of {int((table['kind'] == kind).sum())} {kind}" for kind, rows in chosen.items())
-    print(f"chosen: {counts} records; {out}/report.md")
+    print(f"chosen: {counts} records; {out}/report.html")
     for name, path in mixes.items():
         print(f"next: mixcpt align {name}.yaml, with align.method: {name} and data.mix: {path}")
 
