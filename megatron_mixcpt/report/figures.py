@@ -177,11 +177,11 @@ def bar_chart(
             parts.append(_text("tick", LEFT + (place + 0.5) * group, HEIGHT - BOTTOM + 17, text))
     for where, what in marks:
         x = LEFT + where * group
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{TOP + DOWN}"/>')
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + DOWN}"/>')
         right = where > len(labels) / 2
         anchor = f'text-anchor="{"end" if right else "start"}"'
         parts.append(
-            f'<text class="tick" x="{x + (-5 if right else 5):.1f}" y="{TOP + 2}" {anchor}>{escape(what)}</text>'
+            f'<text class="tick" x="{x + (-5 if right else 5):.1f}" y="{TOP - 3}" {anchor}>{escape(what)}</text>'
         )
     return Html("".join([*parts, _text("axis", LEFT + ACROSS / 2, HEIGHT - 6, x_label), "</svg>"]))
 
