@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.commands.options import add_allow_older
 from megatron_mixcpt.progress import Progress
 
 NAME = "generate"
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
+    add_allow_older(parser)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     prompts = args.prompt or (line.rstrip("\n") for line in sys.stdin)
-    with as_hf_directory(Path(args.model)) as folder:
+    with as_hf_directory(Path(args.model), allow_older=args.allow_older) as folder:
         model, tokenizer = load_directory(folder)
         for number, prompt in enumerate(prompts, 1):
             with Progress(f"prompt {number}", args.max_new_tokens, "tokens") as progress:

@@ -3,8 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_mixcpt import __version__
-from megatron_mixcpt.checkpoint.store import FORMAT, seal
+from megatron_mixcpt.checkpoint import CheckpointInfo, seal
 from megatron_mixcpt.convert.stream_write import write_weights
 from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -32,14 +31,6 @@ def convert(
     source = open_source(hf_dir)
     check_names(source, source_arch, str(hf_dir))
     stored = DTYPES[dtype] if dtype else widest({source.dtype(name) for name in source.names()})
-    info = {
-        "format": FORMAT,
-        "version": __version__,
-        "step": 0,
-        "architecture": arch.to_dict(),
-        "optimizer_step": None,
-        "source": {"hf": hf_dir.resolve().name},
-    }
     with new_directory(out) as partial:
         with one_thread(), Progress(f"converting {hf_dir.name}", len(whole_shapes(arch)), "tensors") as progress:
             tensors = read_ahead(
@@ -49,4 +40,4 @@ def convert(
             files = write_weights(partial, arch, stored, tensors, lambda key: progress.advance())
         (partial / "hf").mkdir()
         write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
-        seal(partial, info, files)
+        seal(partial, CheckpointInfo(0, arch, source=hf_dir.resolve().name), files)

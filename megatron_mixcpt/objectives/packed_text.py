@@ -16,6 +16,7 @@ from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.model.throughput import flops_per_token
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
@@ -24,6 +25,7 @@ from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
 
 BY_SOURCE = ("ce",)  # statistics that are shown for each source too
+BY_KIND = ("kl_base",)  # and those for each kind of data, and then for each source
 
 
 class PackedTextTask:
@@ -34,6 +36,7 @@ class PackedTextTask:
     ) -> None:
         self._mix = mix
         self.objective, self.validation = objective, validation
+        self._kinds = {source.name: source.kind for source in mix.train_sources}
         self.row_length = mix.seq_length
         frozen = config.adapter is not None
         self.flops_per_token: float | None = flops_per_token(
@@ -65,7 +68,17 @@ class PackedTextTask:
             means[f"train/{name}"] = total[column] / max(total[COUNT], 1.0)
             if name in BY_SOURCE:
                 means |= {f"train/{name}/{s}": row[column] / row[COUNT] for s, row in by_source.items() if row[COUNT]}
+            if name in BY_KIND:
+                means |= self._by_kind(name, column, by_source)
         return means
+
+    def _by_kind(self, name: str, column: int, by_source: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        sums: dict[str, list[float]] = {}
+        for source, row in by_source.items():
+            for group in (self._kinds[source], f"source/{source}"):
+                count, total = sums.get(group, (0.0, 0.0))
+                sums[group] = [count + row[COUNT], total + row[column]]
+        return {f"train/{name}/{group}": total / count for group, (count, total) in sums.items() if count}
 
     def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
         return validation_metrics(total)
@@ -93,7 +106,7 @@ def build_packed_text(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     empty_stage: Callable[[], MixGPTModel],
 ) -> PackedTextTask:
@@ -104,7 +117,7 @@ def build_packed_text(
             config.loss,
             teacher,
             group=state.tensor_group if state.tensor_size > 1 else None,
-            vocab_start=stage.vocab_start,
+            vocab_start=stage.model.vocab_start,
             vocab_size=arch.vocab_size,
             device=state.device,
         )

@@ -65,7 +65,7 @@ def _train(
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, saved))
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, step, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
@@ -88,7 +88,7 @@ def _train(
 
     progress.start_clock()
     stopping = stop.defer(state.device)
-    cut_short = saved is not None and step == settings.steps and not saved.get("validated", True)
+    cut_short = saved is not None and step == settings.steps and saved.validated is False
     if not stopping and (step == 0 or cut_short):
         stopping = evaluate(step)  # what the model knew before; or what a stop left out at the end
     while step < settings.steps and not stopping:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from megatron_mixcpt.adapters.files import write_adapter_of
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
@@ -29,6 +31,7 @@ class RunSaver:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             background=config.checkpoint.background,
+            add_files=partial(write_adapter_of, arch=parts.arch, config=config.adapter) if config.adapter else _nothing,
         )
 
     @section("checkpoint")
@@ -36,7 +39,7 @@ class RunSaver:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
         parts = self._parts
-        self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
+        self._saver.begin(step, parts.model, parts.optimizer, self._progress.training_state())
         if last or not self._saver.background:
             self._finish(last=last)
 
@@ -57,3 +60,7 @@ class RunSaver:
                 "intact: make room and run the same command again"
             )
         self._progress.saved(outcome)
+
+
+def _nothing(folder: Path) -> None:
+    pass

@@ -10,11 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mixcpt.checkpoint.info import render_info
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
 from megatron_mixcpt.observe.run_report import page
 from megatron_mixcpt.report.figures import MAX_POINTS, Series, bar_chart, line_chart, thin, tick_labels, ticks
 from megatron_mixcpt.units import number
+from tests.helpers.checkpoints import checkpoint_info
 from tests.observe.browser import open_page
 
 SOURCES = {"facts": (2.9, 1.8), "general <text>": (2.2, 2.3)}
@@ -53,8 +55,9 @@ def write_run(folder, *, steps=120, total=120, validate=True, lr=1e-4, kd=1.0, t
     if steps > 40:
         checkpoint = folder / "checkpoints" / "step_00000040"
         checkpoint.mkdir(parents=True)
-        sources = {name: {"weight": 0.5, "drawn": 160} for name in SOURCES}
-        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 40, "data": {"sources": sources}}))
+        drawn = {"content": "", "sequences": 100, "weight": 0.5, "drawn": 160, "since": 160}
+        info = checkpoint_info(40, data={"seed": 1, "sources": dict.fromkeys(SOURCES, drawn)})
+        (checkpoint / "checkpoint.json").write_text(json.dumps(render_info(info)))
     return folder
 
 
