@@ -52,8 +52,8 @@ SPEED = (
 )
 # Shown elsewhere, or of no use as a curve.
 NOT_CURVES = (
-    "train/tokens", "train/ce/", "optim/skipped", "speed/step_seconds", "mix/", "time/", "ckpt/", "forget/", "run/",
-    "data/pairs",
+    "train/tokens", "train/ce/", "train/kl_base/", "optim/skipped", "speed/step_seconds", "mix/", "time/", "ckpt/",
+    "forget/", "run/", "data/pairs",
 )  # fmt: skip
 
 
