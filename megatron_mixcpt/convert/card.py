@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mixcpt import __version__
 from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint.origin import Origin
+from megatron_mixcpt.config.history import told
 
 
 def model_card(origin: Origin) -> str:
@@ -63,6 +64,7 @@ def _training(origin: Origin) -> list[str]:
         *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
         f"- {origin.info.step} of {train['steps']} steps of {train['global_batch_size']} sequences, "
         f"learning rate {train['lr']} ({train['schedule']}), {train['dtype']}, seed {train['seed']}",
+        *(f"- {change}" for change in (told(origin.run_dir) if origin.run_dir else [])),
         "",
     ]
 

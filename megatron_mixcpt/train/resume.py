@@ -8,6 +8,7 @@ from megatron_mixcpt.checkpoint import CheckpointInfo, TrainingState, load_check
 from megatron_mixcpt.checkpoint.manifest import find_damage
 from megatron_mixcpt.checkpoint.store import list_checkpoints
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
+from megatron_mixcpt.config.history import changes, flat, read_history
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.train.guard import StepGuard
@@ -66,6 +67,13 @@ def finished(config: Config) -> bool:
         return False
     whole = info.step == config.train.steps and info.training.validated
     return bool(whole) and not find_damage(checkpoints[0])
+
+
+def nothing_left(config: Config) -> list[str]:
+    """What the user is told whose run is at its end but was asked to run with other settings: they were not used."""
+    entries = read_history(Path(config.run_dir))
+    other = changes(entries[-1]["settings"], flat(config.model_dump(mode="json", by_alias=True))) if entries else []
+    return [f"the run was at its end: nothing was done with {', '.join(other)}, and its record stays"] if other else []
 
 
 def ending(config: Config) -> str:

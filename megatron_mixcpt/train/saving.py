@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 from megatron_mixcpt.adapters.files import write_adapter_of
 from megatron_mixcpt.checkpoint import Outcome, Saver
@@ -21,11 +22,16 @@ class RunSaver:
     All methods are collective.
 
     Args:
+        step: that the run begins at.
         beat: told what goes on while a save gets on (see Watchdog).
     """
 
-    def __init__(self, config: Config, parts: Parts, progress: Progress, beat: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, parts: Parts, progress: Progress, step: int, beat: Callable[[str], None]
+    ) -> None:
         self._parts, self._progress, self._beat = parts, progress, beat
+        self._longest = 60.0 * config.checkpoint.every_minutes
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -39,9 +45,21 @@ class RunSaver:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
         parts = self._parts
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver.begin(step, parts.model, parts.optimizer, self._progress.training_state())
         if last or not self._saver.background:
             self._finish(last=last)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is older than `checkpoint.every_minutes`, by this rank's clock."""
+        return 0.0 < self._longest < monotonic() - self._saved_at
+
+    def answer(self, step: int) -> str:
+        """What whoever asks to stop is told while the step after `step` is being taken."""
+        lost = step - self._saved_step
+        cost = f"loses {lost} step{'s' * (lost != 1)} since the last checkpoint" if lost else "loses this step"
+        return f"finishing step {step + 1}, then saving; ^C again stops now and {cost}"
 
     @section("checkpoint")
     def poll(self) -> None:

@@ -77,7 +77,7 @@ def validate(
     """`{"val/<source>/<name>": value}`, names and values from `measure` of the sums; the same on every rank.
 
     Sources with nothing to learn in their validation split are left out. Asks `stop_requested` (collective) after each
-    micro-batch; where it says so, returns the sources that are complete, and True.
+    micro-batch; where it says so, returns nothing and True: a resumed run validates anew.
     """
     run.model.eval()
     metrics: dict[str, float] = {}
@@ -101,4 +101,4 @@ def validate(
         torch.distributed.all_reduce(totals)
         metrics |= {f"val/{name}/{key}": value for key, value in measure(totals.tolist()).items()}
     run.model.train()
-    return metrics, stopping
+    return {} if stopping else metrics, stopping
