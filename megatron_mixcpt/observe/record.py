@@ -23,8 +23,6 @@ class Record:
     def __init__(self, config: Config, step: int, wandb_id: str | None) -> None:
         self._run_dir = run_dir = Path(config.run_dir)
         self._file = MetricsFile(run_dir / "metrics.jsonl", step)
-        if step:
-            self.write(step, {"run/resumed": 1})
         self.console = TrainConsole(config.train.steps, step)
         self.wandb_id = wandb_id
         self._wandb: WandbProcess | None = None
@@ -40,6 +38,8 @@ class Record:
                 # The watchdog must not take the wait for a hang.
                 timeout=min(config.wandb.timeout_seconds, 30.0 * config.train.timeout_minutes),
             )
+        if 0 < step < config.train.steps:
+            self.write(step, {"run/resumed": 1})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep a row."""
