@@ -112,7 +112,7 @@ def line_chart(
         f'data-chart="{escape(json.dumps(hover, separators=(",", ":")))}">',
         f'<clipPath id="{clip}">'
         f'<rect x="{LEFT - 4}" y="{TOP - 4}" width="{ACROSS + 8}" height="{DOWN + 8}"/></clipPath>',
-        *_y_axis(axis),
+        *_y_axis(axis, axis.ticks()),
     ]
     for tick, text in zip(x_ticks, tick_labels(x_ticks)):
         x = LEFT + ACROSS * (tick - x_low) / (x_high - x_low)
@@ -158,12 +158,17 @@ def bar_chart(
         labels: of the groups; those that have no room are left out.
         marks: places between the groups (0 before the first, 1 after it) and what they are.
     """
-    highest = max((value for values in series.values() for value in values), default=0) or 1
-    step = ticks(0, highest, 4)[-1] - ticks(0, highest, 4)[-2]
-    axis = Axis(0, math.ceil(highest / step - 1e-9) * step)  # ends at a number, above all bars
+    highest = max((value for values in series.values() for value in values), default=0)
+    highest = highest if highest > 1e-9 else 1.0
+    step = ticks(0, highest, 4)[1]
+    lines = [place * step for place in range(math.ceil(highest / step - 1e-9) + 1)]
+    axis = Axis(0, lines[-1])  # ends at a line, above all bars
     group = ACROSS / max(1, len(labels))
     bar = 0.8 * group / max(1, len(series))
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">', *_y_axis(axis, unit)]
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
+        *_y_axis(axis, lines, unit),
+    ]
     for index, (name, values) in enumerate(series.items()):
         for place, value in enumerate(values):
             x, y = LEFT + (place + 0.1) * group + index * bar, axis.place(value)
@@ -273,9 +278,9 @@ def _axis(series: Sequence[Series], smoothed: Sequence[Sequence[Pair] | None], z
     return Axis(low if low >= 0 > low - room else low - room, high + room)
 
 
-def _y_axis(axis: Axis, unit: str = "") -> list[str]:
+def _y_axis(axis: Axis, lines: Sequence[float], unit: str = "") -> list[str]:
     parts = []
-    for tick, text in zip(axis.ticks(), tick_labels(axis.ticks())):
+    for tick, text in zip(lines, tick_labels(lines)):
         y = axis.place(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}{unit}</text>')
