@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus
+from megatron_mixcpt.data_prep.explain import seen
 from megatron_mixcpt.data_prep.mix import Mix, Source, Split
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.show import TOKENS_SHOWN, Decode, legend_block, record_blocks
@@ -43,7 +44,7 @@ def write_report(
         ]
     )
     page.section("Sequences", _sequence_table(mix))
-    what = "Bar: share of the tokens that training will draw; mark: share of the prepared text. An epoch is one pass."
+    what = "Bar: share of the tokens that training will draw; mark: share of the prepared text."
     page.section("Mixture", _mixture_stack(mix), Text(what), _mixture_table(mix))
     page.section("Records", Text("What became of the records that were read."), _record_table(counts, plans))
     page.section("Quarantine", *_quarantine(plans, corpora))
@@ -99,10 +100,12 @@ def _mixture_table(mix: Mix) -> Table:
     for place, source, split in _trained(mix):
         share, text = source.share, split.tokens / total
         asked = ", ".join(f"{name} {value:g}" for name, value in share.requested.items()) if share else None
-        seen = [f"{share.tokens} {share.of}", f"{share.epochs:.3f}"] if share else [None, None]
+        seen = [f"{share.tokens} {share.of}", seen(share.epochs)] if share else [None, None]
         drawn = bar(source.weight, place, text)
         rows.append([source.name, asked, f"{text:.2%}", f"{source.weight:.2%}", drawn, *seen])
-    return Table(["source", "asked for", "share of the text", "share of the mixture", "", "amount", "epochs"], rows)
+    return Table(
+        ["source", "asked for", "share of the text", "share of the mixture", "", "amount", "of its text"], rows
+    )
 
 
 def _quarantine(plans: list[Plan], corpora: list[Corpus]) -> list[Text | Table]:
