@@ -100,9 +100,9 @@ def _mixture_table(mix: Mix) -> Table:
     for place, source, split in _trained(mix):
         share, text = source.share, split.tokens / total
         asked = ", ".join(f"{name} {value:g}" for name, value in share.requested.items()) if share else None
-        seen = [f"{share.tokens} {share.of}", seen(share.epochs)] if share else [None, None]
+        amount = [f"{share.tokens} {share.of}", seen(share.epochs)] if share else [None, None]
         drawn = bar(source.weight, place, text)
-        rows.append([source.name, asked, f"{text:.2%}", f"{source.weight:.2%}", drawn, *seen])
+        rows.append([source.name, asked, f"{text:.2%}", f"{source.weight:.2%}", drawn, *amount])
     return Table(
         ["source", "asked for", "share of the text", "share of the mixture", "", "amount", "of its text"], rows
     )
