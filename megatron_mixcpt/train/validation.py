@@ -91,7 +91,7 @@ def validate(
             data_rank=state.data_rank,
             data_size=state.data_size,
         ):
-            batch = collate([dataset[index] for index in indices]).to(state.device)
+            batch = collate([dataset[index] for index in indices])
             totals += run([batch], forward_only=True).sum(0)
             stopping = stop_requested()
             if stopping:
