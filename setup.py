@@ -27,7 +27,7 @@ setup(
         "megatron_mixcpt.demo": ["data/*"],
         "megatron_mixcpt.evaluate": ["tasks/*"],
         "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*", "configs/*/*"],
-        "megatron_mixcpt.observe": ["page/*"],
+        "megatron_mixcpt.report": ["page.css", "page.js"],
         "megatron_mixcpt.recall": ["data/*"],
     },
     install_requires=[
@@ -65,6 +65,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.11",
+            "import-linter>=2.6",
             "types-PyYAML",
             "wandb-workspaces>=0.4",
         ],

@@ -12,7 +12,6 @@ A name without suffix appears by one rename, after every file under it is on dis
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -22,6 +21,7 @@ from pathlib import Path
 from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, render_info
 from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.files import sync, write_json
 
 LATEST = "latest.json"
 _NAME = re.compile(r"step_(\d+)")
@@ -50,10 +50,7 @@ def commit(temporary: Path, info: CheckpointInfo, known: dict[str, Entry] | None
     final = temporary.with_name(temporary.name.split(".tmp.")[0])
     temporary.rename(final)
     sync(final.parent)
-    latest = final.with_name(f"{LATEST}.{uuid.uuid4().hex[:8]}")
-    latest.write_text(json.dumps({"checkpoint": final.name, "step": step_of(final)}) + "\n")
-    sync(latest)
-    latest.replace(final.with_name(LATEST))
+    write_json(final.with_name(LATEST), {"checkpoint": final.name, "step": step_of(final)})
     sync(final.parent)
     return final
 
@@ -121,15 +118,6 @@ def require_space(parent: Path, needed: int) -> None:
             f"{parent}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
             "free some space, lower checkpoint.keep, or set another run_dir"
         )
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe(damage: Sequence[str], limit: int = 3) -> str:

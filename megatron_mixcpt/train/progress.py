@@ -14,7 +14,6 @@ from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
-from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -23,6 +22,7 @@ from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.units import duration
 
 SHORTEST_STEP = 1e-9  # seconds; guards a division
 
