@@ -26,7 +26,7 @@ INTRODUCTION = """# Configuration of `mixcpt train` and `mixcpt align`
 Defaults < YAML file < `key=value` on the command line. An unknown key is an error that names the nearest one; wrong
 values are named with their ranges, all at once, before any process starts. Paths are relative to the current directory.
 The resolved configuration is written to `<run_dir>/config.yaml`. This page is made from the classes in
-`megatron_mixcpt/config/schema.py` by `python docs/generate_configuration.py`.
+`megatron_mixcpt/config/` by `python docs/generate_configuration.py`.
 """
 
 SELECT = "`model` and `parallel` as above, `data.mix`, `out` (folder of the result), and"

@@ -1,10 +1,11 @@
 """Configuration: what a training run's holds (schema.py), and how every command's file is read (reader.py)."""
 
 from megatron_mixcpt.config.reader import load_config, rendered, save_config, validate
-from megatron_mixcpt.config.schema import (
+from megatron_mixcpt.config.schema import Config
+from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
+from megatron_mixcpt.config.sections import (
     AdapterConfig,
     AlignSettings,
-    Config,
     DataConfig,
     LayoutConfig,
     LossConfig,
@@ -15,7 +16,6 @@ from megatron_mixcpt.config.schema import (
     TrainConfig,
     WandbConfig,
 )
-from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
 
 __all__ = [
     "AdapterConfig",

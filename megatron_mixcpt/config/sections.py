@@ -1,0 +1,331 @@
+"""The sections of a training configuration, in the order in which they are written."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
+
+
+class ModelConfig(Section):
+    """Where the starting weights come from: exactly one of the three."""
+
+    hf: str | None = None
+    """Hugging Face directory (config.json and safetensors)."""
+    checkpoint: str | None = None
+    """Checkpoint written by `mixcpt convert`, or another run, whose newest checkpoint is taken."""
+    preset: str | None = None
+    """Random initialisation of a named size, `tiny` (4 layers of 128) or `small` (12 layers of 512); the vocabulary is
+    the data's."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if sum(value is not None for value in (self.hf, self.checkpoint, self.preset)) != 1:
+            raise ValueError("set exactly one of model.hf, model.checkpoint and model.preset")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The one that is set."""
+        return str(self.hf or self.checkpoint or self.preset)
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    mix: str
+    """`mix.json` written by `mixcpt preprocess`, or the folder it is in."""
+    seq_length: Positive | None = None
+    """Tokens a sample; None takes the data's own, any other value than the data's is refused."""
+    num_workers: NonNegative = 0
+    """Loader processes a rank."""
+    weights: dict[str, Weight] = Field(default={})
+    """Share of each source in place of the mixture's own; may change when a run is resumed. Names all sources."""
+
+
+class LayoutConfig(Section):
+    """How the model is spread: data-parallel size = number of processes / (tensor * pipeline * context)."""
+
+    tensor: Positive = 1
+    """Ranks that share every layer; must divide heads and FFN."""
+    pipeline: Positive = 1
+    """Stages the layers are dealt to; must divide their number."""
+    context: Positive = 1
+    """Ranks that share every row: each computes a part of its tokens, so that activations of long rows fit."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals sharded over the tensor-parallel group."""
+
+    @property
+    def replica(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> LayoutConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor > 1")
+        return self
+
+
+class ProfileConfig(Section):
+    """Steps that torch's profiler traces."""
+
+    start: Positive = 10
+    """First step that is traced, counted from 1."""
+    steps: Positive = 3
+    """How many are."""
+
+
+class TrainConfig(Section):
+    """Optimization: AdamW on the mean loss over the global batch's target tokens."""
+
+    steps: Positive
+    """Optimizer steps in all, resumed ones included."""
+    micro_batch_size: Positive = 1
+    """Samples a rank computes at once; does not change the result."""
+    global_batch_size: Positive = 1
+    """Samples a step, over all ranks and accumulated micro-batches."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Peak learning rate."""
+    min_lr: Weight = 0.0
+    """Learning rate that cosine and wsd decay to."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: half a cosine; constant, then linear decay (warm-up, stable, decay); or constant."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the steps that the wsd schedule spends in its final linear decay."""
+    weight_decay: Weight = 0.1
+    """Decoupled weight decay; norms and biases are spared."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: Weight = 1.0
+    """Maximum global gradient norm; 0 does not clip."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    """Order of the data, and weights of a preset."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations; gradients are accumulated and the optimizer works in fp32 either way."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the rest again in backward."""
+    distributed_optimizer: bool = False
+    """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward still runs."""
+    spike_sigmas: Weight = 6.0
+    """Skip a step whose loss or gradient norm lies this many standard deviations above the recent mean; 0: never."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Steps that the recent mean is taken over; nothing is skipped before so many were taken."""
+    max_skipped: Positive = 5
+    """Stop after so many skipped steps in a row (non-finite, or spikes)."""
+    timeout_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    """End all ranks, with their stacks in run_dir/stacks, when a step, validation batch or save makes no progress."""
+    profile: ProfileConfig | None = None
+    """Trace some steps into run_dir/profile, as `{start: 10, steps: 3}`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"train.warmup_steps ({self.warmup_steps}) must be below train.steps ({self.steps})")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr ({self.min_lr}) must not exceed train.lr ({self.lr})")
+        return self
+
+
+class OptimizerSection(Section):
+    """Where the optimizer's state is kept; what it computes is in `train`."""
+
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: moments and fp32 master weights in host memory, updated there by DeepSpeed's CPU Adam."""
+
+
+class KindWeights(Section):
+    """Factors on `loss.ce_weight` and `loss.kd_weight` for the tokens of one kind of data."""
+
+    ce: Weight = 1.0
+    """Factor on ce_weight."""
+    kd: Weight = 1.0
+    """Factor on kd_weight."""
+
+
+class LossConfig(Section):
+    """Loss a token = ce_weight * CE + kd_weight * KL(target(teacher) || student)."""
+
+    target: Literal["swap", "plain", "mft", "none"] = "swap"
+    """swap: top-1 and gold probability exchanged (Mix-CPT, arXiv 2407.10804); plain: the teacher as it is; mft: gold
+    raised by a margin (arXiv 2506.15702); none: cross-entropy alone."""
+    ce_weight: Weight = 1.0
+    """Weight of next-token prediction."""
+    kd_weight: Weight = 1.0
+    """Weight of the distillation."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides teacher and student logits in the distillation term."""
+    margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Lead of the gold token over the teacher's first choice, for target mft."""
+    normalize: bool = True
+    """Divide by ce_weight + kd_weight, so that sweeping kd_weight does not also sweep the learning rate."""
+    fuse_lm_head: bool = False
+    """Compute logits and loss in chunks of tokens, so that no rank ever holds all logits: less memory, 12 instead of 8
+    FLOPs a head weight and token. Needs a teacher."""
+    by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = Field(default={})
+    """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}, general: {ce: 0, kd: 1}}`; 1 where not given."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossConfig:
+        if self.ce_weight + (0.0 if self.target == "none" else self.kd_weight) == 0.0:
+            raise ValueError("loss.ce_weight and loss.kd_weight are both 0: there is nothing to learn from")
+        return self
+
+
+class TeacherConfig(Section):
+    """Where the distillation target comes from."""
+
+    source: Literal["initial", "adapter_off", "cached", "deepspeed", "none"] = "initial"
+    """initial: a frozen copy of the starting weights; adapter_off: the student without its adapters, which takes no
+    memory; cached: answers that `mixcpt cache-teacher` computed beforehand; deepspeed: another Hugging Face model with
+    the same tokenizer, in pieces over all ranks (ZeRO-3); none: only with loss.target none."""
+    cache: str | None = None
+    """Directory of the cached answers, for source cached."""
+    hf: str | None = None
+    """Hugging Face directory of the teacher, for source deepspeed; with source cached, the answers are of this model
+    instead of the starting weights."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the weights of the model in teacher.hf wait: on the device, in host memory, or on a local NVMe disk."""
+    nvme_path: str | None = None
+    """Directory on the disk, for offload nvme."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> TeacherConfig:
+        if self.source == "cached" and self.cache is None:
+            raise ValueError("teacher.source cached needs teacher.cache, a directory that `mixcpt cache-teacher` fills")
+        if self.source == "deepspeed" and self.hf is None:
+            raise ValueError("teacher.source deepspeed needs teacher.hf, the directory of a Hugging Face model")
+        if self.hf is not None and self.source not in ("cached", "deepspeed"):
+            raise ValueError(f"teacher.hf is for teacher.source deepspeed or cached, not {self.source}")
+        if self.offload != "none" and self.hf is None:
+            raise ValueError("teacher.offload is for the model of teacher.hf: set it, or offload to none")
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("teacher.offload nvme needs teacher.nvme_path, a directory on the disk")
+        return self
+
+
+class AdapterConfig(Section):
+    """Train a small addition to each linear layer in place of the weights (docs/adapters.md)."""
+
+    method: Literal["lora", "alora"]
+    """lora: W x + alpha/rank B A x (arXiv 2106.09685); alora: causal attention over A x before B, our reading of arXiv
+    2405.17830."""
+    rank: Positive = 16
+    """Rows of A and columns of B, for each of the Hugging Face layers."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The addition is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the inputs of A that is dropped in training."""
+    heads: Positive | None = None
+    """alora: attention heads, which must divide rank; None: 4 from rank 16 on, below it 1."""
+    residual: bool = True
+    """alora: add A x itself to what the attention returns."""
+    targets: list[str] = Field(default=["*_proj"], min_length=1)
+    """Layers by Hugging Face name: patterns of the last part (q_proj, *_proj) or of the whole name
+    (model.layers.1?.mlp.*)."""
+    init: str | None = None
+    """Adapter directory to start from, as PEFT or `mixcpt export --adapter` writes it."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> AdapterConfig:
+        if self.method == "lora" and (self.heads is not None or not self.residual):
+            raise ValueError("adapter.heads and adapter.residual belong to adapter.method alora: remove them for lora")
+        if self.method == "alora" and self.rank % self.num_heads:
+            raise ValueError(f"adapter.heads ({self.num_heads}) must divide adapter.rank ({self.rank})")
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or (4 if self.rank >= 16 else 1)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What two adapters must have in common for one to go on from the other."""
+        return self.model_dump(exclude={"dropout", "init"})
+
+
+class EvalConfig(Section):
+    """Validation loss of each source."""
+
+    every: NonNegative = 0
+    """Steps between validations; 0 validates only at the end."""
+    max_samples: Positive | Literal["all"] | None = 64
+    """Samples a source; all, or None, takes the whole validation split."""
+
+    @property
+    def limit(self) -> int | None:
+        """Samples a source, None without a limit."""
+        return None if self.max_samples == "all" else self.max_samples
+
+
+class CheckpointConfig(Section):
+    """Saving and keeping."""
+
+    every: NonNegative = 0
+    """Steps between checkpoints; 0 saves by time, at the end and when stopped."""
+    every_minutes: Weight = 30.0
+    """Save after the first step that ends so long after the last checkpoint; 0 does not look at the clock."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+    keep_every: NonNegative = 0
+    """Of the older ones, those of every n-th step are kept too; 0 keeps none."""
+    background: bool = Field(default=False, alias="async")
+    """Copy the values and write them while training goes on, one checkpoint at a time."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases, beside metrics.jsonl; whatever becomes of it, training goes on."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: WANDB_MODE where it is set, else online where an API key is found, else offline into run_dir/wandb."""
+    project: str = "megatron-mixcpt"
+    """Project the run belongs to."""
+    entity: str | None = None
+    """User or team; None takes the account's default."""
+    name: str | None = None
+    """Name of the run; None takes the folder name of run_dir."""
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0
+    """How long the end of a run waits for wandb to finish."""
+
+
+class AlignSettings(Section):
+    """How the format is taught."""
+
+    method: Literal["sft", "dpo"]
+    """sft: the loss of `loss` on packed conversations; dpo: direct preference optimization (arXiv 2305.18290) on the
+    mixture's preference pairs, against the starting weights."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """dpo only. sigmoid: -log sigmoid(beta * h), h the difference of the log-ratios of chosen and rejected; ipo:
+    (h - 1 / (2 beta))^2 (arXiv 2310.12036)."""
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """dpo only. Strength of the tie to the starting weights."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """dpo with loss sigmoid only. Share of the pairs assumed to be labelled the wrong way round (conservative DPO)."""
+    length_normalized: bool = False
+    """dpo only. Divide every log-probability by its number of tokens."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlignSettings:
+        if self.method == "sft":
+            # By value: a run's saved configuration spells out the defaults.
+            for key, field in type(self).model_fields.items():
+                if key != "method" and getattr(self, key) != field.default:
+                    raise ValueError(f"align.{key} is for align.method dpo, sft has no use for it: remove it")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("align.label_smoothing is for align.loss sigmoid: set it to 0")
+        return self
