@@ -53,13 +53,14 @@ def combine(
     num_tokens = labels.numel()
     results = {"loss": torch.empty(num_tokens, device=labels.device, dtype=torch.float32)}
     if with_details:
-        names = ("ce", "kl", "p_argmax", "p_label") if objective.has_teacher else ("ce",)
-        results |= {name: torch.empty_like(results["loss"]) for name in names}
+        numbers = ("ce", "kl", "kl_base", "p_argmax", "p_label") if objective.has_teacher else ("ce",)
+        results |= {name: torch.empty_like(results["loss"]) for name in numbers}
         if objective.has_teacher:
             results["swapped"] = torch.empty_like(results["loss"], dtype=torch.bool)
     if num_tokens == 0:
         return results
-    outputs = [results.get(name, results["loss"]) for name in ("loss", "ce", "kl", "p_argmax", "p_label", "swapped")]
+    names = ("loss", "ce", "kl", "kl_base", "p_argmax", "p_label", "swapped")
+    outputs = [results.get(name, results["loss"]) for name in names]
     *weights, per_token = _weights(objective, num_tokens, labels.device)
     with _on(shards):
         kernels.combine_kernel[(triton.cdiv(num_tokens, COMBINE_BLOCK),)](

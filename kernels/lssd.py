@@ -19,7 +19,7 @@ from megatron_mixcpt.kernels.collectives import Group, all_gather
 from megatron_mixcpt.kernels.layout import is_grid
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-DETAILS = ("ce", "kl", "p_argmax", "p_label", "swapped")
+DETAILS = ("ce", "kl", "kl_base", "p_argmax", "p_label", "swapped")
 
 
 def lssd_loss(
@@ -57,8 +57,12 @@ def lssd_loss(
         student's; they must not be needed afterwards), saving one buffer of logits.
 
     Returns the fp32 loss `[...]`, 0 where ignored; gradient flows into `student` alone. With `return_details`, also a
-    dict of detached `[...]` tensors: fp32 `ce`, `kl` (unweighted), `p_argmax`, `p_label` (the teacher's) and bool
-    `swapped` (the teacher's argmax is not the label); zero where ignored or without a teacher.
+    dict of detached `[...]` tensors: fp32 `ce`, `kl` (unweighted), `kl_base`, `p_argmax`, `p_label` (the teacher's) and
+    bool `swapped` (the teacher's argmax is not the label); zero where ignored or without a teacher.
+    `kl_base` is KL(softmax(teacher) || softmax(student)), whatever target, weights and temperature: how far the student
+    has moved from the model it began as, in nats. It is taken at temperature 1, since that divergence, on the new
+    data, is the one known to predict forgetting (arXiv 2509.04259), and since those distributions are what is sampled
+    and scored. It comes from the sums of the same pass.
 
     Runs fused Triton kernels on GPU tensors and the cache-blocked reference elsewhere; the environment variable
     MIXCPT_LSSD=reference|triton forces one. Raises ValueError or TypeError naming the argument that is wrong.
@@ -151,7 +155,7 @@ def pack_outputs(ctx, results: dict[str, Tensor], with_details: bool) -> tuple[T
     if not with_details:
         return (results["loss"],)
     zeros = torch.zeros_like(results["loss"])
-    no_teacher = {"kl": zeros, "p_argmax": zeros.clone(), "p_label": zeros.clone(), "swapped": zeros.bool()}
+    no_teacher = {name: zeros.clone() for name in DETAILS[1:-1]} | {"swapped": zeros.bool()}
     details = [(no_teacher | results)[name] for name in DETAILS]
     ctx.mark_non_differentiable(*details)
     return results["loss"], *details

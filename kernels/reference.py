@@ -14,10 +14,12 @@ from megatron_mixcpt.kernels.layout import as_grids, blocks
 from megatron_mixcpt.kernels.objective import (
     ARG,
     CROSS,
+    CROSS_1,
     KEEP,
     L_1,
     L_S,
     L_T,
+    L_T1,
     M_S,
     M_T,
     NEW_A,
@@ -67,17 +69,26 @@ def stats(student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Ob
             out[S_A] = _pick(s, arg.flatten())
             out[T_Y] = _pick(t, column).masked_fill(~owned, math.nan)
             shifted_t = torch.sub(t, finite(out[M_T]).view(*t.shape[:-1], 1), out=scratch[1])
+            if objective.separate_ce:
+                weight = torch.exp(shifted_t, out=scratch[2])
+                out[L_T1] = weight.sum(-1).flatten()
+                out[CROSS_1] = _cross(torch.sub(shifted_t, shifted_s), weight)
             weight = torch.mul(shifted_t, 1.0 / objective.temperature, out=scratch[2]).exp_()
             out[L_T] = weight.sum(-1).flatten()
-            product = shifted_t.sub_(shifted_s).mul_(weight)
-            cross = product.sum(-1)
-            if not cross.isfinite().all():  # a logit of -inf: 0 * inf must count as 0
-                cross = product.masked_fill_(weight == 0, 0).sum(-1)
-            out[CROSS] = cross.flatten()
+            out[CROSS] = _cross(shifted_t.sub_(shifted_s), weight)
         if objective.separate_ce:
             out[L_1] = torch.exp(shifted_s, out=scratch[1]).sum(-1).flatten()
             shifted_s.mul_(1.0 / objective.temperature)
         out[L_S] = shifted_s.exp_().sum(-1).flatten()
+
+
+def _cross(difference: Tensor, weight: Tensor) -> Tensor:
+    """sum weight * difference of each row, `[rows]`, written over `difference`."""
+    product = difference.mul_(weight)
+    cross = product.sum(-1)
+    if not cross.isfinite().all():  # a logit of -inf: 0 * inf must count as 0
+        cross = product.masked_fill_(weight == 0, 0).sum(-1)
+    return cross.flatten()
 
 
 def combine(
@@ -85,8 +96,8 @@ def combine(
 ) -> dict[str, Tensor]:
     """Per-token results from the words of all shards `[shards, words, N]`; writes `record` (may be `shards[0]`).
 
-    Keys: `loss`; with details `ce`, and with a teacher `kl`, `p_argmax`, `p_label`, `swapped`; each `[N]`, zero where
-    ignored.
+    Keys: `loss`; with details `ce`, and with a teacher `kl`, `kl_base`, `p_argmax`, `p_label`, `swapped`; each `[N]`,
+    zero where ignored.
     """
     tau = objective.temperature
     m_s, scale_s, moved_s = common_maximum(shards[:, M_S])
@@ -98,11 +109,8 @@ def combine(
     results = {"ce": ce}
     if objective.has_teacher:
         m_t, scale_t, moved_t = common_maximum(shards[:, M_T])
-        alpha = (scale_t / tau).exp()
-        shard_l_t = shards[:, L_T] * alpha
-        l_t = shard_l_t.sum(0)
-        cross = alpha * (shards[:, CROSS] + shards[:, L_T] * (moved_t - moved_s))
-        cross = cross.masked_fill(shard_l_t == 0, 0).sum(0)
+        moved = moved_t - moved_s
+        l_t, cross = _common_sums(shards[:, L_T], shards[:, CROSS], (scale_t / tau).exp(), moved)
         arg = torch.where(shards[:, M_T] == m_t, shards[:, ARG], INF).amin(0)
         s_a = torch.where((shards[:, M_T] == m_t) & (shards[:, ARG] == arg), shards[:, S_A], 0.0).sum(0)
         p_y = ((owned_value(shards[:, T_Y]) - m_t) / tau).exp() / l_t
@@ -120,7 +128,10 @@ def combine(
         else:
             kl = base
         loss = loss + weighted(kl, objective.kd_weight)
-        results |= {"kl": kl, "p_argmax": p_a, "p_label": p_y, "swapped": ~same}
+        if objective.separate_ce:
+            l_t1, cross_1 = _common_sums(shards[:, L_T1], shards[:, CROSS_1], scale_t.exp(), moved)
+            base = cross_1 / l_t1 - l_t1.log() + l_1.log()
+        results |= {"kl": kl, "kl_base": base, "p_argmax": p_a, "p_label": p_y, "swapped": ~same}
         record[M_T], record[L_T], record[ARG] = m_t, l_t, arg
         record[KEEP], record[NEW_A], record[NEW_Y] = keep, new_a, new_y
     record[M_S], record[L_S] = m_s, l_s
@@ -243,6 +254,12 @@ def common_maximum(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top = maxima.amax(0)
     moved = (maxima - top).masked_fill(maxima == -INF, 0)
     return top, moved.masked_fill(maxima == -INF, -INF), moved
+
+
+def _common_sums(l_t: Tensor, cross: Tensor, scale: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """The shards' sums `[shards, N]` of the teacher's mass and of the cross term, under the common maxima: `[N]`."""
+    mass = l_t * scale
+    return mass.sum(0), (scale * (cross + l_t * moved)).masked_fill(mass == 0, 0).sum(0)
 
 
 def owned_value(values: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def topk_lssd_loss(
     Log-probabilities are of softmax(teacher / temperature) over the whole vocabulary, for the temperature given here.
     The label may be among the ids or not. All ranks of `group` pass the same ids and log-probabilities.
     With k + 1 covering the vocabulary this is `lssd_loss`; otherwise its KL is that between the coarser distributions,
-    which is never more.
+    which is never more, and so is `kl_base`. That is taken at `temperature`: what the teacher gives to the tokens outside
+    of its best at temperature 1 cannot be told from log-probabilities at another.
 
     The other arguments, the result and the errors are those of `lssd_loss`. Beyond the logits' gradient it takes a few
     dozen bytes a token and id.
@@ -100,14 +101,15 @@ class _TopkLSSD(torch.autograd.Function):
         shards, sparse = _gather_both(words, explicit.words(student, words[:, M_S].amax(0)), group)
         record = words.new_empty(words.shape[1:])
         results = backend.combine(shards, record, labels, dense, True)
-        kl, rest_factor = explicit.divergence(sparse, record, objective.temperature)
+        kl, kl_base, rest_factor = explicit.divergence(sparse, record)
         kl = torch.where(owned_value(shards[:, S_Y]).isnan(), torch.nan, kl)  # no shard has the label
         ignored = labels == objective.ignore_index
         results["loss"] += weighted(kl, objective.kd_weight).masked_fill_(ignored, 0)
         ctx.save_for_backward(student, labels, record, rest_factor, explicit.column, explicit.target, explicit.total)
         ctx.objective, ctx.dense, ctx.backend = objective, dense, backend
         if with_details:
-            details = {"kl": kl, "p_argmax": explicit.p_argmax, "p_label": explicit.p_label, "swapped": ~explicit.same}
+            details = {"kl": kl, "kl_base": kl_base, "swapped": ~explicit.same}
+            details |= {"p_argmax": explicit.p_argmax, "p_label": explicit.p_label}
             results |= {name: value.masked_fill(ignored, 0) for name, value in details.items()}
         return pack_outputs(ctx, results, with_details)
 
@@ -133,7 +135,7 @@ class _TopkLSSD(torch.autograd.Function):
 
 
 class _Explicit:
-    """The explicit set of each token, `[N, k + 1]`: its columns in this shard and the teacher's target on it."""
+    """The explicit set of each token, `[N, k + 1]`: its columns in this shard, the teacher's p and target p'."""
 
     def __init__(self, ids: Tensor, logp: Tensor, gold_logp: Tensor, labels: Tensor, objective: Objective):
         label = labels.unsqueeze(-1)
@@ -147,38 +149,46 @@ class _Explicit:
         self.p_argmax, self.p_label = top.squeeze(-1).exp(), gold_logp.exp()
         self.same = (argmax == label).squeeze(-1)
         keep, new_argmax, new_label = edited_target(self.p_argmax, self.p_label, self.same, objective)
-        target = keep.unsqueeze(-1) * logp.exp()
+        base = logp.exp()  # 0 where not used
+        target = keep.unsqueeze(-1) * base
         target = torch.where(ids == argmax, new_argmax.unsqueeze(-1), target)
         target = torch.where(is_label, new_label.unsqueeze(-1), target)
-        self.target = target.masked_fill(~used, 0)
-        self.rest = keep * (-torch.expm1(logp.logsumexp(-1))).clamp(min=0)
+        self.base, self.target = base, target.masked_fill(~used, 0)
+        self.base_rest = (-torch.expm1(logp.logsumexp(-1))).clamp(min=0)
+        self.rest = keep * self.base_rest
         self.total = self.target.sum(-1) + self.rest
         column = ids - objective.vocab_start
         self.column = column.masked_fill(~used | (column < 0) | (column >= objective.valid), -1)  # -1: not here
         self.tau = objective.temperature
 
     def words(self, student: Tensor, maximum: Tensor) -> Tensor:
-        """This shard's part `[4, N]`: maximum of the student, sum e^x, sum p' x, sum p'; x = (S - maximum) / tau."""
+        """This shard's part `[6, N]`, with x = (S - maximum) / tau: the student's maximum, sum e^x, then for the target
+        sum p' x and sum p', and the same for the teacher's own probabilities p."""
         here = self.column >= 0
         x = (_values(student, self.column) - finite(maximum).unsqueeze(-1)) / self.tau
-        cross = (self.target * x).masked_fill(~here | (self.target == 0), 0)
-        return torch.stack(
-            [maximum, x.exp().masked_fill(~here, 0).sum(-1), cross.sum(-1), self.target.masked_fill(~here, 0).sum(-1)]
-        )
+        words = [maximum, x.exp().masked_fill(~here, 0).sum(-1)]
+        for mass in (self.target, self.base):
+            cross = (mass * x).masked_fill(~here | (mass == 0), 0)
+            words += [cross.sum(-1), mass.masked_fill(~here, 0).sum(-1)]
+        return torch.stack(words)
 
-    def divergence(self, shards: Tensor, record: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        """(KL, factor of q on the columns outside of the set) from every shard's words `[tp, 4, N]`."""
+    def divergence(self, shards: Tensor, record: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(KL(p' || q), KL(p || q), factor of q on the columns outside of the set) from all words `[tp, 6, N]`."""
         _, scale, moved = common_maximum(shards[:, 0])
-        explicit = (shards[:, 1] * (scale / tau).exp()).sum(0)
-        cross = (shards[:, 2] + shards[:, 3] * moved / tau).sum(0) - shards[:, 3].sum(0) * record[L_S].log()
+        explicit = (shards[:, 1] * (scale / self.tau).exp()).sum(0)
         q_rest = (1 - explicit / record[L_S]).clamp(min=TINY)
-        rest = torch.where(self.rest > 0, self.rest * (self.rest.log() - q_rest.log()), 0.0)
-        kl = torch.xlogy(self.target, self.target).sum(-1) - cross + rest
-        return kl, self.total - self.rest / q_rest
+        divergences = []
+        for mass, rest, word in ((self.target, self.rest, 2), (self.base, self.base_rest, 4)):
+            shares = shards[:, word + 1]
+            cross = (shards[:, word] + shares * moved / self.tau).sum(0) - shares.sum(0) * record[L_S].log()
+            tail = torch.where(rest > 0, rest * (rest.log() - q_rest.log()), 0.0)
+            divergences.append(torch.xlogy(mass, mass).sum(-1) - cross + tail)
+        kl, kl_base = divergences
+        return kl, kl_base, self.total - self.rest / q_rest
 
 
 def _gather_both(dense: Tensor, sparse: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
-    """`[splits, words, N]` and `[4, N]` of every shard in one all-gather: `[tp * splits, words, N]`, `[tp, 4, N]`."""
+    """`[splits, words, N]` and `[6, N]` of every shard in one all-gather: `[tp * splits, words, N]`, `[tp, 6, N]`."""
     splits, words, num_tokens = dense.shape
     rows = splits * words + sparse.shape[0]
     gathered = all_gather(torch.cat([dense.view(-1, num_tokens), sparse]), group).view(-1, rows, num_tokens)

@@ -20,6 +20,8 @@ ARG: tl.constexpr = tl.constexpr(objective.ARG)
 S_A: tl.constexpr = tl.constexpr(objective.S_A)
 CROSS: tl.constexpr = tl.constexpr(objective.CROSS)
 L_1: tl.constexpr = tl.constexpr(objective.L_1)
+L_T1: tl.constexpr = tl.constexpr(objective.L_T1)
+CROSS_1: tl.constexpr = tl.constexpr(objective.CROSS_1)
 KEEP: tl.constexpr = tl.constexpr(objective.KEEP)
 NEW_A: tl.constexpr = tl.constexpr(objective.NEW_A)
 NEW_Y: tl.constexpr = tl.constexpr(objective.NEW_Y)
@@ -53,7 +55,7 @@ def _shrink(old, new, scale):
 
 @triton.jit
 def _accumulate(
-    s_row, t_row, start, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross,
+    s_row, t_row, start, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1,
     HAS_TEACHER: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take one tile into the running statistics; maxima are scalars, sums are kept per lane until the end."""
@@ -72,6 +74,9 @@ def _accumulate(
             l_s *= beta
             if SEPARATE:
                 beta_1, _moved = _shrink(m_s, new_s, LOG2_E)
+                alpha_1, _moved = _shrink(m_t, new_t, LOG2_E)
+                cross_1 = tl.where(alpha_1 == 0, 0.0, alpha_1 * (cross_1 + l_t1 * (moved_t - moved_s)))
+                l_t1 *= alpha_1
                 l_1 *= beta_1
             first = tl.min(tl.where(t == top_t, start + tl.arange(0, BLOCK), 2147483647), 0)
             arg = tl.where(top_t > m_t, first, arg)
@@ -94,7 +99,11 @@ def _accumulate(
         weight = tl.exp2(t * scale)
         l_t += weight
         cross += tl.where(weight > 0, weight * (t - s), 0.0)  # not 0 * inf; a NaN shows in l_t
-    return m_s, l_s, l_1, m_t, l_t, arg, cross
+        if SEPARATE:
+            weight = tl.exp2(t * LOG2_E)
+            l_t1 += weight
+            cross_1 += tl.where(weight > 0, weight * (t - s), 0.0)
+    return m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1
 
 
 @triton.jit
@@ -123,15 +132,19 @@ def stats_kernel(
     l_1 = l_s
     l_t = l_s
     cross = l_s
+    l_t1 = l_s
+    cross_1 = l_s
     whole = first + (end - first) // BLOCK * BLOCK
     for start in tl.range(first, whole, BLOCK, num_stages=STAGES):
-        m_s, l_s, l_1, m_t, l_t, arg, cross = _accumulate(
-            s_row, t_row, start, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross, HAS_TEACHER, SEPARATE, BLOCK, False
-        )
+        m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1 = _accumulate(
+            s_row, t_row, start, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1,
+            HAS_TEACHER, SEPARATE, BLOCK, False,
+        )  # fmt: skip
     if whole < end:
-        m_s, l_s, l_1, m_t, l_t, arg, cross = _accumulate(
-            s_row, t_row, whole, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross, HAS_TEACHER, SEPARATE, BLOCK, True
-        )
+        m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1 = _accumulate(
+            s_row, t_row, whole, end, scale, m_s, l_s, l_1, m_t, l_t, arg, cross, l_t1, cross_1,
+            HAS_TEACHER, SEPARATE, BLOCK, True,
+        )  # fmt: skip
     out = words + split * split_stride + row
     column = label - vocab_start
     owned = (column >= first) & (column < end)
@@ -147,6 +160,9 @@ def stats_kernel(
         tl.store(out + ARG * word_stride, (vocab_start + arg).to(tl.float32))
         tl.store(out + S_A * word_stride, tl.load(s_row + arg, mask=first < end, other=0.0).to(tl.float32))
         tl.store(out + CROSS * word_stride, tl.sum(cross, 0))
+        if SEPARATE:
+            tl.store(out + L_T1 * word_stride, tl.sum(l_t1, 0))
+            tl.store(out + CROSS_1 * word_stride, tl.sum(cross_1, 0))
 
 
 @triton.jit
@@ -197,7 +213,7 @@ def combine_kernel(
     record,  # [words, N] fp32, may be shards[0]
     labels,  # [N] int64
     ce_weight, kd_weight,  # fp32 numbers or [N]
-    loss, ce_out, kl_out, p_argmax_out, p_label_out, swapped_out,  # [N] fp32, the last bool
+    loss, ce_out, kl_out, kl_base_out, p_argmax_out, p_label_out, swapped_out,  # [N] fp32, the last bool
     num_tokens, num_shards, shard_stride, word_stride, record_stride, ignore_index,
     inverse_tau, margin,
     TARGET: tl.constexpr, HAS_TEACHER: tl.constexpr, SEPARATE: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -221,6 +237,8 @@ def combine_kernel(
     l_1 = zeros
     l_t = zeros
     cross = zeros
+    l_t1 = zeros
+    cross_1 = zeros
     s_a = zeros
     s_y = zeros + NAN
     t_y = zeros + NAN
@@ -242,6 +260,13 @@ def combine_kernel(
             l_t += alpha * shard_l_t
             shard_cross = tl.load(word + CROSS * word_stride, mask=mask, other=0.0) + shard_l_t * (moved_t - moved_s)
             cross += tl.where(alpha * shard_l_t == 0, 0.0, alpha * shard_cross)
+            if SEPARATE:
+                alpha_1, _moved = _shrink(shard_m_t, m_t, LOG2_E)
+                shard_l_t = tl.load(word + L_T1 * word_stride, mask=mask, other=0.0)
+                l_t1 += alpha_1 * shard_l_t
+                shard_cross = tl.load(word + CROSS_1 * word_stride, mask=mask, other=0.0)
+                shard_cross += shard_l_t * (moved_t - moved_s)
+                cross_1 += tl.where(alpha_1 * shard_l_t == 0, 0.0, alpha_1 * shard_cross)
             t_y = tl.where(t_y == t_y, t_y, tl.load(word + T_Y * word_stride, mask=mask, other=0.0))
             shard_arg = tl.load(word + ARG * word_stride, mask=mask, other=0.0)
             better = (shard_m_t == m_t) & (shard_arg < arg)  # the lowest id among the shards that have the maximum
@@ -271,6 +296,9 @@ def combine_kernel(
         tl.store(out + NEW_A * record_stride, new_a, mask=mask)
         tl.store(out + NEW_Y * record_stride, new_y, mask=mask)
         if DETAILS:
+            if SEPARATE:
+                base = cross_1 / l_t1 - tl.log(l_t1) + tl.log(l_1)
+            tl.store(kl_base_out + token, tl.where(ignored, 0.0, base), mask=mask)
             tl.store(kl_out + token, tl.where(ignored, 0.0, kl), mask=mask)
             tl.store(p_argmax_out + token, tl.where(ignored, 0.0, p_a), mask=mask)
             tl.store(p_label_out + token, tl.where(ignored, 0.0, p_y), mask=mask)

@@ -27,7 +27,7 @@ KIND_NAMES = {
 
 # Columns of the per-sample statistics below. Every objective has `statistics`, sums over target tokens that begin with
 # "tokens" and "loss"; the mean of each of the others is shown as the metric `train/<name>`.
-STATISTICS = ("tokens", "loss", "ce", "kd", "swap_rate")
+STATISTICS = ("tokens", "loss", "ce", "kd", "swap_rate", "kl_base")
 WITHOUT_TEACHER = STATISTICS[:3]
 
 
@@ -165,5 +165,5 @@ class MixCPTLoss:
 def _record(statistics: Tensor | None, labels: Tensor, loss: Tensor, details: dict[str, Tensor]) -> None:
     """Fill each sample's sums of the first columns named in STATISTICS. labels `[b, s]`; loss and details `[s, b]`."""
     if statistics is not None:
-        columns = ((labels != -100).t(), loss.detach(), details["ce"], details["kl"], details["swapped"])
+        columns = ((labels != -100).t(), loss.detach(), *(details[name] for name in ("ce", "kl", "swapped", "kl_base")))
         statistics.copy_(torch.stack([column.double().sum(0) for column in columns[: statistics.shape[1]]], dim=1))

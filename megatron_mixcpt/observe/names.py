@@ -1,6 +1,6 @@
 """The names of all metrics, one list for metrics.jsonl, wandb and the documentation (docs/observability.md).
 
-`<source>` stands for the name of a source of the mixture.
+`<source>` stands for the name of a source of the mixture, `<kind>` for a kind of data.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ METRICS = {
     "train/kd": "divergence from the (swapped) teacher in nats a target token, unweighted",
     "train/ce/<source>": "cross-entropy of one source's target tokens; absent in a step without any",
     "train/swap_rate": "share of target tokens where the teacher's first choice is not the gold token",
+    "train/kl_base": "KL(base || student) at temperature 1 in nats a target token, where there is a teacher; on the "
+    "domain's tokens it predicts forgetting (arXiv 2509.04259)",
+    "train/kl_base/<kind>": "the same over the tokens of one kind of data",
+    "train/kl_base/source/<source>": "the same over the tokens of one source",
     "mix/share/<source>": "share of a source in the target tokens so far",
     "mix/tokens/<source>": "target tokens of a source so far",
     "optim/lr": "learning rate of the step",
@@ -54,7 +58,7 @@ METRICS = {
     "data/stream": "chained hash of all samples so far: equal streams, equal data in equal order",
 }
 
-_PATTERNS = [re.compile(re.escape(name).replace("<source>", r"[^/]+") + r"\Z") for name in METRICS]
+_PATTERNS = [re.compile(re.sub("<source>|<kind>", "[^/]+", re.escape(name)) + r"\Z") for name in METRICS]
 
 
 def documented(name: str) -> bool:

@@ -42,6 +42,7 @@ TRAINING = (
     Curve("Training loss", "what is minimised, mean over the step", "train/loss"),
     Curve("Cross-entropy", "nats a target token", "train/ce"),
     Curve("Distillation", "divergence from the teacher, nats a target token", "train/kd"),
+    Curve("Distance from the base model", "KL(base || student), nats a target token", "train/kl_base"),
     Curve("Swap rate", "% of target tokens that are not the teacher's first choice", "train/swap_rate", scale=100.0),
 )
 OPTIMIZATION = (
@@ -60,6 +61,7 @@ NOT_CURVES = (
     "optim/skipped",
     "speed/step_seconds",
     "train/ce/",
+    "train/kl_base/",
     "mix/",
     "time/",
     "ckpt/",

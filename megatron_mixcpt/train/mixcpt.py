@@ -27,13 +27,18 @@ from megatron_mixcpt.train.agreement import COUNT
 from megatron_mixcpt.train.task import Objective, Recipe, Task
 
 BY_SOURCE = ("ce",)  # statistics that are shown for each source too
+BY_KIND = ("kl_base",)  # and those for each kind of data, and then for each source
 
 
 class MixCPTObjective:
-    """Cross-entropy and, with a teacher, distillation: the mean over target tokens."""
+    """Cross-entropy and, with a teacher, distillation: the mean over target tokens.
 
-    def __init__(self, loss: MixCPTLoss, teacher: Teacher | None) -> None:
-        self.loss, self.teacher = loss, teacher
+    Args:
+        kinds: of the sources that training draws from; validation needs none.
+    """
+
+    def __init__(self, loss: MixCPTLoss, teacher: Teacher | None, kinds: dict[str, str] | None = None) -> None:
+        self.loss, self.teacher, self.kinds = loss, teacher, kinds or {}
         self.statistics: tuple[str, ...] = loss.statistics
 
     def begin_step(self, batches: list[Batch]) -> None:
@@ -55,7 +60,18 @@ class MixCPTObjective:
             means[f"train/{name}"] = total[column] / max(total[COUNT], 1.0)
             if name in BY_SOURCE:
                 means |= {f"train/{name}/{s}": row[column] / row[COUNT] for s, row in by_source.items() if row[COUNT]}
+            if name in BY_KIND:
+                means |= self._by_kind(name, column, by_source)
         return means
+
+    def _by_kind(self, name: str, column: int, by_source: dict[str, Sequence[float]]) -> dict[str, float]:
+        counts, sums, means = dict.fromkeys(self.kinds.values(), 0.0), dict.fromkeys(self.kinds.values(), 0.0), {}
+        for source, row in by_source.items():
+            counts[self.kinds[source]] += row[COUNT]
+            sums[self.kinds[source]] += row[column]
+            if row[COUNT]:
+                means[f"train/{name}/source/{source}"] = row[column] / row[COUNT]
+        return {f"train/{name}/{kind}": sums[kind] / count for kind, count in counts.items() if count} | means
 
     def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
         if total[COUNT] == 0:
@@ -73,7 +89,8 @@ class MixCPTTask:
 
     def __init__(self, config: Config, mix: Mix, arch: Architecture, loss: MixCPTLoss, teacher: Teacher | None):
         self._mix = mix
-        self.objective: Objective = MixCPTObjective(loss, teacher)
+        kinds = {source.name: source.kind for source in mix.train_sources}
+        self.objective: Objective = MixCPTObjective(loss, teacher, kinds)
         self.validation: Objective = MixCPTObjective(loss, None)
         self.row_length = mix.seq_length
         frozen = config.adapter is not None

@@ -30,8 +30,12 @@ def oracle(
         mass = target_log_p.exp()
         kl = torch.where(mass == 0, 0.0, mass * (target_log_p - log_q)).sum(-1)
         loss = loss + torch.where(ignored, 0.0, kd_weight * kl)
+        base_log_p = torch.log_softmax(teacher.double()[..., :valid_vocab], -1)  # at temperature 1, unedited
+        base = base_log_p.exp()
+        moved = base * (base_log_p - torch.log_softmax(student, -1))
         details |= {
             "kl": kl,
+            "kl_base": torch.where(base == 0, 0.0, moved).sum(-1),
             "p_argmax": p.gather(-1, argmax).squeeze(-1),
             "p_label": p.gather(-1, label).squeeze(-1),
             "swapped": (argmax != label).squeeze(-1),

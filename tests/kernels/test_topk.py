@@ -51,7 +51,7 @@ def tokens(device, seed=0):
     return student, teacher, labels, upstream
 
 
-def check(result, expected, names=("ce", "kl", "p_argmax", "p_label", "swapped")):
+def check(result, expected, names=("ce", "kl", "kl_base", "p_argmax", "p_label", "swapped")):
     torch.testing.assert_close(result[0].double(), expected[0], rtol=3e-5, atol=3e-5)
     scale = expected[1].abs().max().item()
     torch.testing.assert_close(result[1].double(), expected[1].double(), rtol=0, atol=1e-6 * scale)
@@ -67,7 +67,9 @@ def test_complete_cache_is_the_full_loss(device, target, temperature):
     weight[1] = 0
     options = dict(target=target, temperature=temperature, ce_weight=0.7, kd_weight=weight)
     result = loss_and_gradient(topk, student, teacher, labels, upstream, k=VOCAB, **options)
-    check(result, loss_and_gradient(oracle, student, teacher, labels, upstream, **options))
+    loss, gradient, details = loss_and_gradient(oracle, student, teacher, labels, upstream, **options)
+    details["kl_base"] = oracle(student, teacher, labels, temperature=temperature, target="plain")[1]["kl"]
+    check(result, (loss, gradient, details))
 
 
 @pytest.mark.parametrize("target", ["swap", "plain", "mft"])
@@ -80,7 +82,8 @@ def test_incomplete_cache_is_the_coarse_loss(device, target, k):
 
 def test_coarse_divergence_is_never_more_and_grows_with_k(device):
     student, teacher, labels, _ = tokens(device)
-    divergences = [topk(student, teacher, labels, k=k)[1]["kl"] for k in (1, 4, 16, 64, 300)]
+    details = [topk(student, teacher, labels, k=k)[1] for k in (1, 4, 16, 64, 300)]
+    divergences = [torch.stack([detail["kl"], detail["kl_base"]]) for detail in details]
     for coarse, fine in itertools.pairwise(divergences):
         assert (coarse <= fine + 1e-5).all()
     assert (divergences[0] < divergences[-1] - 0.01).any()
