@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from megatron_mixcpt.data_prep.format import TEXT_KINDS
 from megatron_mixcpt.data_prep.template import template_keys
 from megatron_mixcpt.errors import ConfigError
 
@@ -25,7 +26,7 @@ class Source(Strict):
     """One named body of text and its share of the mixture."""
 
     name: str
-    kind: Literal["domain", "instruction", "preference"]
+    kind: Literal["domain", "general", "instruction", "preference"]
     paths: list[str] = Field(min_length=1)  # files, directories or globs, relative to the working directory
 
     # What becomes text; which keys go with which kind is checked below.
@@ -71,6 +72,7 @@ class Source(Strict):
         given = {key for key in ("text", "prompt", "response", "chosen", "rejected", "messages") if getattr(self, key)}
         wanted = {
             "domain": [{"text"}],
+            "general": [{"text"}],
             "instruction": [{"prompt", "response"}, {"messages"}],
             "preference": [
                 {"prompt", "chosen", "rejected"},
@@ -84,17 +86,22 @@ class Source(Strict):
         shares = [key for key in SHARE_KEYS if getattr(self, key) is not None]
         if len(shares) != 1:
             raise ValueError(f"give exactly one of weight, tokens, epochs; given: {', '.join(shares) or 'none'}")
-        if self.kind == "domain":
+        if self.is_text:
             for key, default in (("format", "plain"), ("loss", "all")):
                 if getattr(self, key) != default:
-                    raise ValueError(f"{key}: {getattr(self, key)} makes no sense for a domain source")
-        if self.kind != "domain" and self.layout == "concat":
-            raise ValueError("layout: concat would cut conversations; it is for domain sources")
+                    raise ValueError(f"{key}: {getattr(self, key)} makes no sense for a {self.kind} source")
+        if not self.is_text and self.layout == "concat":
+            raise ValueError("layout: concat would cut conversations; it is for domain and general sources")
         if self.tools and self.format != "chat":
             raise ValueError("tools are written by the chat template; set format: chat")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         return self
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a record is one text, which may be cut, and not a conversation."""
+        return self.kind in TEXT_KINDS
 
     @property
     def keys(self) -> list[str]:

@@ -17,13 +17,15 @@ from megatron_mixcpt.errors import MixcptError, VerificationError
 
 # The flags byte.
 TARGET = 1 << 0  # the token counts as a label
-KIND_SHIFT, KIND_MASK = 1, 0b11 << 1
+KIND_SHIFT, KIND_MASK = 1, 0b11 << 1  # the two lower bits of the kind
 DOC_START = 1 << 3  # first token of a document: never a target
 ROLE_SHIFT, ROLE_MASK = 4, 0b11 << 4
 PAD = 1 << 6
+KIND_HIGH = 1 << 7  # the highest bit of the kind, which data of mixcpt-mix/1 never sets
 
-KIND_DOMAIN, KIND_INSTRUCTION, KIND_CHOSEN, KIND_REJECTED = range(4)
-KIND_NAMES = ("domain", "instruction", "preference-chosen", "preference-rejected")
+KIND_DOMAIN, KIND_INSTRUCTION, KIND_CHOSEN, KIND_REJECTED, KIND_GENERAL = range(5)
+KIND_NAMES = ("domain", "instruction", "preference-chosen", "preference-rejected", "general")
+TEXT_KINDS = {"domain": KIND_DOMAIN, "general": KIND_GENERAL}  # kinds of sources whose records are plain text
 ROLE_TEXT, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL = range(4)
 ROLE_NAMES = ("text", "user", "assistant", "tool")
 
@@ -47,7 +49,16 @@ UINT16_VOCABULARY_LIMIT = 65500
 
 def pack_flags(kind: int, role: int, target: bool) -> int:
     """The flags byte of an ordinary token (no document start, no padding)."""
-    return (kind << KIND_SHIFT) | (role << ROLE_SHIFT) | (TARGET if target else 0)
+    return _kind_bits(kind) | (role << ROLE_SHIFT) | (TARGET if target else 0)
+
+
+def _kind_bits(kind: int) -> int:
+    return ((kind << KIND_SHIFT) & KIND_MASK) | (KIND_HIGH if kind & 0b100 else 0)
+
+
+def kind_of(flags: Any) -> Any:
+    """The number of the kind in a flags byte, or in each of an array or tensor of them (of its dtype)."""
+    return ((flags & KIND_MASK) >> KIND_SHIFT) | ((flags & KIND_HIGH) >> 5)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

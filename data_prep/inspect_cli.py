@@ -10,7 +10,7 @@ from megatron_mixcpt.errors import ConfigError
 
 NAME = "inspect"
 HELP = "show stored sequences as text, coloured by kind and loss mask"
-COLOURS = ("cyan", "green", "yellow", "red")  # by kind
+COLOURS = ("cyan", "green", "yellow", "red", "magenta")  # by kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def render_sequence(tokens: np.ndarray, flags: np.ndarray, decode: Any) -> Any:
     """One sequence as rich Text: runs of equal flags are decoded together; padding is only counted."""
     from rich.text import Text
 
-    from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, PAD, TARGET
+    from megatron_mixcpt.data_prep.format import DOC_START, PAD, TARGET, kind_of
 
     text = Text()
     starts = (flags & DOC_START) != 0
@@ -113,7 +113,7 @@ def render_sequence(tokens: np.ndarray, flags: np.ndarray, decode: Any) -> Any:
             break
         if starts[begin]:
             text.append("\n" * bool(begin) + "▮", style="bold")
-        colour = COLOURS[int(flags[begin] & KIND_MASK) >> KIND_SHIFT]
+        colour = COLOURS[int(kind_of(flags[begin]))]
         style = colour if flags[begin] & TARGET else f"{colour} dim underline"
         text.append(decode(tokens[begin:end].tolist()).replace("\n", "⏎\n"), style=style)
     return text

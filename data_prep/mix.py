@@ -13,7 +13,8 @@ from megatron_mixcpt.data_prep.mixing import Request, Share, resolve_shares
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
 
-FORMAT = "mixcpt-mix/1"
+FORMAT = "mixcpt-mix/2"
+READABLE = ("mixcpt-mix/1", FORMAT)  # 1 knows no kind general
 FILE_NAME = "mix.json"
 SPLITS = ("train", "valid")
 
@@ -87,7 +88,7 @@ def read_mix(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"cannot read {path}: {error.strerror}; `mixcpt preprocess` writes it") from None
     except ValueError as error:
         raise VerificationError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(mix, dict) or mix.get("format") != FORMAT:
+    if not isinstance(mix, dict) or mix.get("format") not in READABLE:
         raise VerificationError(f"{path} is not a {FORMAT} file")
     if mix.get("fingerprint") != fingerprint(mix):
         raise VerificationError(

@@ -231,7 +231,7 @@ class Workbench:
                 engine=engine,
                 joining=p.tokenizer.joining,
                 dtype=p.dtype,
-                max_tokens=None if stage.source.kind == "domain" else p.config.seq_length,
+                max_tokens=None if stage.source.is_text else p.config.seq_length,
                 max_record_bytes=p.config.max_record_bytes,
                 count_literals=literal_counter(p.tokenizer.control),
                 detector=self.detector,

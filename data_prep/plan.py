@@ -85,7 +85,7 @@ def make_plan(
     files: list[InputFile] = []
     spans: list[Span] = []
     for index, path in enumerate(paths):
-        file, cuts = scan_file(path, index, target, text_allowed=source.kind == "domain")
+        file, cuts = scan_file(path, index, target, text_allowed=source.is_text)
         files.append(file)
         spans.extend(cuts)
     # What shapes the tokens of a document, and nothing that only shapes the mixture.
@@ -99,7 +99,7 @@ def make_plan(
         config.near_duplicates.permutations,
     ]
     shaping["decontaminate"] = evaluation
-    shaping["max_tokens"] = None if source.kind == "domain" else config.seq_length
+    shaping["max_tokens"] = None if source.is_text else config.seq_length
     key = xxhash.xxh3_128_hexdigest(
         orjson.dumps(
             [PLAN_VERSION, shaping, tokenizer_hash, add_bos, eos_id, config.max_record_bytes]
@@ -114,7 +114,7 @@ def scan_file(path: Path, index: int, target: int, *, text_allowed: bool) -> tup
     form = file_format(path)
     assert form is not None
     if form == TEXT and not text_allowed:
-        raise ConfigError(f"{path} is plain text; only a domain source can use it, others need records with keys")
+        raise ConfigError(f"{path} is plain text; only domain and general sources can use it, others need keys")
     packed = compression(path) if form in (JSON_LINES, TEXT) else None
     stat = path.stat()
     cut = form in (JSON_LINES, TEXT) and packed is None

@@ -1,4 +1,4 @@
-"""From a record (a dict) to documents: the three kinds in their plain form.
+"""From a record (a dict) to documents: every kind in its plain form.
 
 Plain form: turns joined by `separator`, no template, an end-of-document token at the end. The separator before an
 answer belongs to the prompt, so prompt and answer are encoded apart exactly as they are when the model is asked.
@@ -13,13 +13,13 @@ from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.documents import Document, Piece
 from megatron_mixcpt.data_prep.format import (
     KIND_CHOSEN,
-    KIND_DOMAIN,
     KIND_INSTRUCTION,
     KIND_REJECTED,
     ROLE_ASSISTANT,
     ROLE_TEXT,
     ROLE_TOOL,
     ROLE_USER,
+    TEXT_KINDS,
     pack_flags,
 )
 from megatron_mixcpt.data_prep.template import BadRecord, compile_template, get_value, template_keys
@@ -42,8 +42,8 @@ OTHER_NAMES = {"human": "user", "gpt": "assistant", "function": "tool"}
 def make_renderer(source: Source, tokenizer: Tokenizer, *, add_bos: bool) -> Renderer:
     """The function that turns records of `source` into documents. It raises BadRecord for a record it cannot use."""
     frame = Frame(tokenizer, add_bos)
-    if source.kind == "domain":
-        return _domain_renderer(source, frame)
+    if source.kind in TEXT_KINDS:
+        return _text_renderer(source, frame)
     layout: Callable[[list[Message], int, Any], Document]
     if source.format == "chat":
         from megatron_mixcpt.data_prep.chat import ChatRenderer
@@ -78,16 +78,17 @@ class Frame:
         return [*begin, *pieces, (self._eos, end_flags)]
 
 
-def _domain_renderer(source: Source, frame: Frame) -> Renderer:
+def _text_renderer(source: Source, frame: Frame) -> Renderer:
     assert source.text is not None
     fill = compile_template(source.text)
-    flags = pack_flags(KIND_DOMAIN, ROLE_TEXT, True)
+    kind = TEXT_KINDS[source.kind]
+    flags = pack_flags(kind, ROLE_TEXT, True)
 
     def render(record: Record) -> list[Document]:
         text = fill(record)
         if not text or text.isspace():
             raise BadRecord("empty", "the text is empty")
-        return [Document(KIND_DOMAIN, frame.around([(text, flags)], KIND_DOMAIN, flags))]
+        return [Document(kind, frame.around([(text, flags)], kind, flags))]
 
     return render
 

@@ -15,14 +15,14 @@ from megatron_mixcpt.data_prep.assemble import content_hash, flags_prefix
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_CHOSEN,
-    KIND_DOMAIN,
+    KIND_HIGH,
     KIND_INSTRUCTION,
-    KIND_MASK,
     KIND_REJECTED,
-    KIND_SHIFT,
     PAD,
     TARGET,
+    TEXT_KINDS,
     Indexed,
+    kind_of,
     open_indexed,
     token_dtype,
 )
@@ -34,7 +34,7 @@ from megatron_mixcpt.errors import MixcptError, VerificationError
 
 BLOCK_TOKENS = 1 << 20  # looked at together; small enough for the cache
 KINDS = {
-    "domain": {KIND_DOMAIN},
+    **{name: {number} for name, number in TEXT_KINDS.items()},
     "instruction": {KIND_INSTRUCTION},
     "preference": {KIND_CHOSEN, KIND_REJECTED},
 }
@@ -187,14 +187,14 @@ def _broken_rule(
 ) -> str | None:
     if int(ids.max(initial=0)) >= tokenizer["vocab_size"] or int(ids.min(initial=0)) < 0:
         return "a token id is outside the vocabulary"
-    if int(marks.max(initial=0)) >= 1 << 7:
+    seen = np.flatnonzero(np.bincount(marks.reshape(-1), minlength=256)).astype(np.uint8)
+    if (seen & KIND_HIGH).any() and kind != "general":
         return "a flag bit is set that has no meaning"
-    seen = np.flatnonzero(np.bincount(marks.reshape(-1), minlength=128)).astype(np.uint8)
     if ((seen & DOC_START != 0) & (seen & TARGET != 0)).any():
         return "the first token of a document is a target"
     if ((seen & PAD != 0) & (seen & TARGET != 0)).any():
         return "padding is a target"
-    if not set(((seen[seen & PAD == 0] & KIND_MASK) >> KIND_SHIFT).tolist()) <= KINDS[kind]:
+    if not set(kind_of(seen[seen & PAD == 0]).tolist()) <= KINDS[kind]:
         return f"a token is not of a kind that a {kind} source has"
     if not (marks[:, 0] & DOC_START).all():
         return "a sequence does not begin with a document"
@@ -231,7 +231,7 @@ def _check_pairs(
             if len(marks) > mix["seq_length"] or not target.any() or target[0]:
                 yield f"sequence {row}: no answer, or longer than seq_length"
                 return
-            if not marks[0] & DOC_START or (((marks & KIND_MASK) >> KIND_SHIFT) != kind).any():
+            if not marks[0] & DOC_START or (kind_of(marks) != kind).any():
                 yield f"sequence {row}: wrong kind or no document start"
                 return
             prompts.append(tokens[row][: int(target.argmax())])

@@ -12,7 +12,7 @@ from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.decontaminate import Detector
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.engines import Engine
-from megatron_mixcpt.data_prep.format import KIND_DOMAIN, ROLE_MASK, TARGET
+from megatron_mixcpt.data_prep.format import ROLE_MASK, TARGET, TEXT_KINDS
 from megatron_mixcpt.data_prep.joining import Joining
 from megatron_mixcpt.data_prep.neardup import Signer
 from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
@@ -176,8 +176,11 @@ def _plain_text(documents: list[Document]) -> str:
 
 
 def _content_hash(documents: list[Document]) -> int:
-    """128 bits over the kind, roles and text of a record; neither the tokenizer nor the loss mask changes it."""
-    if len(documents) == 1 and documents[0].kind == KIND_DOMAIN:
+    """128 bits over the kind, roles and text of a record; neither the tokenizer nor the loss mask changes it.
+
+    Plain text is the same record whether it is called domain or general.
+    """
+    if len(documents) == 1 and documents[0].kind in TEXT_KINDS.values():
         for content, _ in documents[0].pieces:
             if type(content) is str:
                 return xxhash.xxh3_128_intdigest(content.encode())

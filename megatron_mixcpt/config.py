@@ -189,8 +189,8 @@ class LossConfig(Section):
     fuse_lm_head: bool = False
     """Compute logits and loss in chunks of tokens, so that no rank ever holds all logits: less memory, 12 instead of 8
     FLOPs a head weight and token. Needs a teacher."""
-    by_kind: dict[Literal["domain", "instruction", "preference"], KindWeights] = {}
-    """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}}`; 1 where not given."""
+    by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = {}
+    """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}, general: {ce: 0, kd: 1}}`; 1 where not given."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:

@@ -73,7 +73,7 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     if "config" not in manifest:
         raise ConfigError(f"data.mix: {folder} is a view, made by `mixcpt mix`: name the mixture that it was made from")
     prepared = parse_config({**manifest["config"], "out": str(folder)})
-    sources = [source for source in prepared.sources if source.kind != "domain"]
+    sources = [source for source in prepared.sources if not source.is_text]
     if not sources:
         raise ConfigError(f"data.mix: {folder} has neither instructions nor preference pairs to select from")
     tokenizer = load_tokenizer(folder / mix["tokenizer"]["path"], eos_token=prepared.eos_token)

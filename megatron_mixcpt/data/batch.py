@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
-from megatron_mixcpt.data_prep.format import DOC_START, KIND_MASK, KIND_SHIFT, TARGET
+from megatron_mixcpt.data_prep.format import DOC_START, TARGET, kind_of
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.stop_signals import STOP_SIGNALS
 
@@ -60,7 +60,7 @@ def collate(samples: list[dict]) -> Batch:
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=torch.where(target, tokens[:, 1:], IGNORE_INDEX),
-        kinds=((flags[:, 1:] & KIND_MASK) >> KIND_SHIFT).long(),
+        kinds=kind_of(flags[:, 1:]).long(),
         position_ids=position_ids,
         attention_mask=attention_mask,
         source=torch.tensor([sample.get("source", 0) for sample in samples]),

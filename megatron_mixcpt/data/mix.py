@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
 
-FORMAT = "mixcpt-mix/1"
+FORMATS = ("mixcpt-mix/1", "mixcpt-mix/2")
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def read_mix(path: str | Path, seq_length: int | None = None) -> Mix:
         raise ConfigError(f"data.mix: {path}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"data.mix: {path}: not a mixture: `mixcpt preprocess` writes one")
-    if content.get("format") != FORMAT:
-        raise ConfigError(f"data.mix: {path}: format {content.get('format')!r}, this version reads {FORMAT!r}")
+    if content.get("format") not in FORMATS:
+        raise ConfigError(
+            f"data.mix: {path}: format {content.get('format')!r}, this version reads {' and '.join(FORMATS)}"
+        )
     if seq_length is not None and seq_length != content.get("seq_length", seq_length):
         raise ConfigError(
             f"data.seq_length is {seq_length}, but {path} was packed for {content['seq_length']}: "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_mixcpt.config import LossConfig
-from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_INSTRUCTION, KIND_REJECTED
+from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_GENERAL, KIND_INSTRUCTION, KIND_REJECTED
 from megatron_mixcpt.kernels import linear_lssd_loss, lssd_loss, topk_lssd_loss
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.teacher.interface import HiddenTarget, Target, TopkTarget
@@ -23,6 +23,7 @@ KIND_NAMES = {
     KIND_INSTRUCTION: "instruction",
     KIND_CHOSEN: "preference",
     KIND_REJECTED: "preference",
+    KIND_GENERAL: "general",
 }
 
 # Columns of the per-sample statistics below. Every objective has `statistics`, sums over target tokens that begin with

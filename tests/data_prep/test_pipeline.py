@@ -13,18 +13,20 @@ import pytest
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
-    KIND_MASK,
-    KIND_SHIFT,
+    KIND_GENERAL,
+    KIND_HIGH,
     PAD,
     ROLE_ASSISTANT,
     ROLE_MASK,
     ROLE_SHIFT,
     ROLE_USER,
     TARGET,
+    kind_of,
     open_indexed,
 )
 from megatron_mixcpt.data_prep.mix import fingerprint
 from megatron_mixcpt.data_prep.pipeline import preprocess
+from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import BadRecordsError, ConfigError, MixcptError
 from tests.data_prep.helpers import digests, documents_of, load_mix, sequences_of, source_of
 
@@ -62,7 +64,7 @@ def test_flags_keep_their_invariants(config_values):
                 first = int(np.argmax(pad))
                 assert pad[first:].all() and start[first] and not start[first + 1 :].any()
                 assert (tokens[first:] == mix["tokenizer"]["pad_id"]).all()
-            assert set(((flags[~pad] & KIND_MASK) >> KIND_SHIFT).tolist()) == {kind}
+            assert set(kind_of(flags[~pad]).tolist()) == {kind}
             tokens_seen += int((~pad).sum())
             targets_seen += int(target.sum())
         assert (tokens_seen, targets_seen) == (entry["tokens"], entry["target_tokens"])
@@ -79,6 +81,31 @@ def test_domain_text_arrives_whole_and_once(config_values, corpus, tokenizer_dir
     for split in ("train", "valid"):
         got.update(tuple(tokens.tolist()) for tokens, _ in documents_of(out, source_of(mix, "docs")[split]["prefix"]))
     assert got == want
+
+
+def test_general_text_differs_from_domain_text_in_its_kind_alone(config_values):
+    out, mix = run(config_values)
+    as_domain = sequences_of(out, source_of(mix, "docs")["train"]["prefix"])
+    config_values["sources"][0]["kind"] = "general"
+    out, mix = run(config_values)
+    source = source_of(mix, "docs")
+    assert source["kind"] == "general"
+    for (tokens, flags), (same_tokens, domain_flags) in zip(sequences_of(out, source["train"]["prefix"]), as_domain):
+        inside = (flags & PAD) == 0
+        assert (tokens == same_tokens).all() and set(kind_of(flags[inside]).tolist()) == {KIND_GENERAL}
+        assert ((flags & ~np.uint8(KIND_HIGH)) == domain_flags).all()
+    assert verify(out).problems == []
+
+
+def test_a_text_that_is_domain_and_general_is_kept_once(config_values, corpus):
+    again = {**config_values["sources"][0], "name": "again", "kind": "general"}
+    extra = corpus["domain"].with_name("extra.jsonl")
+    extra.write_text("".join(json.dumps({"text": f"Only here, number {i}."}) + "\n" for i in range(50)))
+    again["paths"] = [*again["paths"], str(extra)]
+    config_values["sources"].append(again)
+    _, mix = run(config_values)
+    documents = [source_of(mix, "again")[split]["documents"] for split in ("train", "valid")]
+    assert sum(documents) == 50
 
 
 def test_conversations_are_never_cut(config_values, corpus, tokenizer_dir):
@@ -130,7 +157,7 @@ def test_pairs_stand_together_with_targets_on_the_answers(config_values, corpus,
         for i in range(0, len(tokens), 2):
             got.add((tuple(tokens[i].tolist()), tuple(tokens[i + 1].tolist())))
             for j, kind in ((i, 2), (i + 1, 3)):
-                assert set(((flags[j] & KIND_MASK) >> KIND_SHIFT).tolist()) == {kind}
+                assert set(kind_of(flags[j]).tolist()) == {kind}
                 answer = ((flags[j] & ROLE_MASK) >> ROLE_SHIFT) == ROLE_ASSISTANT
                 assert (((flags[j] & TARGET) != 0) == answer).all() and answer.any() and not answer[0]
     assert got == want
@@ -140,8 +167,7 @@ def test_both_responses_are_trained_on_when_asked_for(config_values):
     config_values["sources"][2]["responses"] = "both"
     out, mix = run(config_values)
     kinds = Counter(
-        int(flags[0] & KIND_MASK) >> KIND_SHIFT
-        for _, flags in documents_of(out, source_of(mix, "pairs")["train"]["prefix"])
+        int(kind_of(flags[0])) for _, flags in documents_of(out, source_of(mix, "pairs")["train"]["prefix"])
     )
     assert kinds[2] == kinds[3] > 0
 

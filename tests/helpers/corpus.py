@@ -9,10 +9,11 @@ from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_DOMAIN,
     KIND_INSTRUCTION,
-    KIND_SHIFT,
     PAD,
+    ROLE_TEXT,
     TARGET,
     IndexedWriter,
+    pack_flags,
     token_dtype,
 )
 
@@ -22,7 +23,7 @@ KINDS = {"facts": KIND_DOMAIN, "tasks": KIND_INSTRUCTION}
 def packed_sequence(generator, kind, seq_length, vocab_size):
     """One packed sequence: documents of random lengths, a masked prompt in instructions, padding at the end."""
     tokens = generator.integers(0, vocab_size, seq_length)
-    flags = np.full(seq_length, (kind << KIND_SHIFT) | TARGET, dtype=np.uint8)
+    flags = np.full(seq_length, pack_flags(kind, ROLE_TEXT, True), dtype=np.uint8)
     position = 0
     while position < seq_length:
         length = int(generator.integers(3, seq_length))

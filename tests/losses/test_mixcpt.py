@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mixcpt.config import LossConfig
-from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_INSTRUCTION, KIND_REJECTED
+from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_GENERAL, KIND_INSTRUCTION, KIND_REJECTED
 from megatron_mixcpt.losses.mixcpt import STATISTICS, MixCPTLoss
 
 S, B, V, PADDED = 12, 3, 50, 64
@@ -12,12 +12,14 @@ BY_KIND = {
     "domain": {"ce": 1.0, "kd": 0.25},
     "instruction": {"ce": 0.5, "kd": 2.0},
     "preference": {"ce": 0.0, "kd": 1.0},
+    "general": {"ce": 0.0, "kd": 1.5},
 }
 NAME_OF = {
     KIND_DOMAIN: "domain",
     KIND_INSTRUCTION: "instruction",
     KIND_CHOSEN: "preference",
     KIND_REJECTED: "preference",
+    KIND_GENERAL: "general",
 }
 
 
@@ -27,7 +29,7 @@ def batch():
     student, teacher = (3 * torch.randn(S, B, PADDED, generator=generator) for _ in range(2))
     labels = torch.randint(0, V, (B, S), generator=generator)
     labels[0, :4] = -100
-    kinds = torch.randint(0, 4, (B, S), generator=generator)
+    kinds = torch.randint(0, 5, (B, S), generator=generator)
     return student.requires_grad_(), teacher, labels, kinds
 
 

@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parents[2] / "launch" / "configs"
 EXAMPLES = {  # ranks, GiB of a device
     "smollm2-135m-cpu": (1, 8),
     "qwen2-7b-8gpu": (8, 80),
+    "qwen2-7b-mol-8gpu": (8, 80),
+    "qwen2-7b-replay-8gpu": (8, 80),
     "llama3-8b-8gpu": (8, 80),
     "llama3-8b-64gpu": (64, 80),
     "llama3-70b-64gpu": (64, 80),
