@@ -46,8 +46,8 @@ def topk_lssd_loss(
     Log-probabilities are of softmax(teacher / temperature) over the whole vocabulary, for the temperature given here.
     The label may be among the ids or not. All ranks of `group` pass the same ids and log-probabilities.
     With k + 1 covering the vocabulary this is `lssd_loss`; otherwise its KL is that between the coarser distributions,
-    which is never more, and so is `kl_base`. That is taken at `temperature`: what the teacher gives to the tokens outside
-    of its best at temperature 1 cannot be told from log-probabilities at another.
+    which is never more, and so is `kl_base`. That is taken at `temperature`: what the teacher gives at temperature 1 to
+    the tokens that were not kept cannot be told from log-probabilities at another.
 
     The other arguments, the result and the errors are those of `lssd_loss`. Beyond the logits' gradient it takes a few
     dozen bytes a token and id.

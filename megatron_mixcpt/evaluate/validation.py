@@ -70,7 +70,7 @@ def validation_perplexity(
         )
         metrics, _ = validate(
             dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
-            ForwardBackward(model, MixCPTObjective(loss, None), num_sources=1, contributes=True),
+            ForwardBackward(model, MixCPTObjective(loss, None), num_sources=micro_batch_size, contributes=True),
             collate,
             state=state,
             micro_batch_size=micro_batch_size,

@@ -191,7 +191,9 @@ def build(
 
     contributes = state.is_last_stage and state.tensor_rank == 0
     run = ForwardBackward(model, task.objective, num_sources=len(mix.train_sources), contributes=contributes)
-    validation = ForwardBackward(model, task.validation, num_sources=1, contributes=contributes)
+    validation = ForwardBackward(
+        model, task.validation, num_sources=config.train.micro_batch_size, contributes=contributes
+    )
     return Parts(mix, arch, model, optimizer, task, run, validation, stage.start, stage.adapter_start)
 
 
