@@ -28,7 +28,7 @@ from megatron_mixcpt.config import AdapterConfig, LossConfig, TrainConfig
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
 from megatron_mixcpt.train.mixcpt import MixCPTObjective

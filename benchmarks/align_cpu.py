@@ -34,7 +34,7 @@ from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS
 from megatron_mixcpt.model.gpt import build_gpt
-from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
 from megatron_mixcpt.train.mixcpt import MixCPTObjective
 from megatron_mixcpt.train.step import ForwardBackward
 

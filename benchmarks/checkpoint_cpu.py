@@ -25,7 +25,7 @@ from megatron_mixcpt.checkpoint import Saver
 from megatron_mixcpt.checkpoint.manifest import find_damage
 from megatron_mixcpt.checkpoint.store import list_checkpoints, size_of
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.setup import Parts, build
 from tests.helpers.corpus import write_mix

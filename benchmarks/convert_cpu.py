@@ -28,14 +28,14 @@ from pathlib import Path
 
 import torch
 
-import megatron_mixcpt.model.stream_write
-import megatron_mixcpt.model.weights  # noqa: F401 (imported before the clock starts)
+import megatron_mixcpt.convert.stream_write
+import megatron_mixcpt.convert.weights  # noqa: F401 (imported before the clock starts)
+from megatron_mixcpt.convert.convert import convert
+from megatron_mixcpt.convert.export import export
+from megatron_mixcpt.huggingface.config import config_dict, load_config
+from megatron_mixcpt.huggingface.names import hf_shapes
+from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.convert_cli import convert
-from megatron_mixcpt.model.export_cli import export
-from megatron_mixcpt.model.hf_config import config_dict, load_config
-from megatron_mixcpt.model.hf_names import hf_shapes
-from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
 SHAPE = Architecture(
     num_layers=1,

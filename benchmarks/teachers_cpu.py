@@ -33,13 +33,13 @@ from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, t
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import build_gpt
-from megatron_mixcpt.parallel import ParallelState, parallel_context
+from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
+from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import InitialTeacher, Teacher
+from megatron_mixcpt.teacher.cache_fill import claim_cache, fill_cache, new_identity
 from megatron_mixcpt.teacher.cache_format import record_dtype
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
-from megatron_mixcpt.teacher.caching import claim_cache, fill_cache, new_identity
 from megatron_mixcpt.train.mixcpt import MixCPTObjective
-from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.step import ForwardBackward
 
 VOCABULARY, LAYERS, TOP_K, SEQUENCES = 49152, 10, 32, 2

@@ -23,12 +23,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 import megatron_mixcpt
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.huggingface.load import load_hf
 from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import build_gpt
-from megatron_mixcpt.model.hf import load_hf
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.train.mixcpt import MixCPTObjective
 from megatron_mixcpt.train.step import ForwardBackward

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megatron_mixcpt.align.config import AlignSettings
-from megatron_mixcpt.align.select_config import SelectSettings
 from megatron_mixcpt.config import Config, section_of
+from megatron_mixcpt.select.config import SelectSettings
 
 INTRODUCTION = """# Configuration of `mixcpt train`
 

@@ -29,3 +29,7 @@ class StoppedError(MixcptError):
     """Stopped on request; running the same command again resumes (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class LostRankError(MixcptError):
+    """Another rank ended. It has its own message; this one says only how the loss was noticed."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mixcpt.cpu_backend import cpu_backend, cuda_is_wanted
+from megatron_mixcpt.runtime.cpu_backend import cpu_backend, cuda_is_wanted
 
 
 def patched_values():

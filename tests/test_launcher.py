@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megatron_mixcpt import launcher
-from megatron_mixcpt.launcher import LISTENING_PORTS, free_port
+from megatron_mixcpt.runtime import launcher
+from megatron_mixcpt.runtime.launcher import LISTENING_PORTS, free_port
 
 
 def test_ports_are_distinct_free_and_not_those_of_outgoing_connections():
@@ -27,7 +27,7 @@ def test_a_port_in_use_is_passed_over(monkeypatch):
 
 BLOCKED = """
 import os, signal, time
-from megatron_mixcpt.train.signals import StopRequest
+from megatron_mixcpt.runtime.stop import StopRequest
 
 heard = []
 with StopRequest():
@@ -42,7 +42,7 @@ with StopRequest():
 """
 FORKED = """
 import os, signal, time
-from megatron_mixcpt.train import signals
+from megatron_mixcpt.runtime import stop as signals
 
 signals.BLOCKED_SECONDS = 0.1
 with signals.StopRequest():

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.parallel import check_grid, parallel_context
+from megatron_mixcpt.runtime.parallel import check_grid, parallel_context
 from tests.helpers.spawn import run_distributed
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -27,7 +27,7 @@ from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.train.task import Objective, Recipe, Task
 
 STATISTICS = (

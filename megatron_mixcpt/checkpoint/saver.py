@@ -22,14 +22,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron_mixcpt import __version__
+from megatron_mixcpt.adapters.files import write_adapter_of
 from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, optimizer_step_count
 from megatron_mixcpt.checkpoint.store import FORMAT, commit, new_directory, prune, require_space
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.first_rank import from_first
-from megatron_mixcpt.model.adapter_files import write_adapter_of
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.runtime.first_rank import from_first
 
 TOUCH_SECONDS = 1.0
 RESERVE = 1 << 20  # bytes beyond the tensors: indices, manifest, directory

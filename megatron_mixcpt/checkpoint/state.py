@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron_mixcpt.adapters.start import load_adapted
 from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.checkpoint.optimizer_state import (
     assert_steps_are_separate,
@@ -27,7 +28,6 @@ from megatron_mixcpt.checkpoint.saver import Saver
 from megatron_mixcpt.checkpoint.store import read_info
 from megatron_mixcpt.checkpoint.verify import find_checkpoint, silent, warn
 from megatron_mixcpt.errors import MixcptError, VerificationError
-from megatron_mixcpt.model.adapter_start import load_adapted
 from megatron_mixcpt.model.architecture import Architecture
 
 

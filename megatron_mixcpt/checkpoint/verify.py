@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
 from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.first_rank import from_first
+from megatron_mixcpt.runtime.first_rank import from_first
 
 TRUST_HINT = (
     "if you know where it comes from, mixcpt train --trust loads it without a manifest (it can run any program)"

@@ -19,7 +19,7 @@ from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, kind_of
 from megatron_mixcpt.model.attention import document_mask
-from megatron_mixcpt.stop_signals import STOP_SIGNALS
+from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 IGNORE_INDEX = -100
 

@@ -160,7 +160,7 @@ class Demo:
         return done
 
     def _measure(self, name: str, hf_dir: Path, texts: Path, fingerprint: str, model: Done) -> Done:
-        from megatron_mixcpt.evaluate.measure import measure
+        from megatron_mixcpt.evaluate.probe import measure
 
         done = self.stages.run(
             f"{name}-measure", "Measuring", [__version__, fingerprint], [],

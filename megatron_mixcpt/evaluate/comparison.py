@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.convert.card import not_measured
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
-from megatron_mixcpt.evaluate.validation import SourcePerplexity
-from megatron_mixcpt.model.card import not_measured
+from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 
 Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.recall import contains_answer
+from megatron_mixcpt.evaluate.answers import contains_answer
 
 Check = dict[str, Any]
 KINDS = ("all", "any", "none", "sorted", "answer_for")

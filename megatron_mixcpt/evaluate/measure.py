@@ -1,70 +1,136 @@
-"""One model, all measurements."""
+"""Everything that is measured of one model: held-out perplexity, tasks, and facts joined with skills."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_mixcpt.evaluate.format import format_share
-from megatron_mixcpt.evaluate.generate import generate_greedy
-from megatron_mixcpt.evaluate.loading import load_directory
-from megatron_mixcpt.evaluate.perplexity import perplexity
-from megatron_mixcpt.evaluate.recall import contains_answer, recall
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
 
-MAX_NEW_TOKENS = 16
-MIN_NEW_TOKENS = 3
-NUM_FORMAT_QUESTIONS = 12
+if TYPE_CHECKING:
+    from megatron_mixcpt.evaluate.gci import Answer, Instance
+
+Measured = dict[str, list]
+"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], `gci`: [GciScore], `gci_answers`: [Answer]."""
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What is measured. `expected[i]` answers `questions[i]` and ends `clozes[i]`; `ask` makes a question a prompt."""
+class What:
+    """What to measure, and how."""
 
-    domain_documents: Sequence[str]
-    general_documents: Sequence[str]
-    questions: Sequence[str]
-    clozes: Sequence[str]
-    expected: Sequence[str]
-    ask: Callable[[str], str]
+    mix_path: Path | None = None
+    tasks: list[str] = field(default_factory=list)
+    gci: str | None = None
+    chat: bool = False
+    dtype: str = "fp32"
+    micro_batch_size: int = 1
+    max_samples: int | None = None
 
 
-def measure(hf_dir: str | Path, probe: Probe, on_progress: Callable[[float, str], None]) -> dict[str, Any]:
-    """Measure the model in `hf_dir`, in fp32, greedily, without randomness.
-
-    Returns `domain_ppl` and `general_ppl` (perplexity), `fact_recall` (share of questions whose answer contains the
-    expected words), `fact_completion` (the same for beginnings of training sentences), `format_following` (share of
-    answers to evenly chosen questions that are one line and then end by themselves), the token counts behind the
-    perplexities, and all `answers`. `on_progress` receives the finished share and what is being measured.
-    """
-    on_progress(0.0, "loading")
-    model, tokenizer = load_directory(hf_dir)
-
-    def part(start: float, end: float, name: str) -> Callable[[float], None]:
-        return lambda share: on_progress(start + (end - start) * share, name)
-
-    general = perplexity(model, tokenizer, probe.general_documents, on_progress=part(0.0, 0.5, "general perplexity"))
-    domain = perplexity(model, tokenizer, probe.domain_documents, on_progress=part(0.5, 0.6, "domain perplexity"))
-    length = {"max_new_tokens": MAX_NEW_TOKENS, "min_new_tokens": MIN_NEW_TOKENS}
-    prompts = [probe.ask(question) for question in probe.questions]
-    answers = generate_greedy(model, tokenizer, prompts, **length, on_progress=part(0.6, 0.75, "questions"))
-    completions = generate_greedy(model, tokenizer, probe.clozes, **length, on_progress=part(0.75, 0.9, "completions"))
-    every = -(-len(prompts) // NUM_FORMAT_QUESTIONS)
-    following = format_share(
-        model, tokenizer, prompts[::every], max_new_tokens=MAX_NEW_TOKENS, on_progress=part(0.9, 1.0, "format")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that measures models."""
+    parser.add_argument("--mix", metavar="FILE", help="mix.json with the held-out text (default: the run's)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="`bundled` (120 questions that need no network), task YAML files, or names the harness knows",
     )
-    return {
-        "domain_ppl": domain.value,
-        "general_ppl": general.value,
-        "fact_recall": recall(answers, probe.expected),
-        "fact_completion": recall(completions, probe.expected),
-        "format_following": following,
-        "domain_tokens": domain.num_tokens,
-        "general_tokens": general.num_tokens,
-        "num_questions": len(probe.questions),
-        "answers": [
-            {"question": question, "expected": expected, "answer": answer, "right": contains_answer(answer, expected)}
-            for question, expected, answer in zip(probe.questions, probe.expected, answers)
-        ],
-    }
+    parser.add_argument(
+        "--gci",
+        metavar="FILE",
+        help="questions that need a domain fact and a general skill at once (docs/evaluation.md), or "
+        "facts[:PEOPLE[:SEED]] for the people of `make demo`",
+    )
+    parser.add_argument("--chat", action="store_true", help="put the questions of --gci into the model's chat template")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and arithmetic")
+    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N")
+    parser.add_argument("--max-samples", type=int, metavar="N", help="sequences a source, and questions a task")
+
+
+def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
+    """Raises ConfigError for what cannot be measured, before any model is opened."""
+    for name in ("micro_batch_size", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more")
+    if mix_path is None and not args.tasks and not args.gci:
+        raise ConfigError("nothing to measure: give --mix (a mix.json), --tasks, --gci, or several of them")
+    if args.tasks:
+        require_harness()
+    if args.gci:
+        gci_instances(args.gci)
+    return What(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
+
+
+def measure_model(path: Path, what: What) -> Measured:
+    """Measure a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
+    from megatron_mixcpt.data.mix import read_mix
+    from megatron_mixcpt.evaluate.held_out import validation_perplexity
+    from megatron_mixcpt.evaluate.target import as_hf_directory
+
+    measured: Measured = {"sources": [], "tasks": [], "gci": [], "gci_answers": []}
+    if what.mix_path is not None:
+        measured["sources"] = validation_perplexity(
+            path,
+            read_mix(what.mix_path),
+            dtype=what.dtype,
+            micro_batch_size=what.micro_batch_size,
+            max_samples=what.max_samples,
+        )
+    if what.tasks or what.gci:
+        with as_hf_directory(path) as folder:
+            if what.tasks:
+                tasks = [name for task in what.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
+                measured["tasks"] = run_harness(folder, tasks, limit=what.max_samples, dtype=what.dtype)
+            if what.gci:
+                from megatron_mixcpt.evaluate.gci import summarize
+
+                measured["gci_answers"] = _answers(folder, gci_instances(what.gci), path.name, chat=what.chat)
+                measured["gci"] = summarize(measured["gci_answers"])
+    return measured
+
+
+def gci_instances(text: str) -> list[Instance]:
+    """The value of `--gci`: instances of a file, or of the demo's people. Raises ConfigError."""
+    from megatron_mixcpt.evaluate.gci import read_instances
+    from megatron_mixcpt.evaluate.gci_facts import facts_instances
+
+    if text.split(":")[0] != "facts":
+        return read_instances(Path(text))
+    try:
+        return facts_instances(text)
+    except ValueError as error:
+        raise ConfigError(f"--gci {text}: {error}") from None
+
+
+def _answers(folder: Path, instances: list[Instance], name: str, *, chat: bool) -> list[Answer]:
+    from megatron_mixcpt.evaluate.gci import run_gci
+
+    def show(share: float) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{name}: {share:.0%} of {len(instances)} questions", end="\n" if share == 1 else "", file=sys.stderr
+            )
+
+    return run_gci(folder, instances, ask=_asking(folder, chat), on_progress=show)
+
+
+def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
+    if not chat:
+        from megatron_mixcpt.demo.configs import ask
+
+        return ask
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{folder}: its tokenizer has no chat template; leave out --chat")
+    return lambda text: tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )

@@ -29,8 +29,8 @@ def as_hf_directory(path: Path) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face directory")
-    from megatron_mixcpt.model.export_cli import export, export_adapter
-    from megatron_mixcpt.model.origin import find_origin
+    from megatron_mixcpt.checkpoint.origin import find_origin
+    from megatron_mixcpt.convert.export import export, export_adapter
 
     with tempfile.TemporaryDirectory(prefix="mixcpt-") as folder:
         out = Path(folder) / path.resolve().name

@@ -104,7 +104,7 @@ def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) ->
     Raises:
         ConfigError: there is none, or it is of a family or uses a feature that is not implemented.
     """
-    from megatron_mixcpt.model.hf_config import architecture_from_config, load_config
+    from megatron_mixcpt.huggingface.config import architecture_from_config, load_config
 
     return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
 

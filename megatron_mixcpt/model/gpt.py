@@ -12,17 +12,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_mixcpt.adapters.layers import Adapter, adapters_of, attach
+from megatron_mixcpt.adapters.layout import adapted_linears, check_adapter_layout
+from megatron_mixcpt.adapters.state import PREFIX, adapter_sharded_state, load_adapter_state
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.model.adapter_layout import adapted_linears, check_adapter_layout
-from megatron_mixcpt.model.adapter_state import PREFIX, adapter_sharded_state, load_adapter_state
-from megatron_mixcpt.model.adapters import Adapter, adapters_of, attach
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import window_mask
 from megatron_mixcpt.model.init import initialize
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.specs import block_spec, transformer_config
-from megatron_mixcpt.observe.timing import MegatronTimers, section
+from megatron_mixcpt.runtime.timing import MegatronTimers, section
 
 # (logits [s, b, v/tp], labels [b, s]) -> loss of every token [b, s] fp32, 0 where ignored
 TokenLoss = Callable[[Tensor, Tensor], Tensor]

@@ -14,11 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_mixcpt.cpu_backend import cuda_is_wanted
-from megatron_mixcpt.model.adapters import AdaptableColumnLinear, AdaptableRowLinear
+from megatron_mixcpt.adapters.layers import AdaptableColumnLinear, AdaptableRowLinear
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import SDPAttention
 from megatron_mixcpt.model.norm import RMSNorm
+from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 
 
 def _leave(weight: Tensor) -> Tensor:

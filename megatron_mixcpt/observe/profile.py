@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_mixcpt.config import ProfileConfig
-from megatron_mixcpt.observe.timing import StepTimer
+from megatron_mixcpt.runtime.timing import StepTimer
 
 
 class StepProfiler:

@@ -14,9 +14,8 @@ import yaml
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.launcher import launch
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.plan import make_plan
+from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.rehearse.excerpt import write_excerpt
 from megatron_mixcpt.rehearse.scale import (
     MAX_DATA_SIZE,
@@ -27,6 +26,7 @@ from megatron_mixcpt.rehearse.scale import (
     small_run,
     write_random_model,
 )
+from megatron_mixcpt.runtime.launcher import launch
 from megatron_mixcpt.train.setup import DTYPES, check_settings
 
 SEQ_LENGTH = 256  # at most

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.huggingface.config import config_dict
+from megatron_mixcpt.huggingface.names import hf_shapes
+from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.hf_config import config_dict
-from megatron_mixcpt.model.hf_names import hf_shapes
-from megatron_mixcpt.model.tensorfiles import SafetensorsWriter
 
 HEAD_DIM = 16
 STEPS = 4

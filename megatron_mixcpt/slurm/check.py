@@ -8,13 +8,13 @@ import io
 from pathlib import Path
 
 from megatron_mixcpt.align.config import AlignConfig
-from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import load_config as load_preprocess
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import architecture_from_hf
-from megatron_mixcpt.parallel import check_grid
+from megatron_mixcpt.runtime.parallel import check_grid
+from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.train.setup import check_batch
 
 SCHEMAS: dict[str, type[Config] | type[SelectConfig]] = {

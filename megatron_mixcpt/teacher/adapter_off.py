@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from megatron_mixcpt.model.adapters import adapters_off
+from megatron_mixcpt.adapters.layers import adapters_off
 from megatron_mixcpt.teacher.initial import ModelTeacher
 
 

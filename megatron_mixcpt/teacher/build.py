@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.model.hf_weights import DTYPES
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
 from megatron_mixcpt.teacher.identity import refuse_other_weights, teacher_identity

@@ -20,6 +20,7 @@ from megatron_mixcpt.data.dataset import SampleKey
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.runtime.failures import tell_alone
 from megatron_mixcpt.teacher.cache_format import (
     check_record,
     dequantized,
@@ -29,7 +30,6 @@ from megatron_mixcpt.teacher.cache_format import (
 )
 from megatron_mixcpt.teacher.identity import data_identity, refuse_foreign
 from megatron_mixcpt.teacher.interface import TopkTarget
-from megatron_mixcpt.train.failures import tell_alone
 
 READERS = 4
 

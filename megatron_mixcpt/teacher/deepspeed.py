@@ -23,9 +23,9 @@ from megatron_mixcpt.config import TeacherConfig
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.kernels.collectives import all_gather
-from megatron_mixcpt.model.tokenizers import extended_vocab_size
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher.interface import DenseTarget
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.hf_weights import weights_fingerprint
 
 
 def teacher_identity(config: Config, start: str | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import torch
 from megatron_mixcpt.checkpoint.optimizer_state import allocate_state
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.parallel import ParallelState
-from megatron_mixcpt.train.failures import tell_alone
+from megatron_mixcpt.runtime.failures import tell_alone
+from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.train.setup import Parts
 
 

@@ -10,22 +10,22 @@ from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.observe.provenance import record_provenance
-from megatron_mixcpt.observe.timing import section
-from megatron_mixcpt.parallel import ParallelState, parallel_context, seed_step
+from megatron_mixcpt.runtime.failures import explained
+from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context, seed_step
+from megatron_mixcpt.runtime.run_lock import hold
+from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.runtime.timing import section
+from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.dry_run import dry_run
-from megatron_mixcpt.train.failures import explained
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
-from megatron_mixcpt.train.run_lock import hold
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
-from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.task import Recipe
 from megatron_mixcpt.train.validating import INDEX_CACHE, RunValidation
-from megatron_mixcpt.train.watchdog import Watchdog
 
 GROUP_EXTRA_MINUTES = 1.0  # the watchdogs, which write stacks, come before the process group's own timeout
 

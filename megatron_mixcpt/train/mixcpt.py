@@ -19,8 +19,8 @@ from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.observe.throughput import flops_per_token
-from megatron_mixcpt.observe.timing import section
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
 from megatron_mixcpt.train.agreement import COUNT

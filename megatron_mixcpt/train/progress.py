@@ -8,17 +8,17 @@ from typing import Any
 
 import xxhash
 
+from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
-from megatron_mixcpt.model.adapter_layout import describe_adapter
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.observe.throughput import peak_flops, peak_memory_gib
-from megatron_mixcpt.observe.timing import StepTimer
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.runtime.timing import StepTimer
 from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate

@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
+from megatron_mixcpt.checkpoint.origin import adapter_in
 from megatron_mixcpt.checkpoint.store import list_checkpoints
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.model.origin import adapter_in
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts

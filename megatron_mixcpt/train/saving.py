@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.observe.timing import section
+from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts
 

@@ -16,21 +16,21 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_mixcpt.adapters.files import check_directory
+from megatron_mixcpt.adapters.layout import check_adapter_layout
+from megatron_mixcpt.adapters.start import start_adapters
+from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.adapter_files import check_directory
-from megatron_mixcpt.model.adapter_layout import check_adapter_layout
-from megatron_mixcpt.model.adapter_start import start_adapters
+from megatron_mixcpt.huggingface.load import load_hf
+from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
-from megatron_mixcpt.model.hf import load_hf
-from megatron_mixcpt.model.hf_weights import weights_fingerprint
-from megatron_mixcpt.model.origin import find_origin
-from megatron_mixcpt.model.tokenizers import extended_vocab_size
-from megatron_mixcpt.parallel import ParallelState, check_grid
-from megatron_mixcpt.plan import checkpoint_bytes
+from megatron_mixcpt.plan.estimate import checkpoint_bytes
+from megatron_mixcpt.runtime.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer

@@ -16,7 +16,7 @@ from megatron_mixcpt.data.dataset import Mixture
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
 
 
 class Objective(Protocol):

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_mixcpt.data.batch import Batch, valid_batches
-from megatron_mixcpt.observe.timing import section
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.train.step import ForwardBackward
 
 

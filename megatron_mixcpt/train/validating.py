@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.parallel import ParallelState
+from megatron_mixcpt.runtime.parallel import ParallelState
+from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts
-from megatron_mixcpt.train.signals import StopRequest
 from megatron_mixcpt.train.validate import validate
 
 INDEX_CACHE = "index_cache"  # in the run directory: in which order samples are read

@@ -8,7 +8,7 @@ import torch
 from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.align.dpo import DPO
 from megatron_mixcpt.config import validate
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.mixcpt import MIXCPT

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_mixcpt.checkpoint import list_checkpoints, read_info
-from megatron_mixcpt.launcher import free_port
-from megatron_mixcpt.model.export_cli import export
+from megatron_mixcpt.convert.export import export
+from megatron_mixcpt.runtime.launcher import free_port
 from tests.align.runs import train_all
 from tests.align.test_select import select_all
 from tests.align.test_select import values as select_values

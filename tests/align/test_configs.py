@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from megatron_mixcpt.align.config import AlignConfig
-from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.select.config import SelectConfig
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"
 

@@ -8,7 +8,7 @@ from megatron_mixcpt.align.config import AlignSettings
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
 from tests.align.runs import first_steps, train_all
 from tests.align.test_preference import plain
 from tests.helpers.spawn import run_distributed

@@ -11,19 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_mixcpt.align.candidates import prepare_candidates
 from megatron_mixcpt.align.pairs import read_pair_mix
-from megatron_mixcpt.align.picking import pick, ranking, shares
-from megatron_mixcpt.align.scoring import plan_rounds
-from megatron_mixcpt.align.select_config import SelectConfig
-from megatron_mixcpt.align.selecting import finish, select
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
+from megatron_mixcpt.select.candidates import prepare_candidates
+from megatron_mixcpt.select.config import SelectConfig
+from megatron_mixcpt.select.pick import pick, ranking, shares
+from megatron_mixcpt.select.score import plan_rounds
+from megatron_mixcpt.select.select import finish, select
 from tests.align.test_pairs import values as align_values
 from tests.data_prep.helpers import documents_of
 from tests.helpers.spawn import run_distributed

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
-from megatron_mixcpt.align import scoring, selecting
-from megatron_mixcpt.align.select_config import SelectConfig
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
+from megatron_mixcpt.select import score, select
+from megatron_mixcpt.select.config import SelectConfig
 from tests.align.test_select import values
 from tests.helpers.spawn import run_distributed
 
@@ -20,7 +20,7 @@ def stop():
 
 def one_select(rank, case, run):
     """What one rank met, and whether the result was there when it ended."""
-    finish, share, shares = selecting.finish, scoring._share, []
+    finish, share, shares = select.finish, score._share, []
 
     def finishing(*arguments):
         if case == "mistake":
@@ -39,10 +39,10 @@ def one_select(rank, case, run):
 
     config = validate(SelectConfig, run, "test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selecting, "finish", finishing)
-        patch.setattr(scoring, "_share", sharing)
+        patch.setattr(select, "finish", finishing)
+        patch.setattr(score, "_share", sharing)
         try:
-            selecting.select(config)
+            select.select(config)
             met = None
         except Exception as error:
             met = (type(error).__name__, getattr(error, "exit_code", None), str(error))

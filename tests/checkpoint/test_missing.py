@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mixcpt.checkpoint import load_model_weights
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_mixcpt.data_prep import cli
+from megatron_mixcpt.commands import preprocess as cli
 from megatron_mixcpt.data_prep.progress import Progress
 from megatron_mixcpt.errors import ConfigError
 from tests.data_prep.helpers import digests

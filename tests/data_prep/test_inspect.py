@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixcpt.data_prep import inspect_cli
+from megatron_mixcpt.commands import inspect as inspect_cli
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.pipeline import preprocess

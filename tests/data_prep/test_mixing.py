@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.data_prep import mix_cli
+from megatron_mixcpt.commands import mix as mix_cli
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.mixing import Request, apportion, resolve_shares

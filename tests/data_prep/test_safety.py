@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import json, sys
 from megatron_mixcpt.data_prep import plan
-from megatron_mixcpt.data_prep.cli import explain_os_error
+from megatron_mixcpt.commands.preprocess import explain_os_error
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.errors import MixcptError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mixcpt.data_prep import verify_cli
+from megatron_mixcpt.commands import verify as verify_cli
 from megatron_mixcpt.data_prep.assemble import content_hash
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import PAD, TARGET, open_indexed

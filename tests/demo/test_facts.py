@@ -14,7 +14,7 @@ from megatron_mixcpt.demo.facts import (
     make_people,
     make_questions,
 )
-from megatron_mixcpt.evaluate.recall import contains_answer
+from megatron_mixcpt.evaluate.answers import contains_answer
 
 SEEDS = st.integers(min_value=0, max_value=2**31)
 COUNTS = st.integers(min_value=1, max_value=14)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.convert.average import average
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.gci import Instance, write_instances
-from megatron_mixcpt.model.average import average
 from tests.model.families import make
 
 

@@ -9,10 +9,10 @@ import yaml
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate import harness, measurements
+from megatron_mixcpt.evaluate import harness, measure
 from megatron_mixcpt.evaluate.comparison import change, write_comparison
 from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, resolve_task, run_harness
-from megatron_mixcpt.evaluate.validation import SourcePerplexity
+from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from tests.model.families import make
 from tests.model.test_convert import make_tokenizer
 
@@ -66,7 +66,7 @@ def test_without_the_harness_the_extra_is_named():
 def test_a_missing_harness_is_told_before_any_model_is_opened(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     make("llama-untied", tmp_path / "model", vocab_size=40)
-    monkeypatch.setattr(measurements, "measure_model", lambda *arguments: pytest.fail("it went on"))
+    monkeypatch.setattr(measure, "measure_model", lambda *arguments: pytest.fail("it went on"))
     assert main(["eval", str(tmp_path / "model"), "--tasks", "bundled", "--out", str(tmp_path / "out")]) == 2
     assert "pip install -e '.[eval]'" in capsys.readouterr().err
 

@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_mixcpt.evaluate.answers import contains_answer
 from megatron_mixcpt.evaluate.format import format_share
 from megatron_mixcpt.evaluate.generate import generate_greedy
-from megatron_mixcpt.evaluate.measure import MAX_NEW_TOKENS, MIN_NEW_TOKENS, NUM_FORMAT_QUESTIONS, Probe, measure
 from megatron_mixcpt.evaluate.perplexity import perplexity
-from megatron_mixcpt.evaluate.recall import contains_answer
+from megatron_mixcpt.evaluate.probe import MAX_NEW_TOKENS, MIN_NEW_TOKENS, NUM_FORMAT_QUESTIONS, Probe, measure
 
 
 def test_measure_agrees_with_its_parts(hf_dir, model_and_tokenizer):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mixcpt.evaluate.recall import contains_answer, recall
+from megatron_mixcpt.evaluate.answers import contains_answer, recall
 
 WORDS = st.text(alphabet="abcdefghij", min_size=1, max_size=6)
 

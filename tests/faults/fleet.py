@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
 from tests.helpers.spawn import warm_context
 
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults

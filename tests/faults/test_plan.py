@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.plan import checkpoint_bytes, make_plan
+from megatron_mixcpt.plan.estimate import checkpoint_bytes, make_plan
 from megatron_mixcpt.train.setup import read_model_and_mix
 from tests.faults.conftest import run_settings
 from tests.faults.fleet import finish, write_config

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.doctor import _clock, examine
-from megatron_mixcpt.model.hf_weights import weights_fingerprint
+from megatron_mixcpt.doctor.checks import _clock, examine
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
 from tests.faults.test_hangs import at_step

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from megatron_mixcpt.observe.timing import StepTimer, section
+from megatron_mixcpt.runtime.timing import StepTimer, section
 
 pytestmark = [
     pytest.mark.gpu,

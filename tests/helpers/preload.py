@@ -3,7 +3,7 @@
 import signal
 import warnings
 
-from megatron_mixcpt.stop_signals import STOP_SIGNALS
+from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 warnings.filterwarnings("ignore")
 

@@ -32,7 +32,7 @@ def logits():
 
 
 def run_megatron(rank, world_size):
-    from megatron_mixcpt.parallel import parallel_context
+    from megatron_mixcpt.runtime.parallel import parallel_context
 
     mixcpt_loss = snippet("In a Megatron-LM script")["mixcpt_loss"]
     student, teacher, labels, mask = logits()

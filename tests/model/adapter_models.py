@@ -15,7 +15,7 @@ METHODS = {
 
 def random_tensors(arch, adapter, seed=3, scale=0.2):
     """Whole tensors by key, none of them zero."""
-    from megatron_mixcpt.model.adapter_layout import adapted_linears
+    from megatron_mixcpt.adapters.layout import adapted_linears
 
     generator = torch.Generator().manual_seed(seed)
     return {

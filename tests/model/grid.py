@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mixcpt.model.architecture import Architecture, RopeScaling
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 
 TINY = Architecture(
     num_layers=4,

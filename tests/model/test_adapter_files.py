@@ -10,12 +10,12 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_mixcpt.adapters.files import read_directory, write_directory
+from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.hf_alora import load_alora
-from megatron_mixcpt.model.adapter_files import read_directory, write_directory
-from megatron_mixcpt.model.adapter_layout import adapted_linears
 from megatron_mixcpt.model.architecture import architecture_from_hf
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.adapter_models import METHODS, fill, random_tensors
 from tests.model.families import make
@@ -28,8 +28,8 @@ FAMILIES = ["llama-untied", "qwen3-multi-query", "mistral-window"]
 
 def our_logits(hf_dir, adapter, tensors, tokens=TOKENS):
     with parallel_context():
+        from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import load_hf
 
         model = build_gpt(architecture_from_hf(hf_dir), seed=None, adapter=adapter)
         load_hf(model, hf_dir)

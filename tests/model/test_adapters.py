@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from megatron_mixcpt.adapters.layout import adapted_linears, check_adapter_layout, num_parameters
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.adapter_layout import adapted_linears, check_adapter_layout, num_parameters
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.model.adapter_models import METHODS, adapted_output, fill, random_tensors
 from tests.model.grid import TIED, TINY, cross_entropy, microbatch
 
@@ -137,7 +137,7 @@ def test_what_a_packed_document_gives_is_what_it_gives_alone():
 
 
 def test_switched_off_the_model_is_the_base_and_on_again_what_it_was():
-    from megatron_mixcpt.model.adapters import adapters_off
+    from megatron_mixcpt.adapters.layers import adapters_off
 
     adapter = METHODS["alora"]
     base, model = build(TINY), build(TINY, adapter, random_tensors(TINY, adapter))
@@ -150,7 +150,7 @@ def test_switched_off_the_model_is_the_base_and_on_again_what_it_was():
 
 
 def test_lora_merged_into_the_weights_is_the_same_model():
-    from megatron_mixcpt.model.adapter_files import whole_delta
+    from megatron_mixcpt.adapters.files import whole_delta
 
     for arch in (TINY, TIED):
         for method in ("lora", "lora on some"):

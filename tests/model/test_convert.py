@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, make
 from tests.model.grid import TIED, TINY
@@ -59,9 +59,9 @@ def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import load_hf
 
         arch = architecture_from_hf(source)
         converted, direct = build_gpt(arch, seed=None), build_gpt(arch, seed=None)
@@ -103,8 +103,8 @@ def save_random(rank, world_size, parent, archs, tensor, pipeline):
 def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
     """Random weights are the same on every grid, so one process's export tells what four processes' must be."""
     with parallel_context():
+        from megatron_mixcpt.huggingface.load import save_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import save_hf
 
         archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]
         for number, arch in enumerate(archs):

@@ -12,11 +12,11 @@ import torch
 import transformers
 import yaml
 
+from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.evaluate.generate_cli import NAME as GENERATE
-from megatron_mixcpt.model.card import model_card
-from megatron_mixcpt.model.origin import find_origin
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.commands.generate import NAME as GENERATE
+from megatron_mixcpt.convert.card import model_card
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.families import make
 from tests.model.test_convert import make_tokenizer
@@ -52,7 +52,7 @@ def exported(folder):
 
 
 def test_export_holds_the_trained_weights(folder, exported):
-    from megatron_mixcpt.model.hf_names import hf_names, split
+    from megatron_mixcpt.huggingface.names import hf_names, split
     from megatron_mixcpt.model.layout import unshard
 
     with parallel_context():

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, make
 
@@ -19,9 +19,9 @@ GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
 def round_trip(source, out, tensor, pipeline, dtype):
     with parallel_context(tensor=tensor, pipeline=pipeline):
+        from megatron_mixcpt.huggingface.load import load_hf, save_hf
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import load_hf, save_hf
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, params_dtype=dtype, seed=None)
@@ -123,9 +123,9 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     make("qwen2", tmp_path / "in", dtype=torch.bfloat16, shard_size="50KB")
     assert (tmp_path / "in/model.safetensors.index.json").exists()
     with parallel_context():
+        from megatron_mixcpt.huggingface.load import load_hf, save_hf
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import load_hf, save_hf
 
         arch = architecture_from_hf(tmp_path / "in")
         model = build_gpt(arch, params_dtype=dtype, seed=None)
@@ -142,10 +142,10 @@ def tokens_of(model, rows=2, length=20):
 
 def our_logits(source, tokens, doc_start):
     with parallel_context():
+        from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.attention import document_mask
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import load_hf
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, seed=None)
@@ -204,9 +204,9 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 def test_a_model_from_no_directory_exports(model_type, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
     with parallel_context():
+        from megatron_mixcpt.huggingface.load import save_hf
         from megatron_mixcpt.model.architecture import PRESETS, RopeScaling, architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
-        from megatron_mixcpt.model.hf import save_hf
 
         arch = dataclasses.replace(
             PRESETS["tiny"],

@@ -13,7 +13,7 @@ from megatron_mixcpt.model.architecture import PRESETS, Architecture, RopeScalin
 from megatron_mixcpt.model.init import initial_tensor
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.model.grid import TIED, TINY
 
 ROPES = {

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.test_hf import read_all
 

@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch
 
-from megatron_mixcpt.model import stream
-from megatron_mixcpt.model.stream import read_ahead
+from megatron_mixcpt.huggingface import stream
+from megatron_mixcpt.huggingface.stream import read_ahead
 
 SHAPES = {"a": (4, 4), "b": (2,), "c": (2,), "d": (3, 4), "e": (1,)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.model.tensorfiles import SafetensorsSource, SafetensorsWriter
+from megatron_mixcpt.huggingface.tensorfiles import SafetensorsSource, SafetensorsWriter
 
 SHAPES = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple), min_size=1, max_size=8)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

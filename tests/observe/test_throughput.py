@@ -13,7 +13,7 @@ from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.model.architecture import PRESETS
 from megatron_mixcpt.observe.throughput import executed_flops_per_token, flops_per_token, peak_flops
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings

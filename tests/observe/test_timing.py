@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mixcpt.observe.timing import MegatronTimers, StepTimer, section
+from megatron_mixcpt.runtime.timing import MegatronTimers, StepTimer, section
 
 
 class Clock:

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.plan import make_plan
+from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
 from tests.slurm.published import CONFIGS, PARAMETERS

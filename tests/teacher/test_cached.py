@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.launcher import free_port
-from megatron_mixcpt.teacher import cache_format, caching
-from megatron_mixcpt.teacher.cache_job import cache_teacher
+from megatron_mixcpt.runtime.launcher import free_port
+from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.teacher import cache_fill, cache_format
+from megatron_mixcpt.teacher.cache_config import cache_teacher
 from megatron_mixcpt.train.loop import train
-from megatron_mixcpt.train.signals import StopRequest
 from tests.helpers.corpus import write_mix
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import run_steps, settings
@@ -43,7 +43,7 @@ def fill(values, *, top_k=VOCABULARY, bits=32):
     config = validate(Config, values, "test")
     dtype = cache_format.record_dtype(32, top_k, VOCABULARY, bits)
     with StopRequest() as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caching, "SHARD_BYTES", SMALL_SHARDS * dtype.itemsize)
+        patch.setattr(cache_fill, "SHARD_BYTES", SMALL_SHARDS * dtype.itemsize)
         cache_teacher(config, stop, top_k=top_k, bits=bits)
 
 
@@ -117,7 +117,7 @@ def test_every_grid_fills_the_same_cache(world, grid):
 
 def _killed(rank, world_size, values, shards):
     """Dies without warning while it writes shard number `shards`, which is half on disk then."""
-    written, write = [], caching.write_shard
+    written, write = [], cache_fill.write_shard
 
     def dying(cache, shard, content):
         written.append(shard)
@@ -129,7 +129,7 @@ def _killed(rank, world_size, values, shards):
             os.kill(os.getpid(), signal.SIGKILL)
         write(cache, shard, content)
 
-    caching.write_shard = dying
+    cache_fill.write_shard = dying
     fill(values, top_k=8, bits=16)
 
 
@@ -163,7 +163,7 @@ def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
 def test_rounds_end_when_the_last_replica_is_through_and_count_every_sequence(sizes, replicas, micro, width):
     shards = [cache_format.Shard("x", number, 3, 3 + size) for number, size in enumerate(sizes)]
-    rounds = list(caching._rounds(shards, replicas, micro, width))
+    rounds = list(cache_fill._rounds(shards, replicas, micro, width))
     work = [sum(-(-size // micro) for size in sizes[replica::replicas]) for replica in range(replicas)]
     assert sum(rounds) == sum(sizes) and len(rounds) == max(-(-batches // width) for batches in work)
 
@@ -171,7 +171,7 @@ def test_rounds_end_when_the_last_replica_is_through_and_count_every_sequence(si
 def test_a_stop_is_75_and_keeps_complete_shards(world, tmp_path):
     _, mix, _ = world
     values = cached(mix, tmp_path / "run", tmp_path / "cache")
-    write, fired = caching.write_shard, []
+    write, fired = cache_fill.write_shard, []
 
     def stopping(cache, shard, content):
         write(cache, shard, content)
@@ -182,8 +182,8 @@ def test_a_stop_is_75_and_keeps_complete_shards(world, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caching, "write_shard", stopping)
-        patch.setattr(caching, "SHARD_BYTES", 1)
+        patch.setattr(cache_fill, "write_shard", stopping)
+        patch.setattr(cache_fill, "SHARD_BYTES", 1)
         assert main(["cache-teacher", str(config), "--top-k", "8"]) == 75
         assert cache_format.is_written(tmp_path / "cache", fired[0])
         assert main(["cache-teacher", str(config), "--top-k", "8"]) == 0
@@ -282,9 +282,9 @@ def test_a_full_disk_is_told_before_and_while_the_cache_is_written(small, tmp_pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "write_shard", full)
+        patch.setattr(cache_fill, "write_shard", full)
         assert main(["cache-teacher", str(config)]) == 1
     assert "No space left on device): what is complete is kept" in capsys.readouterr().err
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
     assert main(["cache-teacher", str(config)]) == 2
     assert "will take 0.00 GiB, its disk has 0.00 GiB left" in capsys.readouterr().err

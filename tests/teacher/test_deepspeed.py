@@ -12,9 +12,9 @@ from megatron_mixcpt.config import Config, TeacherConfig, validate
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.launcher import free_port
 from megatron_mixcpt.model.attention import document_mask
-from megatron_mixcpt.parallel import parallel_context
+from megatron_mixcpt.runtime.launcher import free_port
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix
 from tests.helpers.corpus import write_mix
@@ -191,7 +191,7 @@ def test_nvme_without_its_library_says_what_to_install(models, mix, tmp_path, mo
 
 
 def test_the_plan_counts_the_pieces_of_the_teacher(models, mix, tmp_path):
-    from megatron_mixcpt.plan import make_plan
+    from megatron_mixcpt.plan.estimate import make_plan
 
     folder, _ = models
     taken = {}

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from megatron_mixcpt.adapters.files import write_directory
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.launcher import free_port
-from megatron_mixcpt.model.adapter_files import write_directory
 from megatron_mixcpt.model.architecture import PRESETS
+from megatron_mixcpt.runtime.launcher import free_port
 from tests.helpers.corpus import write_mix
 from tests.helpers.spawn import run_distributed
 from tests.model.adapter_models import random_tensors

@@ -10,9 +10,9 @@ import torch
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.launcher import free_port
-from megatron_mixcpt.parallel import parallel_context
-from megatron_mixcpt.plan import make_plan
+from megatron_mixcpt.plan.estimate import make_plan
+from megatron_mixcpt.runtime.launcher import free_port
+from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train import host_adam, optimizer
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.setup import build, read_model_and_mix

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
 from tests.helpers.corpus import write_mix
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import run_all, settings

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.launcher import free_port
+from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.train.loop import train
 from tests.helpers.corpus import write_mix
 from tests.helpers.spawn import run_distributed

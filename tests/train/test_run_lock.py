@@ -12,8 +12,8 @@ import time
 import pytest
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.train import run_lock
-from megatron_mixcpt.train.run_lock import LEASE_SECONDS, LOCK, Owner, RunLock, hold
+from megatron_mixcpt.runtime import run_lock
+from megatron_mixcpt.runtime.run_lock import LEASE_SECONDS, LOCK, Owner, RunLock, hold
 from tests.helpers.spawn import run_distributed
 
 
@@ -41,7 +41,7 @@ def test_a_second_owner_is_refused_until_the_first_is_gone(tmp_path):
 
 
 def test_a_killed_owner_on_this_machine_is_followed_at_once(tmp_path):
-    program = "import sys, time, pathlib; from megatron_mixcpt.train.run_lock import RunLock\n"
+    program = "import sys, time, pathlib; from megatron_mixcpt.runtime.run_lock import RunLock\n"
     program += f"RunLock(pathlib.Path({str(tmp_path)!r})).__enter__(); print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -118,7 +118,7 @@ def test_of_many_that_find_a_dead_owner_one_follows(tmp_path):
 
 
 def test_an_owner_that_was_taken_over_ends(tmp_path):
-    program = "import sys, time, pathlib; from megatron_mixcpt.train import run_lock as r\n"
+    program = "import sys, time, pathlib; from megatron_mixcpt.runtime import run_lock as r\n"
     program += f"r.BEAT_SECONDS = 0.05; r.RunLock(pathlib.Path({str(tmp_path)!r})).__enter__()\n"
     program += "print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(

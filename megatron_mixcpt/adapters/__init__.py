@@ -1,0 +1,1 @@
+"""LoRA and ALoRA: their layers, layout over ranks, checkpoints and files."""

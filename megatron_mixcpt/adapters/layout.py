@@ -1,0 +1,172 @@
+"""Which linear layers an adapter stands beside, what tensors it has, and how they are cut over tensor ranks.
+
+megatron-core fuses queries, keys and values into `linear_qkv`, gate and up projection into `linear_fc1`. An adapter has
+its own matrix A, and for ALoRA its own attention, for each of the projections in there, as if they were separate: only
+so can it be written as Hugging Face's separate layers without rounding.
+
+Whole tensors of the adapter of one linear layer (P targeted projections in it, rank r):
+
+    down            [P * r, in]            A of each projection, one above the other
+    up              [rows, r]              B in the order of the layer's own rows; linear_fc1: [P, ffn, r]
+    attention_in    [P, 3 * r, r]          ALoRA: queries, keys, values of the attention over z = A x
+    attention_out   [P, r, r]              ALoRA: its output projection
+
+Needs no megatron-core.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.names import hf_names, hf_shapes
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.init import named_generator
+
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """The adapter of one linear layer, over the whole model.
+
+    Attributes:
+        linear: name of the layer, numbered over the whole model: `decoder.layers.3.mlp.linear_fc1`.
+        targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`.
+        rows: for each of all the Hugging Face layers in it, whether adapted or not, (its number of rows a group, its
+            index in `targets` or None). linear_qkv repeats them `groups` times.
+    """
+
+    linear: str
+    targets: tuple[str, ...]
+    rows: tuple[tuple[int, int | None], ...]
+    groups: int
+    in_features: int
+    config: AdapterConfig
+
+    @property
+    def row_parallel(self) -> bool:
+        return self.linear.endswith(("linear_proj", "linear_fc2"))
+
+    @property
+    def gated(self) -> bool:
+        return self.linear.endswith("linear_fc1")
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """`{name: (whole shape, axis that tensor ranks share or None where each has all of it)}`."""
+        count, rank = len(self.targets), self.config.rank
+        adapted = sum(rows for rows, target in self.rows if target is not None) * self.groups
+        up: tuple[tuple[int, ...], int | None]
+        if self.gated:
+            up = ((count, adapted // count, rank), 1)
+        else:
+            up = ((adapted, rank), None if self.row_parallel else 0)
+        tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
+            "down": ((count * rank, self.in_features), 1 if self.row_parallel else None),
+            "up": up,
+        }
+        if self.config.method == "alora":
+            tensors["attention_in"] = ((count, 3 * rank, rank), None)
+            tensors["attention_out"] = ((count, rank, rank), None)
+        return tensors
+
+    def key(self, name: str) -> str:
+        """Name of a whole tensor in checkpoints."""
+        return f"adapter.{self.linear}.{name}"
+
+    def row_targets(self) -> Tensor:
+        """For each row of the whole linear layer the index in `targets` that adapts it, or -1: int64 `[rows]`."""
+        group = [-1 if target is None else target for rows, target in self.rows for _ in range(rows)]
+        return torch.tensor(group).repeat(self.groups)
+
+    def initial(self, name: str, seed: int) -> Tensor:
+        """The whole tensor at the start, the same on every grid: B is zero, the others uniform with bound
+        1 / sqrt(inputs) (the initialisation of torch's Linear and of PEFT's A)."""
+        shape = self.tensors()[name][0]
+        if name == "up":
+            return torch.zeros(shape)
+        bound = 1.0 / math.sqrt(shape[-1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=named_generator(self.key(name), seed))
+
+
+def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLinear]:
+    """The adapters of the whole model, layer by layer.
+
+    Raises ConfigError, naming what there is, where a target matches nothing.
+    """
+    shapes = hf_shapes(arch)
+    unmatched = set(config.targets)
+    linears, known = [], set()
+    for layer in range(arch.num_layers):
+        for short in LINEARS:
+            linear = f"decoder.layers.{layer}.{short}"
+            parts = [part.removesuffix(".weight") for part in hf_names(f"{linear}.weight")]
+            targets: list[str] = []
+            rows: list[tuple[int, int | None]] = []
+            groups = arch.num_query_groups if short.endswith("linear_qkv") else 1
+            for part in parts:
+                known.add(part.rsplit(".", 1)[1])
+                matching = {pattern for pattern in config.targets if _matches(part, pattern)}
+                unmatched -= matching
+                rows.append((shapes[f"{part}.weight"][0] // groups, len(targets) if matching else None))
+                if matching:
+                    targets.append(part)
+            if targets:
+                width = shapes[f"{parts[0]}.weight"][1]
+                linears.append(AdaptedLinear(linear, tuple(targets), tuple(rows), groups, width, config))
+    if unmatched:
+        raise ConfigError(
+            f"adapter.targets: {', '.join(sorted(unmatched))} matches no layer; a target is a pattern of the last part "
+            f"({', '.join(sorted(known))}) or of the whole name (model.layers.0.self_attn.q_proj)"
+        )
+    return linears
+
+
+def _matches(layer: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer.rsplit(".", 1)[1], pattern)
+
+
+def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int, pipeline: int) -> None:
+    """Raise ConfigError, naming the way out, where the adapters cannot be cut `tensor` x `pipeline` ways."""
+    linears = adapted_linears(arch, config)
+    per_stage = arch.num_layers // pipeline
+    stages = {int(linear.linear.split(".")[2]) // per_stage for linear in linears}
+    if len(stages) < pipeline:
+        empty = min(set(range(pipeline)) - stages)
+        raise ConfigError(
+            f"adapter.targets leaves pipeline stage {empty} (layers {empty * per_stage} to "
+            f"{(empty + 1) * per_stage - 1}) nothing to train: lower parallel.pipeline, or target layers of each stage"
+        )
+    partial = any(len(linear.targets) < 3 for linear in linears if linear.linear.endswith("linear_qkv"))
+    if tensor > arch.num_query_groups and partial:
+        raise ConfigError(
+            f"parallel.tensor={tensor} cuts through the model's {arch.num_query_groups} query groups: there "
+            "adapter.targets must name all of q_proj, k_proj and v_proj or none; or lower parallel.tensor"
+        )
+
+
+def shard(whole: Tensor, axis: int | None, tensor_rank: int, tensor_size: int) -> Tensor:
+    """This tensor rank's part of a whole adapter tensor."""
+    return whole if axis is None else whole.chunk(tensor_size, dim=axis)[tensor_rank]
+
+
+def num_parameters(arch: Architecture, config: AdapterConfig) -> int:
+    """Of the whole model's adapters: what is trained."""
+    return sum(math.prod(shape) for linear in adapted_linears(arch, config) for shape, _ in linear.tensors().values())
+
+
+def describe_adapter(arch: Architecture, config: AdapterConfig) -> str:
+    """What is trained, in a line."""
+    trained = num_parameters(arch, config)
+    share = trained / (arch.num_parameters + trained)
+    heads = f", {config.num_heads} heads" if config.method == "alora" else ""
+    return (
+        f"{config.method} of rank {config.rank}{heads} on {', '.join(config.targets)}: {trained / 1e6:.2f} M trainable "
+        f"parameters, {share:.2%} of all"
+    )

@@ -1,0 +1,102 @@
+"""Starting weights where adapters are involved: fresh ones, an adapter directory, or a run that has trained some.
+
+A checkpoint of such a run holds its adapters alone. The weights they belong to come from where that run took them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.model.gpt import MixGPTModel
+
+
+def start_adapters(stage: MixGPTModel, seed: int) -> None:
+    """Fill the adapters of a stage at the beginning of a run: from `adapter.init`, or so that they add nothing."""
+    from megatron_mixcpt.adapters.files import read_directory
+
+    assert stage.adapter is not None
+    if stage.adapter.init is None:
+        for adapter in stage.adapters():
+            adapter.initialize(seed)
+        return
+    tensors = read_directory(Path(stage.adapter.init), stage.arch, stage.adapter)
+    for adapter in stage.adapters():
+        for name in adapter.layout.tensors():
+            adapter.fill(name, tensors[adapter.layout.key(name)])
+
+
+def load_adapted(stage: MixGPTModel, checkpoint: Path, info: dict[str, Any]) -> None:
+    """Fill a stage from a verified checkpoint that holds adapters: base weights first, then the adapters. Collective.
+
+    A stage with adapters of the same shape goes on with them. Into any other stage LoRA is merged.
+
+    Raises ConfigError where the base is gone, or where ALoRA would have to be merged.
+    """
+    from megatron_mixcpt.adapters.state import load_adapters
+    from megatron_mixcpt.checkpoint.origin import adapter_in, check_start, goes_on, run_config
+    from megatron_mixcpt.checkpoint.state import load_model_weights
+    from megatron_mixcpt.huggingface.load import load_hf
+    from megatron_mixcpt.model.init import initialize
+
+    trained = adapter_in(info)
+    assert trained is not None
+    same = goes_on(trained, stage.adapter)
+    if not same and trained.method == "alora":
+        raise ConfigError(f"{checkpoint}: {not_mergeable(trained)}")
+    if same and stage.adapter is not None and stage.adapter.init:
+        raise ConfigError(
+            f"adapter.init: model.checkpoint {checkpoint} has adapters to go on with: remove one of the two"
+        )
+    config = run_config(checkpoint)
+    model = config["model"]
+    check_start(checkpoint, info, model)
+    if model.get("hf"):
+        load_hf(stage, model["hf"])
+    elif model.get("checkpoint"):
+        load_model_weights(stage, Path(model["checkpoint"]))
+    else:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        initialize(stage.slots(), stage.arch, config["train"]["seed"], rank, size)
+    if same:
+        load_adapters(stage.adapters(), checkpoint)
+    else:
+        _merge(stage, trained, checkpoint)
+
+
+def not_mergeable(adapter: AdapterConfig) -> str:
+    """Why the weights of a run with ALoRA cannot stand alone."""
+    return (
+        "ALoRA cannot be merged into the weights: its attention takes in preceding tokens, which no matrix does. "
+        f"Go on with the same adapter section ({', '.join(f'{k}={v}' for k, v in adapter.shape.items())}), or take it "
+        "as it is with `mixcpt export --adapter`"
+    )
+
+
+@torch.no_grad()
+def _merge(stage: MixGPTModel, trained: AdapterConfig, checkpoint: Path) -> None:
+    """Add a checkpoint's LoRA to the weights, in fp32."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_mixcpt.adapters.layers import Adapter
+    from megatron_mixcpt.adapters.layout import adapted_linears
+    from megatron_mixcpt.adapters.state import load_adapters
+
+    layers: Any = stage.get_submodule("decoder.layers")
+    first = get_transformer_layer_offset(stage.config)
+    beside = []
+    for layout in adapted_linears(stage.arch, trained):
+        _, _, number, rest = layout.linear.split(".", 3)
+        if first <= int(number) < first + len(layers):
+            beside.append((layers[int(number) - first].get_submodule(rest).weight, Adapter(layout, stage.config)))
+    load_adapters([adapter for _, adapter in beside], checkpoint)
+    for weight, adapter in beside:
+        weight.copy_(weight.float() + adapter.merged_delta())

@@ -1,0 +1,128 @@
+"""What an exported model came from: a training run, or a converted checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
+from megatron_mixcpt.checkpoint.manifest import MANIFEST
+from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
+from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint and where the rest of its Hugging Face directory is carried over from."""
+
+    checkpoint: Path
+    info: dict[str, Any]
+    arch: Architecture
+    run_dir: Path | None
+    config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
+    mix: dict[str, Any]  # the run's mix.json; empty if it is gone
+    base: Path | None  # the model that the run started from: a Hugging Face directory, a checkpoint or a run
+    source_dir: Path | None  # config.json and generation_config.json
+    tokenizer_dir: Path | None
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What the checkpoint holds in place of the weights; they are those of `base`."""
+        return adapter_in(self.info)
+
+
+def find_origin(path: Path, *, verify: bool = True) -> Origin:
+    """`path`: a run directory, one of its checkpoints, or a checkpoint that `mixcpt convert` wrote.
+
+    Args:
+        verify: compare the checkpoint with its hashes; without, the newest one is taken as it is.
+
+    Raises:
+        VerificationError: it holds no complete checkpoint.
+        ConfigError: the run started from a Hugging Face directory that is gone.
+    """
+    checkpoint = find_checkpoint(path) if verify else newest_checkpoint(path)
+    info = read_info(checkpoint)
+    arch = Architecture.from_dict(info["architecture"])
+    if (checkpoint / "hf").is_dir():
+        return Origin(checkpoint, info, arch, None, {}, {}, None, checkpoint / "hf", checkpoint / "hf")
+    run_dir = checkpoint.parent.parent
+    config = run_config(checkpoint)
+    mix_path = Path(config["data"]["mix"])
+    mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
+    tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
+    start = config["model"].get("checkpoint")
+    if start:
+        source = find_origin(Path(start), verify=False).source_dir
+        return Origin(checkpoint, info, arch, run_dir, config, mix, Path(start), source, tokenizer)
+    base = config["model"].get("hf")
+    if base and not Path(base).is_dir():
+        raise ConfigError(
+            f"{run_dir}/config.yaml: model.hf is {base}, which is not there; its config.json and tokenizer are "
+            "carried over, so put it back, or run this where the run was started"
+        )
+    source = Path(base) if base else None
+    return Origin(checkpoint, info, arch, run_dir, config, mix, source, source, tokenizer)
+
+
+def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) -> Path | None:
+    """The Hugging Face directory whose weights a run's adapter stands beside, where transformers loads just those.
+
+    Args:
+        config: the run's configuration.
+    """
+    hf, start = config["model"].get("hf"), config["model"].get("checkpoint")
+    if hf:
+        # Rows that the run added for new tokens are not in it, and a GGUF file needs to be named.
+        whole = architecture_from_hf(hf).vocab_size == arch.vocab_size and (Path(hf) / "config.json").is_file()
+        return Path(hf).resolve() if whole else None
+    if start:
+        origin = find_origin(Path(start))
+        if goes_on(origin.adapter, adapter):
+            return hf_base(origin.config, arch, adapter)
+    return None
+
+
+def adapter_in(info: dict[str, Any]) -> AdapterConfig | None:
+    """The adapter that a checkpoint holds in place of weights. `info`: its checkpoint.json."""
+    # Where it once started is no part of what it is.
+    return AdapterConfig(**{**info["adapter"], "init": None}) if info.get("adapter") else None
+
+
+def check_start(checkpoint: Path, info: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise VerificationError unless the weights that an adapter was trained beside are still where it found them.
+
+    Args:
+        checkpoint: that holds the adapter; `info` is its checkpoint.json.
+        model: section of the run's configuration.
+    """
+    if model.get("hf"):
+        now, where = weights_fingerprint(model["hf"]), model["hf"]
+    elif model.get("checkpoint"):
+        where = model["checkpoint"]
+        now = xxhash.xxh3_128_hexdigest((newest_checkpoint(Path(where)) / MANIFEST).read_bytes())
+    else:
+        return
+    if now != info.get("start", now):
+        raise VerificationError(
+            f"{checkpoint}: its adapter was trained beside other weights than {where} holds now: put those back (of a "
+            "run that went on, keep the checkpoint it was: checkpoint.keep_every)"
+        )
+
+
+def goes_on(start: AdapterConfig | None, adapter: AdapterConfig | None) -> bool:
+    """Whether a run with `adapter` that starts from one with `start` goes on with its adapters."""
+    return start is not None and adapter is not None and start.shape == adapter.shape
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint stands in. Raises ConfigError where it stands in none."""
+    try:
+        return yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error

@@ -1,0 +1,33 @@
+"""`mixcpt export RUN_OR_CKPT --out DIR [--adapter]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+NAME = "export"
+HELP = """Write a training run (its newest complete checkpoint), one of its checkpoints, or a converted checkpoint as a
+Hugging Face directory that transformers loads: weights, configuration, tokenizer and a model card. LoRA is merged into
+the weights it was trained beside; --adapter writes the adapter alone, LoRA in PEFT's format, ALoRA for
+megatron_mixcpt.hf_alora."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_CKPT", help="run directory or checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of the weights (default: as trained)")
+    parser.add_argument("--adapter", action="store_true", help="write the trained adapter in place of a whole model")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.convert.export import export, export_adapter
+    from megatron_mixcpt.errors import ConfigError
+
+    if args.adapter and args.dtype:
+        raise ConfigError("--dtype is for whole models: an adapter is written as it was trained")
+    if args.adapter:
+        print(f"{args.out}: exported; {export_adapter(Path(args.source), Path(args.out))}")
+    else:
+        export(Path(args.source), Path(args.out), args.dtype)
+        print(f"{args.out}: exported; transformers loads it")
+    return 0

@@ -1,0 +1,105 @@
+"""`mixcpt plan CONFIG [--nproc N] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+NAME = "plan"
+HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
+what is saved where. Checks the configuration as `mixcpt train` or `mixcpt align` would."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
+    parser.add_argument("--gpu", help="device whose bf16 peak counts: A100, H100 (default), H200, B200")
+    parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak of another device, in TFLOP/s a rank")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.align.config import load_run_config, recipe_of
+
+    config = load_run_config(args.config, args.overrides)
+    from megatron_mixcpt.adapters.layout import describe_adapter
+    from megatron_mixcpt.errors import ConfigError
+    from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
+    from megatron_mixcpt.plan.estimate import make_plan
+    from megatron_mixcpt.train.setup import check_settings, existing_parent
+
+    grid, train = config.parallel, config.train
+    world_size = args.nproc or grid.tensor * grid.pipeline
+    arch, mix = check_settings(config, world_size, recipe_of(config))
+    if args.gpu is not None and args.gpu not in PEAK_BF16:
+        raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
+    if not 0.0 < args.mfu <= 1.0:
+        raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
+    if args.gpu is not None and train.dtype == "fp32":
+        raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
+    row_length = config.row_sequences * mix.seq_length
+    plan = make_plan(config, arch, mix, world_size)
+
+    print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
+    if config.adapter is not None:
+        print(f"adapter     {describe_adapter(arch, config.adapter)}")
+    print(
+        f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
+        f"x data {plan.data_size}; "
+        f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
+    )
+    header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
+    print(f"memory of a rank, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
+    for index, stage in enumerate(plan.stages):
+        cells = "".join(f"{getattr(stage, name) / 2**30:13.3f}" for name in header)
+        print(f"{index:<8}{stage.num_parameters:14}{cells}")
+    if config.optimizer.offload == "cpu":
+        saved = max(stage.offloaded for stage in plan.stages) / 2**30
+        print(f"            and {saved:.3f} GiB of optimizer state in host memory, which optimizer.offload saves here")
+    if config.checkpoint.background:
+        print(f"            and {max(s.snapshot for s in plan.stages) / 2**30:.3f} GiB of host memory while saving")
+    print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")
+
+    tokens = plan.tokens(train.steps)
+    frozen = config.adapter is not None
+    flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
+    executed = executed_flops_per_token(
+        arch,
+        row_length,
+        with_teacher=config.runs_teacher,
+        recompute=train.recompute == "full",
+        fuse_lm_head=config.fuses_lm_head,
+        tensor=grid.tensor,
+        frozen=frozen,
+    )
+    print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
+    total = sum(source.weight for source in mix.train_sources)
+    for source, share in zip(mix.train_sources, mix.sample_shares()):
+        assert source.train is not None
+        passes = train.steps * train.global_batch_size * share / source.train.sequences
+        print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
+    print(
+        f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
+        "with recomputation, padding and masked attention"
+    )
+    if train.dtype == "fp32" and not args.peak_tflops:
+        print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")
+    else:
+        device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu or "H100"
+        peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[device]
+        hours = tokens * flops / (world_size * peak * args.mfu) / 3600
+        print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
+
+    every = config.checkpoint.every
+    saves = train.steps // every if every else 1
+    kept = min(saves, config.checkpoint.keep)
+    kept += saves // max(config.checkpoint.keep_every // every, 1) if every and config.checkpoint.keep_every else 0
+    free, needed = shutil.disk_usage(existing_parent(Path(config.run_dir))).free, (kept + 1) * plan.checkpoint
+    print(
+        f"disk        {config.run_dir}/checkpoints: {plan.checkpoint / 2**30:.3f} GiB each, up to {kept} kept and one "
+        f"being written = {needed / 2**30:.3f} GiB; {free / 2**30:.1f} GiB are free here"
+        + (": too little" if free < needed else "")
+    )
+    return 0

@@ -1,0 +1,170 @@
+"""README.md of an exported model: what was trained, on what, and what it gained and lost, in the run's own figures."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_mixcpt import __version__
+from megatron_mixcpt.adapters.layout import describe_adapter
+from megatron_mixcpt.checkpoint.origin import Origin
+
+
+def model_card(origin: Origin) -> str:
+    """Markdown with the front matter that model hubs read."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [mix-cpt]", "---", ""]
+    arch = origin.arch
+    lines += [
+        f"# {_title(origin)}",
+        "",
+        f"A {arch.model_type} of {_millions(arch.num_parameters)} parameters ({arch.num_layers} layers, hidden "
+        f"{arch.hidden_size}), exported by Megatron-MixCPT {__version__} from step {origin.info['step']}.",
+        "",
+    ]
+    if origin.config:
+        lines += _training(origin) + _sources(origin) + _measured(origin)
+    else:
+        lines += [f"Converted from `{origin.info['source']['hf']}` without training.", ""]
+    return "\n".join(lines)
+
+
+def _millions(count: int) -> str:
+    millions = count / 1e6
+    return f"{millions:,.0f}M" if millions >= 10 else f"{millions:.2g}M"
+
+
+def _title(origin: Origin) -> str:
+    return origin.run_dir.resolve().name if origin.run_dir else origin.checkpoint.resolve().name
+
+
+def _training(origin: Origin) -> list[str]:
+    config = origin.config
+    train, loss = config["train"], config["loss"]
+    base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
+    answers = config.get("teacher", {})
+    teacher = "the base model" if answers.get("source") == "adapter_off" else "the frozen starting weights"
+    if answers.get("hf"):
+        teacher = f"`{answers['hf']}`"
+    align = config.get("align") or {}
+    if align.get("method") == "dpo":
+        objective = f"DPO (`{align['loss']}`, beta {align['beta']}) on preference pairs, against the starting weights"
+    elif loss["target"] == "none":
+        objective = "cross-entropy alone"
+    else:
+        objective = (
+            f"{loss['ce_weight']} x cross-entropy + {loss['kd_weight']} x KL to {teacher} with "
+            f"target `{loss['target']}`, temperature {loss['temperature']}"
+        )
+    return [
+        "## Training",
+        "",
+        f"- started from: {base}",
+        f"- objective: {objective}",
+        *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
+        f"- {origin.info['step']} of {train['steps']} steps of {train['global_batch_size']} sequences, "
+        f"learning rate {train['lr']} ({train['schedule']}), {train['dtype']}, seed {train['seed']}",
+        "",
+    ]
+
+
+def _sources(origin: Origin) -> list[str]:
+    if not origin.mix:
+        return []
+    tokens = origin.info.get("tokens_by_source", {})
+    rows = [
+        f"| {source['name']} | {source['kind']} | {source['weight']:.1%} | {tokens.get(source['name'], 0):,} |"
+        for source in origin.mix["sources"]
+    ]
+    return [
+        "## Data",
+        "",
+        f"Mixture `{origin.mix['fingerprint']}`, sequences of {origin.mix['seq_length']} tokens.",
+        "",
+        "| source | kind | share of tokens | target tokens trained on |",
+        "| --- | --- | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
+def validation_history(origin: Origin) -> list[dict[str, Any]]:
+    """Rows of the run's metrics.jsonl that hold a validation, oldest first, up to the exported step."""
+    path = origin.run_dir / "metrics.jsonl" if origin.run_dir else None
+    if path is None or not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed while writing it
+        if row["step"] <= origin.info["step"] and any(key.startswith("val/") for key in row):
+            rows.append(row)
+    return rows
+
+
+def not_measured(sources: Sequence[str]) -> list[str]:
+    """A paragraph that names the sources that a table of validation leaves out."""
+    return [f"Not measured: {', '.join(sources)} (no validation split with target tokens).", ""] if sources else []
+
+
+def _measured(origin: Origin) -> list[str]:
+    pairs = (origin.config.get("align") or {}).get("method") == "dpo"
+    metric, table = ("accuracy", _pair_table) if pairs else ("ppl", _perplexity_table)
+    history = validation_history(origin)
+    first, last = (history[0], history[-1]) if len(history) > 1 else ({}, {})
+    found = re.compile(rf"val/(.+)/{metric}")
+    names = sorted(
+        match[1] for key in last if None not in (first.get(key), last[key]) and (match := found.fullmatch(key))
+    )
+    splits = _validation_splits(origin, pairs)
+    # Without any validation, only what could not be measured is told.
+    missing = [name for name in splits if name not in names] if names or not any(splits.values()) else []
+    kinds = {source["name"]: source["kind"] for source in origin.mix.get("sources", [])}
+    lines = table(first, last, {name: kinds.get(name, "") for name in names}) if names else []
+    lines += not_measured(missing)
+    return ["## Gain and loss", "", *lines] if lines else []
+
+
+def _validation_splits(origin: Origin, pairs: bool) -> dict[str, bool]:
+    """Sources that the run trained on -> whether they have a validation split."""
+    weights = origin.config["data"].get("weights") or {}
+    found = {}
+    for source in origin.mix.get("sources", []):
+        split = (source.get("pairs") or {}) if pairs else source
+        train, valid = (bool((split.get(part) or {}).get("sequences")) for part in ("train", "valid"))
+        if train and weights.get(source["name"], source["weight"]) > 0:
+            found[source["name"]] = valid
+    return found
+
+
+def _perplexity_table(first: dict[str, Any], last: dict[str, Any], kinds: dict[str, str]) -> list[str]:
+    rows = []
+    for name, kind in kinds.items():
+        before, after = first[f"val/{name}/ppl"], last[f"val/{name}/ppl"]
+        rows.append(f"| {name} | {kind} | {before:.3f} | {after:.3f} | {after / before - 1:+.1%} |")
+    return [
+        f"Perplexity of held-out text, at step {first['step']} and at step {last['step']}; lower is better.",
+        "",
+        "| source | kind | before | after | change |",
+        "| --- | --- | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
+def _pair_table(first: dict[str, Any], last: dict[str, Any], kinds: dict[str, str]) -> list[str]:
+    rows = []
+    for name in kinds:
+        accuracy, margin = ([row[f"val/{name}/{metric}"] for row in (first, last)] for metric in ("accuracy", "margin"))
+        rows.append(f"| {name} | {accuracy[0]:.1%} | {accuracy[1]:.1%} | {margin[0]:+.4f} | {margin[1]:+.4f} |")
+    return [
+        f"Held-out preference pairs, at step {first['step']} and at step {last['step']}. Accuracy: share of pairs "
+        "whose chosen answer has the higher reward, a tie counting half. Margin: mean reward of the chosen answer "
+        "minus that of the rejected one.",
+        "",
+        "| source | accuracy before | after | margin before | after |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]

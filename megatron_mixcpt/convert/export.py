@@ -1,0 +1,91 @@
+"""From a run or checkpoint to a Hugging Face directory, tensor by tensor; an adapter alone where asked."""
+
+import shutil
+from pathlib import Path
+
+from megatron_mixcpt import hf_alora
+from megatron_mixcpt.adapters.files import write_directory
+from megatron_mixcpt.adapters.layout import adapted_linears
+from megatron_mixcpt.adapters.state import read_adapters
+from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base
+from megatron_mixcpt.convert.card import model_card
+from megatron_mixcpt.convert.progress import tensor_progress
+from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.metadata import claim, copy_tokenizer, write_metadata
+from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
+from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
+from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
+from megatron_mixcpt.huggingface.weights import DTYPES
+from megatron_mixcpt.model.layout import whole_shapes
+
+
+def export(source: Path, out: Path, dtype: str | None = None) -> None:
+    """Write the directory, tensor by tensor; it appears under its name when it is complete.
+
+    Raises:
+        VerificationError: there is no complete checkpoint, or it is damaged.
+        ConfigError: `out` is not empty, what the run started from is gone, or its adapter cannot be merged.
+    """
+    origin = find_origin(source)
+    weights = open_weights(origin)
+    claim(out)
+    partial = _partial(out)
+    _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
+    out.rmdir()
+    partial.rename(out)
+
+
+def export_adapter(source: Path, out: Path) -> str:
+    """Write the adapter's directory; it appears under its name when it is complete. Returns how it is loaded.
+
+    The base model is named where it is a Hugging Face directory, and else written into `base/` beside the adapter.
+
+    Raises as `export`, and ConfigError where the run trained no adapter.
+    """
+    origin = find_origin(source)
+    if origin.adapter is None:
+        raise ConfigError(f"{source} trained all weights, no adapter: leave --adapter out")
+    claim(out)
+    partial = _partial(out)
+    partial.mkdir()
+    hf = hf_base(origin.config, origin.arch, origin.adapter)
+    base = str(hf) if hf else "base"
+    if not hf:
+        _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
+    tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
+    write_directory(partial, origin.arch, origin.adapter, tensors, base)
+    for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
+        if folder:
+            copy_tokenizer(folder, partial)
+    (partial / "README.md").write_text(model_card(origin))
+    if origin.adapter.method == "alora":
+        shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
+    out.rmdir()
+    partial.rename(out)
+    if origin.adapter.method == "lora":
+        return f"peft loads it over {hf or out / base}"
+    return "megatron_mixcpt.hf_alora.load_alora loads it"
+
+
+def _partial(out: Path) -> Path:
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+    return partial
+
+
+def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str | None, title: str) -> None:
+
+    written, arch = DTYPES[dtype] if dtype else weights.dtype, origin.arch
+    folder.mkdir()
+    shapes = whole_shapes(arch)
+    with (
+        one_thread(),
+        tensor_progress(title, len(shapes)) as done,
+        SafetensorsWriter(folder, hf_shapes(arch), written) as writer,
+    ):
+        for name, whole in read_ahead(shapes, weights.read):
+            for part, tensor in zip(hf_names(name), split(name, whole, arch)):
+                writer.write(part, tensor)
+            done(name)
+    write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))

@@ -1,0 +1,88 @@
+"""Perplexity of every source's held-out split, by the trainer's own model and its own validation."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.target import is_hf_directory
+from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+
+
+@dataclass(frozen=True)
+class SourcePerplexity:
+    """exp of the mean negative log-likelihood (nats) of a source's target tokens."""
+
+    name: str
+    kind: str
+    value: float
+
+
+def validation_perplexity(
+    path: Path, mix: Mix, *, dtype: str = "fp32", micro_batch_size: int = 1, max_samples: int | None = None
+) -> list[SourcePerplexity]:
+    """Validate a run's newest checkpoint, a checkpoint or a Hugging Face directory on the mixture; one process.
+
+    Raises:
+        ConfigError: the model has fewer embedding rows than the mixture's tokenizer, or no source has held-out data.
+    """
+    import torch
+
+    from megatron_mixcpt.checkpoint import load_model_weights, newest_checkpoint, read_info
+    from megatron_mixcpt.checkpoint.origin import adapter_in
+    from megatron_mixcpt.config import LossConfig
+    from megatron_mixcpt.data.batch import collate
+    from megatron_mixcpt.data.dataset import valid_datasets
+    from megatron_mixcpt.huggingface.weights import DTYPES
+    from megatron_mixcpt.losses.mixcpt import MixCPTLoss
+    from megatron_mixcpt.runtime.parallel import parallel_context
+    from megatron_mixcpt.train.mixcpt import MixCPTObjective
+    from megatron_mixcpt.train.step import ForwardBackward
+    from megatron_mixcpt.train.validate import validate
+
+    from_hf = is_hf_directory(path)
+    adapter = None
+    if from_hf:
+        arch = architecture_from_hf(path)
+    else:
+        info = read_info(newest_checkpoint(path))
+        arch = Architecture.from_dict(info["architecture"])
+        adapter = adapter_in(info)
+    if mix.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
+            "they do not belong together"
+        )
+    with parallel_context() as state, tempfile.TemporaryDirectory() as cache:
+        from megatron_mixcpt.huggingface.load import load_hf
+        from megatron_mixcpt.model.gpt import build_gpt
+
+        model = build_gpt(arch, params_dtype=DTYPES[dtype], seed=None, adapter=adapter)
+        if from_hf:
+            load_hf(model, path)
+        else:
+            load_model_weights(model, path)
+        loss = MixCPTLoss(
+            LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
+        )
+        metrics, _ = validate(
+            dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
+            ForwardBackward(model, MixCPTObjective(loss, None), num_sources=micro_batch_size, contributes=True),
+            collate,
+            state=state,
+            micro_batch_size=micro_batch_size,
+            max_samples=max_samples,
+            stop_requested=lambda: False,
+        )
+        torch.distributed.barrier()
+    measured = [
+        SourcePerplexity(source.name, source.kind, metrics[f"val/{source.name}/ppl"])
+        for source in mix.sources
+        if f"val/{source.name}/ppl" in metrics
+    ]
+    if not measured:
+        raise ConfigError(f"{mix.path}: no source has held-out target tokens; preprocess with a larger valid_fraction")
+    return measured

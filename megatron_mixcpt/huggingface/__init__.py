@@ -1,0 +1,1 @@
+"""Hugging Face directories: configurations, names, weights and tokenizers, streamed."""

@@ -1,0 +1,116 @@
+"""Whole tensors out of a Hugging Face directory, checked against its configuration. Needs no megatron-core."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.huggingface.config import gguf_file
+from megatron_mixcpt.huggingface.names import IGNORED_SUFFIXES, hf_names, hf_shapes, places
+from megatron_mixcpt.huggingface.tensorfiles import (
+    MemorySource,
+    PickleSource,
+    SafetensorsSource,
+    TensorSource,
+    tensor_places,
+)
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf")
+SAMPLES, SAMPLE_BYTES = 4, 4096  # of each tensor
+
+
+def open_source(hf_dir: str | Path) -> TensorSource:
+    """The weights of a Hugging Face directory: safetensors, pickled weights (without running code), or GGUF.
+
+    GGUF is dequantised by transformers, which holds the whole model in memory.
+    """
+    folder = Path(hf_dir)
+    gguf = gguf_file(folder)
+    if gguf:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.float32)
+        return MemorySource(model.state_dict())
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
+    if pickled and not list(folder.glob("*.safetensors*")):
+        return PickleSource(folder)
+    return SafetensorsSource(folder)
+
+
+def weights_fingerprint(hf_dir: str | Path) -> str:
+    """xxh3-128 (hex) that tells one model's directory from another's: its configuration, and numbers of every tensor.
+
+    Of each tensor in safetensors a few places are read, of other files one in a mebibyte: any training, merging or
+    rounding changes it, a moved or copied directory does not. A handful of numbers edited by hand may go unnoticed.
+    """
+    state = xxhash.xxh3_128()
+    folder = Path(hf_dir)
+    for name in ("config.json", "adapter_config.json"):
+        state.update((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    for path in sorted(path for ending in WEIGHT_ENDINGS for path in folder.glob(f"*{ending}")):
+        size = path.stat().st_size
+        state.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb", buffering=0) as file:
+            for place in _sampled(path, size):
+                file.seek(place)
+                state.update(file.read(SAMPLE_BYTES))
+    return state.hexdigest()
+
+
+def _sampled(path: Path, size: int) -> Iterator[int]:
+    """Where in a file of weights its fingerprint is taken, in bytes."""
+    if path.suffix != ".safetensors":
+        yield from range(0, size, 2**20)
+        return
+    for begin, end in tensor_places(path):
+        yield from (begin + (end - begin) * sample // SAMPLES for sample in range(SAMPLES))
+
+
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type that holds every value of `dtypes` exactly."""
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def check_names(source: TensorSource, arch: Architecture, where: str) -> None:
+    """Raise VerificationError unless the source holds exactly the tensors that `arch` has."""
+    expected = set(hf_shapes(arch))
+    present = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if arch.tie_word_embeddings:
+        present -= set(hf_names(OUTPUT))  # a copy that transformers does not read either
+    missing, unknown = sorted(expected - present), sorted(present - expected)
+    if missing:
+        raise VerificationError(f"{where} lacks {len(missing)} tensors, first {missing[0]}: copy or download it again")
+    if unknown:
+        raise VerificationError(
+            f"{where} has {len(unknown)} tensors that its config.json ({arch.model_type}) has no place for, "
+            f"first {unknown[0]}"
+        )
+
+
+def whole_tensor(source: TensorSource, name: str, arch: Architecture, rows: int, where: str) -> Tensor:
+    """One whole tensor from its Hugging Face parts.
+
+    `rows` is the vocabulary of the source. Where `arch` has more (added tokens), each new row is the mean of the
+    source's rows, taken in fp32: a new token then starts out as likely as the average one
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    source_arch = dataclasses.replace(arch, vocab_size=rows)
+    shapes = hf_shapes(source_arch)
+    parts = hf_names(name)
+    for part in parts:
+        if source.shape(part) != shapes[part]:
+            raise VerificationError(f"{where}: {part} is {source.shape(part)}, its config.json says {shapes[part]}")
+    whole = torch.empty(whole_shapes(source_arch)[name], dtype=widest({source.dtype(part) for part in parts}))
+    for part, place in zip(parts, places(name, whole, arch)):
+        source.read_into(part, place)
+    if name in (EMBEDDING, OUTPUT) and arch.vocab_size > rows:
+        mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
+        whole = torch.cat([whole, mean.expand(arch.vocab_size - rows, -1)])
+    return whole

@@ -1,0 +1,1 @@
+"""What a configuration would take, before it is started."""

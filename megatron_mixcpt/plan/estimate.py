@@ -1,0 +1,211 @@
+"""What a run will take, computed from its configuration alone: memory of each rank by part, tokens, hours, disk.
+
+The activation terms are a count of the tensors that autograd keeps for each token of this model (norms in fp32, gated
+MLP, masked attention with repeated heads); tests compare them with the peak of real runs.
+
+Symbols: h hidden, f FFN, q and kv channels of queries and of keys, d head dimension, n heads, v vocabulary, s sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
+from megatron_mixcpt.config import AdapterConfig, Config
+from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.huggingface.weights import open_source
+from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
+
+FP32 = 4
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Bytes on one rank of a pipeline stage."""
+
+    num_parameters: int
+    num_trained: int
+    """All of them, or those of the adapters."""
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    logits: int
+    offloaded: int
+    """Host memory: optimizer state that is not on the device (optimizer.offload)."""
+    snapshot: int
+    """Host memory: copies of weights and optimizer state that a checkpoint is written from."""
+
+    @property
+    def total(self) -> int:
+        """On the device; a snapshot is there too where the device is the CPU."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`stages[i]`: a rank of pipeline stage i; byte counts and totals of the run."""
+
+    stages: list[StagePlan]
+    data_size: int
+    num_micro_batches: int
+    tokens_per_step: int
+    checkpoint: int
+
+    def tokens(self, steps: int) -> int:
+        return steps * self.tokens_per_step
+
+
+def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> RunPlan:
+    """`world_size` and the configuration fit together (train.setup.check)."""
+    grid, train = config.parallel, config.train
+    data_size = world_size // (grid.tensor * grid.pipeline)
+    num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
+    row_length = config.row_sequences * mix.seq_length
+    stages = [_stage(config, arch, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
+    checkpoint = checkpoint_bytes(arch, train.dtype, config.adapter)
+    return RunPlan(stages, data_size, num_micro, train.global_batch_size * row_length, checkpoint)
+
+
+def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | None = None) -> int:
+    """Size of one checkpoint: weights, two moments, and fp32 master weights where the weights are bf16.
+
+    With an adapter, its own, and its weights a second time as a directory for other programs.
+    """
+    state = FP32 * (2 if dtype == "fp32" else 3)
+    if adapter is not None:
+        return num_parameters(arch, adapter) * (2 * DTYPE_BYTES[dtype] + state)
+    return arch.num_parameters * (DTYPE_BYTES[dtype] + state)
+
+
+def _stage(
+    config: Config, arch: Architecture, row_length: int, index: int, data_size: int, num_micro: int
+) -> StagePlan:
+    train, tensor, pipeline = config.train, config.parallel.tensor, config.parallel.pipeline
+    size = DTYPE_BYTES[train.dtype]
+    last = index == pipeline - 1
+    count = _parameters(arch, tensor, pipeline, index)
+    trained = count
+    if config.adapter is not None:
+        trained = _adapter_parameters(arch, config.adapter, tensor, pipeline, index)
+        count += trained
+    state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
+    optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
+    offloaded = config.optimizer.offload == "cpu"
+    tokens = train.micro_batch_size * row_length
+    in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
+    layers = arch.num_layers // pipeline
+    layer = tokens * _layer_bytes(arch, config, row_length)
+    transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
+    head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
+    logits = _logits_bytes(config, arch, tokens) if last else 0
+    if train.recompute == "full":
+        kept = in_flight * layers * tokens * arch.hidden_size * size
+        # Logits are gone when the first layer is computed again.
+        activations = kept + max(layer - logits, 0) + head + transient
+    else:
+        activations = in_flight * layers * layer + head + transient
+    if pipeline > 1 and config.runs_teacher and last:
+        activations += num_micro * tokens * arch.hidden_size * size  # the teacher's last hidden states of a step
+    return StagePlan(
+        num_parameters=count,
+        num_trained=trained,
+        weights=count * size,
+        gradients=trained * FP32,
+        optimizer=0 if offloaded else optimizer,
+        offloaded=optimizer if offloaded else 0,
+        teacher=_teacher_bytes(config, arch, count, data_size, last),
+        activations=activations,
+        logits=logits,
+        snapshot=trained * size + optimizer if config.checkpoint.background else 0,
+    )
+
+
+def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: int, last: bool) -> int:
+    """On the device; what is offloaded is not. `count`: parameters of this rank's part of the student."""
+    size = DTYPE_BYTES[config.train.dtype]
+    if not config.runs_teacher or config.teacher.source == "adapter_off":
+        return 0
+    if config.teacher.source != "deepspeed":
+        return count * size
+    assert config.teacher.hf is not None
+    source = open_source(config.teacher.hf)
+    numbers = {name: math.prod(source.shape(name)) for name in source.names()}
+    grid = config.parallel
+    hidden = next(source.shape(name)[-1] for name in source.names() if numbers[name] == max(numbers.values()))
+    head = arch.padded_vocab_size(grid.tensor) // grid.tensor * hidden
+    pieces = sum(numbers.values()) // (data_size * grid.tensor * grid.pipeline)
+    here = pieces if config.teacher.offload == "none" else 0
+    return size * (here + head + max(numbers.values()))
+
+
+def _parameters(arch: Architecture, tensor: int, pipeline: int, index: int) -> int:
+    layers = range(index * arch.num_layers // pipeline, (index + 1) * arch.num_layers // pipeline)
+    padded = arch.padded_vocab_size(tensor)
+    count = 0
+    for name, shape in whole_shapes(arch).items():
+        if name in (EMBEDDING, OUTPUT):
+            # With tied embeddings the last stage has a copy of its own.
+            here = (name == EMBEDDING and index == 0) or (
+                index == pipeline - 1 and (name == OUTPUT or (arch.tie_word_embeddings and pipeline > 1))
+            )
+            count += padded // tensor * shape[1] if here else 0
+        elif name.startswith("decoder.layers."):
+            if int(name.split(".")[2]) in layers:
+                count += math.prod(shape) // (1 if "layernorm" in name else tensor)
+        elif index == pipeline - 1:
+            count += math.prod(shape)
+    return count
+
+
+def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int, pipeline: int, index: int) -> int:
+    layers = range(index * arch.num_layers // pipeline, (index + 1) * arch.num_layers // pipeline)
+    return sum(
+        math.prod(shape) // (1 if axis is None else tensor)
+        for linear in adapted_linears(arch, adapter)
+        if int(linear.linear.split(".")[2]) in layers
+        for shape, axis in linear.tensors().values()
+    )
+
+
+def _adapter_bytes(arch: Architecture, config: Config) -> int:
+    """Kept by the adapters of one layer for each token: z, what goes into B, and what ALoRA's attention keeps."""
+    if config.adapter is None:
+        return 0
+    linears = adapted_linears(arch, config.adapter)
+    width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
+    tensors = 2 if config.adapter.method == "lora" else 8
+    return tensors * width * DTYPE_BYTES[config.train.dtype]
+
+
+def _layer_bytes(arch: Architecture, config: Config, row_length: int) -> int:
+    """Kept by one layer for each token of a micro-batch, with several documents in a row."""
+    tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
+    sequence = tensor if config.parallel.sequence else 1
+    queries = arch.num_attention_heads * arch.head_dim // tensor
+    norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
+    attention = 4 * queries * size + row_length * size  # q, k, v, output; the mask's row in the weights' type
+    rotary = 4 * arch.head_dim * size
+    mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
+    return (
+        _adapter_bytes(arch, config)
+        + norms
+        + attention
+        + rotary
+        + mlp
+        + FP32 * (arch.num_attention_heads // tensor + 2)
+    )
+
+
+def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
+    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more."""
+    vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
+    if config.fuses_lm_head:
+        return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
+    copies = 2 if config.train.dtype == "fp32" else 3
+    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]

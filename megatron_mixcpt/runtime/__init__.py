@@ -1,0 +1,1 @@
+"""What every rank stands on: devices, process grid, signals, locks, time."""

@@ -1,0 +1,112 @@
+"""Several ranks on this machine for `--nproc N`.
+
+torchrun turns every failure of a worker into exit code 1 and is killed by SIGUSR1; this launcher passes signals on and
+exit codes back, which the contract of `mixcpt` (75: stopped, resumable) needs. On clusters use srun or torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_mixcpt.runtime.stop import STOP_SIGNALS
+
+GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
+# Below the ports that Linux, by default, gives to outgoing connections (net.ipv4.ip_local_port_range), one of which
+# could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
+# launch/mixcpt.sbatch takes.
+LISTENING_PORTS = range(10000, 20000)
+_offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
+
+
+def free_port() -> int:
+    """A local port that nobody listens on and that this process has not been given yet."""
+    for offer in itertools.islice(_offers, len(LISTENING_PORTS)):
+        port = LISTENING_PORTS[offer % len(LISTENING_PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port of {LISTENING_PORTS.start}-{LISTENING_PORTS.stop - 1} is free on this machine")
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    """`--nproc`, of the commands that start ranks of their own."""
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to start on this machine (default 1; not under srun, torchrun)",
+    )
+
+
+def is_distributed() -> bool:
+    """Whether a launcher (this one, torchrun, srun) has already placed this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `mixcpt ARGUMENTS` in `nproc` ranks; returns the exit code of the first rank that did not end with 0.
+
+    Signals are passed on to all ranks. When a rank ends with an error its peers, which would wait for it until the
+    collective times out, are given a grace period and then killed.
+    """
+    port = free_port()
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    ranks: list[subprocess.Popen] = []
+
+    def forward(number: int, frame: object) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    # Ranks begin with these signals blocked and take them when they have handlers: none dies of one while it loads.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        for rank in range(nproc):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": threads,
+            }
+            command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
+            # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            # The rank's group: a rank that was killed leaves helper processes behind (loader, checkpoint writer).
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    failed: int | None = None
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
+        if codes and failed is None:
+            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
+    code = failed if failed is not None else (codes[0] if codes else 0)
+    return 128 - code if code < 0 else code  # ended by a signal: the shell's convention

@@ -1,0 +1,1 @@
+"""Choosing a few samples for alignment by their score under a model."""
