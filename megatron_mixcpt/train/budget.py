@@ -18,7 +18,8 @@ from typing import Any
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
 WEIGHT_RANGE = (1 / 16, 64.0)  # factors on the configured distillation weight
 LOWEST_RATE = 1 / 64  # factor on the scheduled learning rate
-RAISE, LOWER = math.log(16.0), math.log(2.0)  # most that the pressure moves between two measurements
+RAISE = math.log(16.0)  # most that the pressure rises between two measurements, as long as it is on the weight alone
+LOWER = math.log(2.0)  # most that it falls, and that it rises on the learning rate
 GAIN = math.log(4.0)  # how far it moves in that time where as much as the budget is forgotten beyond the aim
 SMOOTHING = 0.25  # of the time between two measurements: over what the divergence is averaged
 LARGEST_DEADBAND = (
@@ -34,6 +35,7 @@ class _State:
 
     pressure: float = 0.0
     told: float = 0.0  # the pressure that was told last
+    measurements: int = 0
     forgotten: float = 0.0  # at the last measurement
     noise: float = 0.0
     before: float = 0.0  # at the one before that
@@ -75,7 +77,7 @@ class BudgetController:
         """What will have been forgotten when it is measured next, if nothing is changed."""
         state = self._state
         drift = self._ratio() * ((state.divergence or 0.0) - state.divergence_measured)
-        return state.forgotten + drift + max(state.forgotten - state.before, 0.0)
+        return state.forgotten + drift + state.forgotten - state.before
 
     @property
     def exhausted(self) -> bool:
@@ -92,13 +94,13 @@ class BudgetController:
         return self._state.notes
 
     def observed(self, step: int, divergence: float) -> str:
-        """After a step that was taken: its tokens' divergence from the base model. Returns what there is to tell, or ''."""
+        """After a step that was taken: its tokens' divergence from the base model. What there is to tell, or ''."""
         state = self._state
         if math.isfinite(divergence):
             share = min(1.0, 1.0 / (SMOOTHING * self.every))
             before = divergence if state.divergence is None else state.divergence
             state.divergence = before + share * (divergence - before)
-        if not state.squares:  # nothing was measured yet: there is no reason to change anything
+        if not state.measurements:  # nothing was measured yet, so there is no reason to change anything
             return ""
         self._move(1.0 / self.every)
         if abs(state.pressure - state.told) < TOLD:
@@ -118,12 +120,13 @@ class BudgetController:
         """
         state = self._state
         state.before, state.forgotten, state.noise = state.forgotten, forgotten, noise
+        state.measurements += 1
         if state.divergence is not None:
             state.divergence_measured = state.divergence
             state.products = 0.5 * state.products + forgotten * state.divergence
             state.squares = 0.5 * state.squares + state.divergence**2
         highest = self._highest()
-        over = forgotten > self.budget and state.pressure >= highest
+        over = min(forgotten, self.expected) > self.budget and state.pressure >= highest
         state.beyond = state.beyond + 1 if over else 0
         if forgotten <= self.budget and gain > state.best_gain:
             state.best_step, state.best_gain = step, gain
@@ -154,7 +157,10 @@ class BudgetController:
         deadband = min(self._state.noise, LARGEST_DEADBAND * self.budget)
         error = self.expected - AIM * self.budget
         beyond = math.copysign(max(abs(error) - deadband, 0.0), error) / self.budget
-        step = min(max(GAIN * beyond, -LOWER), RAISE) * share
+        raising = RAISE
+        if self._state.pressure >= math.log(WEIGHT_RANGE[1]):  # what is recovering needs its learning rate
+            raising = LOWER if self.expected >= self._state.forgotten else 0.0
+        step = min(max(GAIN * beyond, -LOWER), raising) * share
         lowest = math.log(WEIGHT_RANGE[0])
         self._state.pressure = min(max(self._state.pressure + step, lowest), self._highest())
 
