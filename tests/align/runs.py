@@ -9,6 +9,8 @@ from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.align.dpo import DPO
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.runtime.parallel import parallel_context
+from megatron_mixcpt.select.config import SelectConfig
+from megatron_mixcpt.select.select import select
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.mixcpt import MIXCPT
@@ -51,3 +53,30 @@ def train_all(rank, world_size, runs):
         torch.manual_seed(0)
         config = validate(AlignConfig, values, "test")
         train(config, recipe=DPO if config.align.method == "dpo" else MIXCPT)
+
+
+def align_values(mix, **sections):
+    return {
+        "model": {"preset": "tiny"},
+        "data": {"mix": str(mix)},
+        "train": {"steps": 2, "dtype": "fp32"},
+        "align": {"method": "dpo"},
+        "run_dir": "unused",
+        **sections,
+    }
+
+
+def select_values(stage1, model, out, parallel=None, **settings):
+    return {
+        "model": model,
+        "data": {"mix": str(stage1 / "mix.json")},
+        "parallel": parallel or {},
+        "select": {"n": 20, "pairs": 12, "dtype": "fp32", "micro_batch_tokens": 256, **settings},
+        "out": str(out),
+    }
+
+
+def select_all(rank, world_size, runs):
+    for port, run in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        select(validate(SelectConfig, run, "test"))

@@ -7,10 +7,8 @@ import pytest
 
 from megatron_mixcpt.checkpoint import list_checkpoints, read_info
 from megatron_mixcpt.convert.export import export
-from megatron_mixcpt.runtime.launcher import free_port
-from tests.align.runs import train_all
-from tests.align.test_select import select_all
-from tests.align.test_select import values as select_values
+from tests.align.runs import select_all, select_values, train_all
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 
 

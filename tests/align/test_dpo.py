@@ -8,11 +8,11 @@ from megatron_mixcpt.align.config import AlignSettings
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
-from megatron_mixcpt.runtime.launcher import free_port
+from tests.align.oracle import plain
 from tests.align.runs import first_steps, train_all
-from tests.align.test_preference import plain
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.train.test_resume import _keep_only_step, losses, saved_tensors
+from tests.train.runs import keep_only_step, losses, saved_tensors
 
 ALIGN = {"method": "dpo", "beta": 0.5, "label_smoothing": 0.1}
 ROWS = 24
@@ -134,7 +134,7 @@ def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1
     runs = [(free_port(), run("straight")), (free_port(), run("broken"))]
     run_distributed(train_all, 2, runs, timeout=300, warm=True)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    _keep_only_step(broken, 2)
+    keep_only_step(broken, 2)
     parts = {path: path.stat().st_mtime_ns for path in broken.glob("reference/*/*.part")}
     assert len(parts) >= 2  # of training and of validation pairs
     run_distributed(train_all, 2, [(free_port(), run("broken"))], timeout=300, warm=True)

@@ -18,35 +18,17 @@ from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.select.candidates import prepare_candidates
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.select.pick import pick, ranking, shares
 from megatron_mixcpt.select.score import plan_rounds
-from megatron_mixcpt.select.select import finish, select
-from tests.align.test_pairs import values as align_values
+from megatron_mixcpt.select.select import finish
+from tests.align.runs import align_values, select_all, select_values
 from tests.data_prep.helpers import documents_of
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 
 LAYOUTS = {"one": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
-
-
-def values(stage1, model, out, parallel=None, **settings):
-    return {
-        "model": model,
-        "data": {"mix": str(stage1 / "mix.json")},
-        "parallel": parallel or {},
-        "select": {"n": 20, "pairs": 12, "dtype": "fp32", "micro_batch_tokens": 256, **settings},
-        "out": str(out),
-    }
-
-
-def select_all(rank, world_size, runs):
-    import os
-
-    for port, run in runs:
-        os.environ["MASTER_PORT"] = str(port)
-        select(validate(SelectConfig, run, "test"))
 
 
 def table_of(out):
@@ -59,7 +41,7 @@ def outs(tmp_path_factory, stage1, model_dir) -> Path:
     folder = tmp_path_factory.mktemp("select")
     for world_size in (1, 2):
         runs = [
-            (free_port(), values(stage1, {"hf": str(model_dir)}, folder / name, parallel))
+            (free_port(), select_values(stage1, {"hf": str(model_dir)}, folder / name, parallel))
             for name, (size, parallel) in LAYOUTS.items()
             if size == world_size
         ]
@@ -157,7 +139,7 @@ def test_another_choice_takes_the_scores_that_are_there(tmp_path, outs, stage1, 
     damaged[-3] ^= 1
     parts[0].write_bytes(damaged)
     before = {part: part.stat().st_mtime_ns for part in parts}
-    again = values(stage1, {"hf": str(model_dir)}, out, by="margin", order="high", n=0)
+    again = select_values(stage1, {"hf": str(model_dir)}, out, by="margin", order="high", n=0)
     run_distributed(select_all, 1, [(free_port(), again)], warm=True)
     changed = [part for part in parts if part.stat().st_mtime_ns != before[part]]
     assert changed == [parts[0]] and parts[0].read_bytes() != bytes(damaged)
@@ -169,7 +151,7 @@ def test_another_choice_takes_the_scores_that_are_there(tmp_path, outs, stage1, 
 
 
 def config(stage1, tmp_path, **settings):
-    return validate(SelectConfig, values(stage1, {"preset": "tiny"}, tmp_path / "out", **settings), "test")
+    return validate(SelectConfig, select_values(stage1, {"preset": "tiny"}, tmp_path / "out", **settings), "test")
 
 
 def test_a_changed_source_file_is_refused(tmp_path, stage1):
@@ -258,7 +240,7 @@ def test_rounds_hold_every_sequence_once_and_little_padding(data_size):
 
 def test_the_command_names_a_layout_that_does_not_fit(tmp_path, stage1):
     path = tmp_path / "select.yaml"
-    path.write_text(json.dumps(values(stage1, {"preset": "tiny"}, tmp_path / "out", {"tensor": 2})))
+    path.write_text(json.dumps(select_values(stage1, {"preset": "tiny"}, tmp_path / "out", {"tensor": 2})))
     command = [sys.executable, "-m", "megatron_mixcpt.cli", "select", str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "parallel.tensor=2" in result.stderr

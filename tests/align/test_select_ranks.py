@@ -7,10 +7,10 @@ import pytest
 
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.select import score, select
 from megatron_mixcpt.select.config import SelectConfig
-from tests.align.test_select import values
+from tests.align.runs import select_values
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 
 
@@ -59,7 +59,7 @@ def all_cases(rank, world_size, runs):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, stage1):
-    run = values(stage1, {"preset": "tiny"}, tmp_path_factory.mktemp("ranks") / "out", micro_batch_tokens=64)
+    run = select_values(stage1, {"preset": "tiny"}, tmp_path_factory.mktemp("ranks") / "out", micro_batch_tokens=64)
     cases = ("stop of rank 1", "mistake", "bug", "stop of rank 0", "none")
     return run_distributed(all_cases, 2, {case: (free_port(), run) for case in cases}, timeout=300, warm=True)
 

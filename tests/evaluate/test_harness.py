@@ -13,8 +13,7 @@ from megatron_mixcpt.evaluate import harness, measure
 from megatron_mixcpt.evaluate.comparison import change, write_comparison
 from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, resolve_task, run_harness
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
-from tests.model.families import make
-from tests.model.test_convert import make_tokenizer
+from tests.model.families import make, make_tokenizer
 
 HARNESS = importlib.util.find_spec("lm_eval")
 

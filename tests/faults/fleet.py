@@ -13,9 +13,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 
-from megatron_mixcpt.runtime.launcher import free_port
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import warm_context
 
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults
@@ -136,3 +137,20 @@ def timed():
     began, result = time.monotonic(), {}
     yield result
     result["seconds"] = time.monotonic() - began
+
+
+def at_step(number, action, *arguments):
+    """Do something in the middle of the `number`-th training step of this process."""
+    from megatron_mixcpt.train.step import ForwardBackward
+
+    original, seen = ForwardBackward._forward_step, 0
+
+    def wrapped(self, batches, model, *, totals):
+        nonlocal seen
+        if torch.is_grad_enabled() and self.num_sources > 1:  # not validation
+            seen += 1
+            if seen == number:
+                action(*arguments)
+        return original(self, batches, model, totals=totals)
+
+    ForwardBackward._forward_step = wrapped

@@ -10,7 +10,7 @@ from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.train.guard import StepGuard
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
-from tests.train.test_resume import saved_tensors
+from tests.train.runs import saved_tensors
 
 
 def spoil(changes):

@@ -4,30 +4,11 @@ import os
 import signal
 import time
 
-import torch
-
 from megatron_mixcpt.checkpoint.store import list_checkpoints
 from tests.faults.conftest import run_settings
-from tests.faults.fleet import Fleet, metrics, timed, write_config
+from tests.faults.fleet import Fleet, at_step, metrics, timed, write_config
 
 TIMEOUT = 8.0  # seconds without progress
-
-
-def at_step(number, action, *arguments):
-    """Do something in the middle of the `number`-th training step of this process."""
-    from megatron_mixcpt.train.step import ForwardBackward
-
-    original, seen = ForwardBackward._forward_step, 0
-
-    def wrapped(self, batches, model, *, totals):
-        nonlocal seen
-        if torch.is_grad_enabled() and self.num_sources > 1:  # not validation
-            seen += 1
-            if seen == number:
-                action(*arguments)
-        return original(self, batches, model, totals=totals)
-
-    ForwardBackward._forward_step = wrapped
 
 
 def hang():

@@ -17,8 +17,7 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.doctor.checks import _clock, examine
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from tests.faults.conftest import STEPS, run_settings
-from tests.faults.fleet import finish, metrics, write_config
-from tests.faults.test_hangs import at_step
+from tests.faults.fleet import at_step, finish, metrics, write_config
 from tests.helpers.corpus import write_mix
 
 

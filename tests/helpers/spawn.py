@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from megatron_mixcpt.runtime.launcher import free_port
+from tests.helpers.ports import free_port
 
 _warm = multiprocessing.get_context("forkserver")
 _warm.set_forkserver_preload(["tests.helpers.preload"])

@@ -8,23 +8,12 @@ import sys
 import pytest
 
 from megatron_mixcpt.kernels import aot
+from tests.kernels.variants import NARROW, VARIANTS
 
-SWAP = dict(HAS_TEACHER=True, SEPARATE=False)
-NARROW = aot.make_variant("stats", SWAP, "bf16", "bf16", aligned=False)
-VARIANTS = [
-    aot.make_variant("stats", SWAP, "bf16", "bf16"),
-    aot.make_variant("stats", SWAP | {"SEPARATE": True}, "fp32", "bf16"),
-    NARROW,
-    aot.make_variant("combine", dict(TARGET="mft", HAS_TEACHER=True, SEPARATE=True, PER_TOKEN=True, DETAILS=True)),
-    aot.make_variant("combine", dict(TARGET="swap", **SWAP, PER_TOKEN=False, DETAILS=False), ones=True),
-    aot.make_variant("gradient", SWAP | {"PER_TOKEN": True}, "bf16", "bf16"),
-    aot.make_variant("gradient", SWAP | {"PER_TOKEN": True}, "bf16", "bf16", ones=True),
-    aot.make_variant("gradient", dict(HAS_TEACHER=False, SEPARATE=True, PER_TOKEN=False)),
-]
 COMPILE = """
 import json, sys
 from megatron_mixcpt.kernels import aot
-from tests.kernels.test_aot import VARIANTS
+from tests.kernels.variants import VARIANTS
 reports = [aot.compile_variant(variant, arch) for arch in (80, 90, 100) for variant in VARIANTS]
 counts = [(r.problems, r.registers, r.wide_loads, r.narrow_loads, r.wide_stores) for r in reports]
 print(json.dumps([(*count, aot.table([r])) for count, r in zip(counts, reports)]))

@@ -10,7 +10,7 @@ from benchmarks import lssd_cpu, lssd_gpu
 from benchmarks.lssd_eager import eager_lssd_loss
 from benchmarks.lssd_report import Case, Record, aims, table
 from tests.kernels.oracle import oracle
-from tests.kernels.test_lssd import problem
+from tests.kernels.problems import problem
 
 
 @pytest.fixture(autouse=True)

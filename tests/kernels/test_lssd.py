@@ -11,27 +11,9 @@ from megatron_mixcpt.kernels.arguments import make_objective
 from megatron_mixcpt.kernels.backend import choose_backend
 from megatron_mixcpt.kernels.objective import L_S, L_T, M_S, M_T
 from tests.kernels.oracle import loss_and_gradient, oracle
+from tests.kernels.problems import problem, with_details
 
 LOSS_ERROR, GRADIENT_ERROR = 3e-5, 1e-6  # relative to the loss; to the largest gradient
-
-
-def problem(shape, vocab, device, dtype=torch.float32, seed=0, scale=3.0, ignore=True):
-    """Random logits whose teacher agrees with the label on some tokens, and an upstream gradient of every sign."""
-    generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(*shape, vocab, generator=generator) * scale
-    teacher = torch.randn(*shape, vocab, generator=generator) * scale
-    labels = torch.randint(0, vocab, shape, generator=generator)
-    agree = torch.rand(shape, generator=generator) < 0.3
-    labels = torch.where(agree, teacher.to(dtype).argmax(-1), labels)
-    if ignore:
-        labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.2, -100)
-    upstream = torch.randn(shape, generator=generator)
-    upstream[torch.rand(shape, generator=generator) < 0.1] = 0
-    return student.to(device, dtype), teacher.to(device, dtype), labels.to(device), upstream.to(device)
-
-
-def with_details(*args, **options):
-    return lssd_loss(*args, return_details=True, **options)
 
 
 def check(student, teacher, labels, upstream, **options):

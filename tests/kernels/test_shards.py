@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_mixcpt.kernels import lssd_loss
 from tests.helpers.spawn import run_distributed
 from tests.kernels.oracle import loss_and_gradient, oracle
-from tests.kernels.test_lssd import problem, with_details
+from tests.kernels.problems import problem, with_details
 
 VOCAB, VALID = 1003, 1000
 # First ids of the shards: equal, unequal, one column wide, entirely padding.

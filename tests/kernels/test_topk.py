@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_mixcpt.kernels import topk_lssd_loss
 from tests.helpers.spawn import run_distributed
 from tests.kernels.oracle import loss_and_gradient, oracle
-from tests.kernels.test_lssd import problem
+from tests.kernels.problems import problem
 
 VOCAB = 300
 

@@ -8,7 +8,7 @@ import torch.distributed.nn.functional as differentiable
 from megatron_mixcpt.kernels import lssd_loss
 from tests.helpers.spawn import run_distributed
 from tests.kernels.oracle import loss_and_gradient, oracle
-from tests.kernels.test_lssd import problem
+from tests.kernels.problems import problem
 
 
 def plain_all_reduce(student, teacher, labels, *, group, vocab_start):

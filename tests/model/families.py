@@ -1,7 +1,9 @@
-"""Small random Hugging Face models of every supported family, made by transformers itself."""
+"""Small random Hugging Face models of every supported family, made by transformers itself, and what they hold."""
 
+import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -52,3 +54,31 @@ def make(name, out, dtype=torch.float32, shard_size="5GB", **changes):
     model = model.to(dtype).eval()
     model.save_pretrained(out, max_shard_size=shard_size)
     return model
+
+
+def make_tokenizer(out, added=(), merges=("a b", "ab c")):
+    """A byte-level BPE of 301 - 2 entries or so, saved as a Hugging Face tokenizer."""
+    pieces = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [merge.replace(" ", "") for merge in merges]
+    bpe = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [tuple(m.split()) for m in merges])
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    wrapped.add_tokens(list(added))
+    wrapped.save_pretrained(out)
+    return len(wrapped)
+
+
+def read_all(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_same_bits(source, out):
+    expected, actual = read_all(source), read_all(out)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name

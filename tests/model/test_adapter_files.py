@@ -18,9 +18,7 @@ from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.adapter_models import METHODS, fill, random_tensors
-from tests.model.families import make
-from tests.model.test_convert import make_tokenizer
-from tests.model.test_hf import read_all
+from tests.model.families import make, make_tokenizer, read_all
 
 TOKENS = torch.randint(3, 301, (2, 13), generator=torch.Generator().manual_seed(5))
 FAMILIES = ["llama-untied", "qwen3-multi-query", "mistral-window"]

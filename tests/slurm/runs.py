@@ -11,8 +11,7 @@ import yaml
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.cli import main
 from tests.faults.fleet import metrics
-from tests.train.runs import settings
-from tests.train.test_resume import saved_tensors
+from tests.train.runs import saved_tensors, settings
 
 STEPS = 40
 ASK = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=30", "--grace=90")

@@ -15,36 +15,24 @@ from hypothesis import strategies as st
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.runtime.launcher import free_port
-from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import cache_fill, cache_format
-from megatron_mixcpt.teacher.cache_config import cache_teacher
 from megatron_mixcpt.train.loop import train
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
+from tests.teacher.runs import VOCABULARY, fill
 from tests.train.runs import run_steps, settings
 
-VOCABULARY = 250
 GRIDS = {
     "one": (1, {}),
     "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
     "PP2": (2, {"parallel": {"pipeline": 2}}),
     "DP2": (2, {}),
 }
-SMALL_SHARDS = 5  # sequences
 
 
 def cached(mix, folder, cache, **sections):
     return settings(mix, folder, **{"teacher": {"source": "cached", "cache": str(cache)}} | sections)
-
-
-def fill(values, *, top_k=VOCABULARY, bits=32):
-    """One job, with shards so small that there are several."""
-    config = validate(Config, values, "test")
-    dtype = cache_format.record_dtype(32, top_k, VOCABULARY, bits)
-    with StopRequest() as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_fill, "SHARD_BYTES", SMALL_SHARDS * dtype.itemsize)
-        cache_teacher(config, stop, top_k=top_k, bits=bits)
 
 
 def files(cache):

@@ -13,13 +13,13 @@ from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.model.attention import document_mask
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.teacher.test_cached import fill
+from tests.teacher.runs import fill
 from tests.train.runs import run_steps, settings
 
 VOCABULARY, WIDTH, LENGTH = 250, 128, 24  # two shards of 128 hold the vocabulary and six entries of padding

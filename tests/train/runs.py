@@ -1,9 +1,12 @@
 """Train a few steps on some process grid and bring losses, gradients and weights back whole, to compare grids."""
 
+import json
 import os
+import shutil
 
 import torch
 
+from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config import validate as validated
 from megatron_mixcpt.data.batch import collate, train_batches
@@ -133,3 +136,30 @@ def _cache(config):
     from pathlib import Path
 
     return Path(config.run_dir) / "index_cache"
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def saved_tensors(checkpoint):
+    """Every tensor of a checkpoint, whole, by key."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(str(checkpoint))
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def keep_only_step(run_dir, step):
+    """As if the run had died between the checkpoint of `step` and its next."""
+    for checkpoint in list_checkpoints(run_dir / "checkpoints"):
+        if checkpoint.name != f"step_{step:08d}":
+            shutil.rmtree(checkpoint)

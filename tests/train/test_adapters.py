@@ -6,8 +6,8 @@ import pytest
 from megatron_mixcpt.adapters.files import write_directory
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.architecture import PRESETS
-from megatron_mixcpt.runtime.launcher import free_port
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.model.adapter_models import random_tensors
 from tests.train.runs import run_all, settings

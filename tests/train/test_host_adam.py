@@ -11,15 +11,14 @@ from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.plan.estimate import make_plan
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train import host_adam, optimizer
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.setup import build, read_model_and_mix
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.train.runs import run_steps, settings
-from tests.train.test_resume import losses
+from tests.train.runs import losses, run_steps, settings
 
 OFFLOAD = {"optimizer": {"offload": "cpu"}}
 KINDS = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_mixcpt.runtime.launcher import free_port
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import run_all, settings
 

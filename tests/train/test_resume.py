@@ -15,11 +15,11 @@ import yaml
 
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.train.loop import train
 from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.train.runs import settings
+from tests.train.runs import keep_only_step, losses, saved_tensors, settings
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +30,6 @@ def mix(tmp_path_factory):
 def write_config(path, values):
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def losses(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def saved_tensors(checkpoint):
-    """Every tensor of a checkpoint, whole, by key."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(str(checkpoint))
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(entry, "size")
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 ALORA = {"adapter": {"method": "alora", "rank": 8, "heads": 2}, "teacher": {"source": "adapter_off"}}
@@ -81,13 +61,6 @@ def _train_all(rank, world_size, runs):
         train(validate(Config, values, "test"))
 
 
-def _keep_only_step(run_dir, step):
-    """As if the run had died between the checkpoint of `step` and its next."""
-    for checkpoint in list_checkpoints(run_dir / "checkpoints"):
-        if checkpoint.name != f"step_{step:08d}":
-            shutil.rmtree(checkpoint)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, mix):
     """Folder of runs `<layout>/straight` and `<layout>/broken`, the latter resumed once more from its step 2."""
@@ -101,13 +74,13 @@ def runs(tmp_path_factory, mix):
         first = [(free_port(), values(name, run, s)) for name, s in chosen.items() for run in ("straight", "broken")]
         run_distributed(_train_all, world_size, first, timeout=300, warm=True)
         for name in chosen:
-            _keep_only_step(folder / name / "broken", 2)
+            keep_only_step(folder / name / "broken", 2)
         second = [(free_port(), values(name, "broken", sections)) for name, sections in chosen.items()]
         if world_size == 2:
             for name, (source, sections) in RESHARDED.items():
                 target = folder / name / "resharded" / "checkpoints"
                 shutil.copytree(folder / source / "straight" / "checkpoints", target)
-                _keep_only_step(target.parent, 2)
+                keep_only_step(target.parent, 2)
                 second.append((free_port(), values(name, "resharded", sections)))
         run_distributed(_train_all, world_size, second, timeout=300, warm=True)
     return folder
