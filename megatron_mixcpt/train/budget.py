@@ -38,7 +38,10 @@ class _State:
     measurements: int = 0
     forgotten: float = 0.0  # at the last measurement
     noise: float = 0.0
-    before: float = 0.0  # at the one before that
+    step: int = 0  # of the last measurement
+    slope: float = (
+        0.0  # change of what is forgotten in the time between two measurements, as it was between the last two
+    )
     divergence: float | None = None  # averaged over the last steps
     divergence_measured: float = 0.0  # as it was at the last measurement
     products: float = 0.0  # running sums for the ratio of what is forgotten to the divergence
@@ -77,7 +80,7 @@ class BudgetController:
         """What will have been forgotten when it is measured next, if nothing is changed."""
         state = self._state
         drift = self._ratio() * ((state.divergence or 0.0) - state.divergence_measured)
-        return state.forgotten + drift + state.forgotten - state.before
+        return state.forgotten + drift + state.slope
 
     @property
     def exhausted(self) -> bool:
@@ -107,19 +110,22 @@ class BudgetController:
             return ""
         return self._tell(step, f"the divergence from the base model is {state.divergence:.4f}")
 
-    def measured(self, step: int, forgotten: float, noise: float, gain: float) -> str:
+    def measured(self, step: int, forgotten: float, noise: float, gain: float, *, candidate: bool = True) -> str:
         """After a measurement on held-out items.
 
         Args:
             forgotten: rise of the loss since before the training, nats a token.
             noise: its standard error.
             gain: how much of the rest was learned, in any unit.
+            candidate: whether there will be a checkpoint of this step.
 
         Returns:
             what there is to tell.
         """
         state = self._state
-        state.before, state.forgotten, state.noise = state.forgotten, forgotten, noise
+        steps = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
+        state.slope = (forgotten - state.forgotten) * self.every / steps
+        state.step, state.forgotten, state.noise = step, forgotten, noise
         state.measurements += 1
         if state.divergence is not None:
             state.divergence_measured = state.divergence
@@ -128,7 +134,7 @@ class BudgetController:
         highest = self._highest()
         over = min(forgotten, self.expected) > self.budget and state.pressure >= highest
         state.beyond = state.beyond + 1 if over else 0
-        if forgotten <= self.budget and gain > state.best_gain:
+        if candidate and forgotten <= self.budget and gain > state.best_gain:
             state.best_step, state.best_gain = step, gain
         text = f"forgotten {forgotten:.4f} +- {noise:.4f} of {self.budget:g} nats a token"
         if self.exhausted:

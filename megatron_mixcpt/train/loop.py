@@ -17,6 +17,7 @@ from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
+from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
@@ -65,11 +66,11 @@ def _train(
     run_dir, settings = Path(config.run_dir), config.train
     parts = build(config, state, recipe, watchdog.beat)
     watchdog.beat("resuming")
-    step, position, guard, saved, notes = resume(config, parts, trust=trust)
+    step, position, guard, forgetting, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
         save_config(config, run_dir / "config.yaml")
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, saved))
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, forgetting, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
@@ -87,15 +88,15 @@ def _train(
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, parts, progress, watchdog.beat)
+    saver = RunSaver(config, parts, progress, forgetting, watchdog.beat)
     evaluate = RunValidation(config, parts, state, progress, stop, watchdog.beat)
 
     progress.start_clock()
     stopping = stop.defer(state.device)
-    cut_short = saved is not None and step == settings.steps and not saved.get("validated", True)
-    if not stopping and (step == 0 or cut_short):
-        stopping = evaluate(step)  # what the model knew before; or what a stop left out at the end
-    while step < settings.steps and not stopping:
+    cut_short = saved is not None and not saved.get("validated", True)
+    if not stopping and (step == 0 or cut_short and (step == settings.steps or forgetting.due(step))):
+        stopping = evaluate(step)  # what the model knew before; or what a stop left out
+    while step < settings.steps and not stopping and not forgetting.exhausted:
         watchdog.beat(f"step {step + 1}")
         progress.begin_step(step + 1)
         with section("data"):
@@ -109,7 +110,8 @@ def _train(
         with section("communication"):
             totals = agree(sums, digest % 2**64, stop=stop.received is not None)
         with section("optimizer"):
-            grad_norm = optimizer_step(parts.optimizer, step, settings, partial(guard.admits, totals.loss))
+            admits = partial(guard.admits, forgetting.level(totals))
+            grad_norm = optimizer_step(parts.optimizer, step, settings, admits, forgetting.rate_factor)
         position.draw(settings.global_batch_size)
         step += 1
 
@@ -117,16 +119,19 @@ def _train(
         guard.check(step)
         saver.poll()
         last, stopping = step == settings.steps, totals.stopping
-        if not stopping and (last or _due(step, config.eval.every)):
-            stopping = evaluate(step)
-        if stopping or last or _due(step, config.checkpoint.every):
+        saves = last or _due(step, config.checkpoint.every)
+        if not stopping and (last or _due(step, config.eval.every) or forgetting.due(step, saves=saves)):
+            stopping = evaluate(step, saves=saves)
+        last = last or forgetting.exhausted
+        if stopping or last or saves or forgetting.wants_saved(step):
             watchdog.beat(f"saving step {step}")
             saver.save(step, last=stopping or last)
     watchdog.beat("the end of the run")
-    if step < settings.steps or stopping:
+    if stopping or (step < settings.steps and not forgetting.exhausted):
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
+    conclude(config, parts, progress, forgetting, evaluate)
     progress.message(f"finished: {step} of {settings.steps} steps")
 
 

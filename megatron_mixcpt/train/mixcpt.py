@@ -51,6 +51,9 @@ class MixCPTObjective:
             target = self.teacher.target(index, batch) if self.teacher is not None else None
         self.loss.attach(stage, batch.kinds, target, statistics)
 
+    def weigh(self, kd_weight: float) -> None:
+        self.loss.weigh(kd_weight)
+
     def count(self, batch: Batch) -> Tensor:
         return (batch.labels != IGNORE_INDEX).sum().int()
 

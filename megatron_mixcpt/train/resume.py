@@ -8,10 +8,11 @@ from typing import Any
 from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
 from megatron_mixcpt.checkpoint.origin import adapter_in
-from megatron_mixcpt.checkpoint.store import list_checkpoints
+from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
@@ -19,11 +20,11 @@ from megatron_mixcpt.train.setup import Parts
 
 def resume(
     config: Config, parts: Parts, *, trust: bool
-) -> tuple[int, Position, StepGuard, dict[str, Any] | None, list[str]]:
+) -> tuple[int, Position, StepGuard, Forgetting, dict[str, Any] | None, list[str]]:
     """Load what the run directory holds, or start. Collective.
 
     Returns:
-        steps done, position in the data, guard, `checkpoint.json` or None, and what the user should know.
+        steps done, position in the data, guard, budget, `checkpoint.json` or None, and what the user should know.
 
     Raises:
         VerificationError: there are checkpoints, but none verifies.
@@ -33,13 +34,16 @@ def resume(
     checkpoint = newest_good(Path(config.run_dir) / "checkpoints", trust=trust, tell=notes.append)
     seed = config.train.seed
     if checkpoint is None:
-        return 0, Position.start(parts.mix, seed), StepGuard(config.train), None, notes
+        begun = Forgetting(config, parts.mix, parts.task.objective, None)
+        return 0, Position.start(parts.mix, seed), StepGuard(config.train), begun, None, notes
     info = read_info(checkpoint)
     _check(checkpoint, info, config, parts)
     position, changes = Position.resume(info["data"], parts.mix, seed)
     guard = StepGuard(config.train, info["guard"])
+    forgetting = Forgetting(config, parts.mix, parts.task.objective, info)
     if changes:
         guard.forget()
+        forgetting.mixture_changed()
         notes.append(f"mixture changed at step {info['step']}: " + ", ".join(changes))
     before, now = info.get("steps", config.train.steps), config.train.steps
     if before != now and config.train.schedule != "constant":
@@ -49,7 +53,7 @@ def resume(
         )
     load_checkpoint(checkpoint, parts.model, parts.optimizer)
     notes.append(f"resumed from {checkpoint}")
-    return info["step"], position, guard, info, notes
+    return info["step"], position, guard, forgetting, info, notes
 
 
 def finished(config: Config) -> bool:
@@ -65,6 +69,8 @@ def finished(config: Config) -> bool:
     except (OSError, VerificationError):
         return False
     whole = info.get("step") == config.train.steps and info.get("validated", False)
+    if config.forget is not None and result_of(run_dir / "checkpoints") is None:
+        return False
     return bool(whole) and not find_damage(checkpoints[0])
 
 

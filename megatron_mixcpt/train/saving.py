@@ -9,6 +9,7 @@ from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.runtime.timing import section
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts
 
@@ -22,8 +23,10 @@ class RunSaver:
         beat: told what goes on while a save gets on (see Watchdog).
     """
 
-    def __init__(self, config: Config, parts: Parts, progress: Progress, beat: Callable[[str], None]) -> None:
-        self._parts, self._progress, self._beat = parts, progress, beat
+    def __init__(
+        self, config: Config, parts: Parts, progress: Progress, forgetting: Forgetting, beat: Callable[[str], None]
+    ) -> None:
+        self._parts, self._progress, self._forgetting, self._beat = parts, progress, forgetting, beat
         self._saver = Saver(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
@@ -36,6 +39,7 @@ class RunSaver:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
         parts = self._parts
+        self._saver.spared = self._forgetting.best_step
         self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
         if last or not self._saver.background:
             self._finish(last=last)

@@ -32,6 +32,7 @@ from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.plan.estimate import checkpoint_bytes
 from megatron_mixcpt.runtime.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher.build import check_teacher
+from megatron_mixcpt.train.forgetting import sources_of
 from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer
 from megatron_mixcpt.train.step import ForwardBackward
@@ -131,6 +132,8 @@ def check_settings(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> 
     """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
     arch, mix = check_layout(config, world_size, recipe)
     check_batch(config, world_size)
+    if config.forget is not None:
+        sources_of(config.forget, mix, config.eval.max_samples)
     if config.uses_teacher:
         check_teacher(config, arch, mix)
     return arch, mix

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.stop import StopRequest
@@ -35,11 +37,22 @@ class RunValidation:
         self._progress, self._stop, self._beat = progress, stop, beat
         self._datasets = parts.task.valid_datasets(config.train.seed, Path(config.run_dir) / INDEX_CACHE)
 
-    def __call__(self, step: int) -> bool:
-        """After `step` steps; whether some rank was asked to stop meanwhile, which cuts it short."""
+    def __call__(self, step: int, *, saves: bool = False) -> bool:
+        """After `step` steps; whether some rank was asked to stop meanwhile, which cuts it short.
+
+        Args:
+            saves: a checkpoint of this step is due.
+        """
+        metrics, items, stopping = self.measure(f"validation after step {step}")
+        self._progress.validated(step, metrics, items, whole=not stopping, saves=saves)
+        return stopping
+
+    def measure(self, phase: str) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+        """The model as it is: metrics, each source's sums by held-out sample, and whether a stop cut it short."""
+        items: dict[str, Tensor] = {}
 
         def stop_requested() -> bool:
-            self._beat(f"validation after step {step}")
+            self._beat(phase)
             return self._stop.agreed(self._state.device)
 
         metrics, stopping = validate(
@@ -50,6 +63,6 @@ class RunValidation:
             micro_batch_size=self._config.train.micro_batch_size,
             max_samples=self._config.eval.max_samples,
             stop_requested=stop_requested,
+            items=items,
         )
-        self._progress.validated(step, metrics, whole=not stopping)
-        return stopping
+        return metrics, items, stopping
