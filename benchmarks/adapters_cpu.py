@@ -25,15 +25,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 import megatron_mixcpt
 from benchmarks.train_cpu import batch_of, cpu_name
 from megatron_mixcpt.config import AdapterConfig, LossConfig, TrainConfig
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher import InitialTeacher
 from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
 from megatron_mixcpt.train.optimizer import build_optimizer, optimizer_step
-from megatron_mixcpt.train.step import ForwardBackward
 
 RANK = 16
 SMOLLM2 = Architecture(
@@ -83,12 +82,13 @@ def make_step(arch: Architecture, method: str | None, teacher: str, seq_length: 
     optimizer = build_optimizer(model, settings)
     loss = MixCPTLoss(
         LossConfig(target="none" if frozen is None else "swap"),
+        frozen,
         group=None,
         vocab_start=0,
         vocab_size=arch.vocab_size,
         device=torch.device("cpu"),
     )
-    run = ForwardBackward(model, MixCPTObjective(loss, frozen), num_sources=1, contributes=True)
+    run = ForwardBackward(model, loss, num_sources=1, contributes=True)
     batch = batch_of(seq_length, documents)
 
     def step():

@@ -23,20 +23,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 import megatron_mixcpt
 from benchmarks.lssd_memory import PeakMemory
-from megatron_mixcpt.align.answers import AnswerBatch, AnswerSums
-from megatron_mixcpt.align.config import AlignSettings
-from megatron_mixcpt.align.dpo import DPOObjective
-from megatron_mixcpt.align.logprobs import TokenLogProbs
-from megatron_mixcpt.align.pairs import collate_pairs
-from megatron_mixcpt.config import LossConfig
+from megatron_mixcpt.config import AlignSettings, LossConfig
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import PRESETS
 from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
+from megatron_mixcpt.objectives.dpo import DPOObjective
+from megatron_mixcpt.objectives.logprobs import TokenLogProbs
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.pairs import collate_pairs
+from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
-from megatron_mixcpt.train.step import ForwardBackward
 
 THREADS = 1
 ARCH = PRESETS["small"]
@@ -94,11 +92,11 @@ def contenders(state: ParallelState) -> tuple[Steps, Steps]:
     stage.config.finalize_model_grads_func = finalize_model_grads
     pairs = collate_pairs([pair_sample(number) for number in range(2)])
     loss = MixCPTLoss(
-        LossConfig(target="none"), group=None, vocab_start=0, vocab_size=ARCH.vocab_size, device=state.device
+        LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=ARCH.vocab_size, device=state.device
     )
     settings = AlignSettings(method="dpo")
     dpo = ForwardBackward(model, DPOObjective(settings, log_probs), num_sources=1, contributes=True)
-    plain = ForwardBackward(model, MixCPTObjective(loss, None), num_sources=1, contributes=True)
+    plain = ForwardBackward(model, loss, num_sources=1, contributes=True)
 
     def step(run: ForwardBackward) -> Callable[[], None]:
         def passes() -> None:

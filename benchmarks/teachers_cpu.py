@@ -30,17 +30,16 @@ from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.mix import Mix, read_mix
 from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import InitialTeacher, Teacher
 from megatron_mixcpt.teacher.cache_fill import claim_cache, fill_cache, new_identity
 from megatron_mixcpt.teacher.cache_format import record_dtype
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
-from megatron_mixcpt.train.step import ForwardBackward
 
 VOCABULARY, LAYERS, TOP_K, SEQUENCES = 49152, 10, 32, 2
 NONE, ONLINE, CACHED = "no teacher (CE only)", "initial", f"cached, k = {TOP_K}"
@@ -106,9 +105,9 @@ def measure(folder: Path, seq_length: int, rounds: int, state: ParallelState) ->
 
     def runner(target: str, teacher: Teacher | None) -> ForwardBackward:
         loss = MixCPTLoss(
-            LossConfig(target=target), group=None, vocab_start=0, vocab_size=VOCABULARY, device=state.device
+            LossConfig(target=target), teacher, group=None, vocab_start=0, vocab_size=VOCABULARY, device=state.device
         )
-        return ForwardBackward(model, MixCPTObjective(loss, teacher), num_sources=1, contributes=True)
+        return ForwardBackward(model, loss, num_sources=1, contributes=True)
 
     runs = {NONE: runner("none", None), ONLINE: runner("swap", online), CACHED: runner("swap", cached)}
     wall: dict[str, list[float]] = {name: [] for name in runs}

@@ -24,14 +24,13 @@ import megatron_mixcpt
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.huggingface.load import load_hf
-from megatron_mixcpt.losses.mixcpt import MixCPTLoss
 from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher import InitialTeacher
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
-from megatron_mixcpt.train.step import ForwardBackward
 
 THREADS = 2
 
@@ -84,9 +83,9 @@ def contenders(folder: Path, seq_length: int) -> dict:
     device = torch.device("cpu")
 
     def runner(target: str) -> ForwardBackward:
-        loss = MixCPTLoss(LossConfig(target=target), group=None, vocab_start=0, vocab_size=49152, device=device)
-        objective = MixCPTObjective(loss, None if target == "none" else teacher)
-        return ForwardBackward(model, objective, num_sources=1, contributes=True)
+        used = None if target == "none" else teacher
+        loss = MixCPTLoss(LossConfig(target=target), used, group=None, vocab_start=0, vocab_size=49152, device=device)
+        return ForwardBackward(model, loss, num_sources=1, contributes=True)
 
     plain, packed = batch_of(seq_length, 1), batch_of(seq_length, 4)
     ce_only, mixcpt = runner("none"), runner("swap")

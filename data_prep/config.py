@@ -1,28 +1,20 @@
 """The configuration of `mixcpt preprocess`: typed, strict, with errors that name the line and the nearest key."""
 
-import difflib
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from megatron_mixcpt.config.reader import validate
+from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.data_prep.format import TEXT_KINDS
 from megatron_mixcpt.data_prep.template import template_keys
-from megatron_mixcpt.errors import ConfigError
 
 Template = Annotated[str, Field(min_length=1)]
 SHARE_KEYS = ("weight", "tokens", "epochs")
 
 
-class Strict(BaseModel):
-    """Base of every section: unknown keys are errors, values are not changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(Strict):
+class Source(Section):
     """One named body of text and its share of the mixture."""
 
     name: str
@@ -111,7 +103,7 @@ class Source(Strict):
         return list(dict.fromkeys([*keys, *(key for key in (self.messages, self.tools) if key is not None)]))
 
 
-class NearDuplicates(Strict):
+class NearDuplicates(Section):
     """Removal of records that are nearly the same as an earlier one (MinHash over word n-grams)."""
 
     threshold: float = Field(default=0.8, gt=0, le=1)  # Jaccard similarity
@@ -119,7 +111,7 @@ class NearDuplicates(Strict):
     permutations: int = Field(default=128, ge=16, le=1024)
 
 
-class Decontaminate(Strict):
+class Decontaminate(Section):
     """Search for records that share an n-gram with evaluation files."""
 
     paths: list[str] = Field(min_length=1)
@@ -127,7 +119,7 @@ class Decontaminate(Strict):
     action: Literal["drop", "flag"] = "drop"
 
 
-class Config(Strict):
+class Config(Section):
     """A whole `preprocess.yaml`."""
 
     tokenizer: str  # Hugging Face directory, tokenizer.json, or SentencePiece .model
@@ -168,84 +160,6 @@ class Config(Strict):
         return self
 
 
-def load_config(path: str | Path) -> Config:
-    """Read and check a YAML file. Raises ConfigError that names file, line, key and the fix."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines; see docs/data.md for an example")
-    lines: dict[tuple, int] = {}
-    _collect_lines(node, (), lines, path)
-    return parse_config(values, lambda location: f"{path}:{_line_of(location, lines)}")
-
-
-def parse_config(values: dict[str, Any], where: Any = lambda location: "config") -> Config:
-    """Check a mapping against the schema. `where(location)` turns a key path into a place to name in errors."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
-
-
-def _collect_lines(node: Any, location: tuple, lines: dict[tuple, int], path: Path) -> None:
-    """Record the line of every key below `node`; YAML would silently let a second `weight:` win, we do not."""
-    lines.setdefault(location, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
-            seen.add(key.value)
-            below = (*location, key.value)
-            lines[below] = key.start_mark.line + 1
-            _collect_lines(value, below, lines, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _collect_lines(value, (*location, index), lines, path)
-
-
-def _line_of(location: tuple, lines: dict[tuple, int]) -> int:
-    while location and location not in lines:
-        location = location[:-1]
-    return lines.get(location, 1)
-
-
-def _explain(error: Any, where: Any) -> str:
-    location = tuple(error["loc"])
-    key = ".".join(str(part) for part in location) or "config"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = list(_model_at(location[:-1]).model_fields)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where(location)}: unknown key {key!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{where(location)}: key {key!r} is missing"
-    given = error.get("input")
-    shown = f" (got {given!r})" if not isinstance(given, (dict, list)) else ""
-    return f"{where(location)}: {key}: {message}{shown}"
-
-
-def _model_at(location: tuple) -> type[BaseModel]:
-    """The section a key path lies in, so that the nearest key is looked for among its fields."""
-    model: type[BaseModel] = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        for candidate in (annotation, *getattr(annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return model
+def parse_config(values: dict[str, Any]) -> Config:
+    """Check plain values that no file holds. Raises ConfigError that names the key."""
+    return validate(Config, values, "config")

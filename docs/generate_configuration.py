@@ -7,16 +7,16 @@ from typing import get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from megatron_mixcpt.align.config import AlignSettings
-from megatron_mixcpt.config import Config, section_of
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.config.reader import section_of
 from megatron_mixcpt.select.config import SelectSettings
 
-INTRODUCTION = """# Configuration of `mixcpt train`
+INTRODUCTION = """# Configuration of `mixcpt train` and `mixcpt align`
 
 Defaults < YAML file < `key=value` on the command line. An unknown key is an error that names the nearest one; wrong
 values are named with their ranges, all at once, before any process starts. Paths are relative to the current directory.
 The resolved configuration is written to `<run_dir>/config.yaml`. This page is made from the classes in
-`megatron_mixcpt/config.py` by `python docs/generate_configuration.py`.
+`megatron_mixcpt/config/schema.py` by `python docs/generate_configuration.py`.
 """
 
 SELECT = "`model` and `parallel` as above, `data.mix`, `out` (folder of the result), and"
@@ -34,8 +34,6 @@ def page() -> str:
         else:
             own.append(_row(name, field))
     parts.append("## Top level\n\n" + _head() + "\n".join(own))
-    align = _section("align", AlignSettings)
-    parts.append(f"# Configuration of `mixcpt align`\n\nAll of the above, and\n\n## `align`\n\n{align}")
     select = _section("select", SelectSettings)
     parts.append(f"# Configuration of `mixcpt select`\n\n{SELECT}\n\n## `select`\n\n{select}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

@@ -89,6 +89,23 @@ def test_a_wrong_value_is_named_with_its_fix(capsys, tmp_path, values, override,
     assert message in fails(capsys, tmp_path, values, override)
 
 
+def test_what_is_wrong_is_told_with_the_line_or_the_override_it_came_from(capsys, tmp_path, values):
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
+    line = 1 + path.read_text().splitlines().index("train:")
+    for override, place in (
+        ("train.lr=-1", "command line, train.lr=-1: train.lr: "),
+        ("train.warmup_steps=9", f"{path}:{line} with train.warmup_steps=9: train.warmup_steps (9) must be below"),
+    ):
+        assert main(["train", str(path), override]) == 2
+        assert place in capsys.readouterr().err
+    values["train"]["lr"] = -1
+    path.write_text(yaml.safe_dump(values))
+    line = 1 + path.read_text().splitlines().index("  lr: -1")
+    assert main(["train", str(path)]) == 2
+    assert f"{path}:{line}: train.lr: " in capsys.readouterr().err
+
+
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_before_they_start(capsys, tmp_path, values):
     assert "2 x 3 data-parallel ranks = 6" in fails(capsys, tmp_path, values, "--nproc", "3")
 
@@ -115,7 +132,7 @@ def test_a_missing_or_malformed_file_is_named(capsys, tmp_path):
     assert main(["train", str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml: no such configuration file" in capsys.readouterr().err
     assert "cannot be read as YAML" in fails(capsys, tmp_path, "train: [1, 2\n")
-    assert "expected a mapping of sections" in fails(capsys, tmp_path, "- 1\n- 2\n")
+    assert "expected `key: value` lines, found a list" in fails(capsys, tmp_path, "- 1\n- 2\n")
 
 
 def test_a_missing_data_file_is_named(capsys, tmp_path, values):

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from megatron_mixcpt.commands.train import add_arguments, start
-
-if TYPE_CHECKING:
-    from megatron_mixcpt.config import Config
-    from megatron_mixcpt.train.task import Recipe
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -20,11 +15,4 @@ preference optimization). Everything else is as in `mixcpt train`: the same comm
 
 
 def run(args: argparse.Namespace) -> int:
-    def read() -> tuple[Config, Recipe]:
-        from megatron_mixcpt.align.config import AlignConfig, recipe_of
-        from megatron_mixcpt.config import load_config
-
-        config = load_config(AlignConfig, args.config, args.overrides)
-        return config, recipe_of(config)
-
-    return start(NAME, args, read)
+    return start(NAME, args)

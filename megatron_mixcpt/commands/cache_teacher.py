@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
-        from megatron_mixcpt.align.config import load_run_config
+        from megatron_mixcpt.config import Config, load_config
         from megatron_mixcpt.errors import ConfigError
         from megatron_mixcpt.runtime.launcher import is_distributed, launch
 
-        config = load_run_config(args.config, args.overrides)
+        config = load_config(Config, args.config, args.overrides)
         if config.teacher.source != "cached" or not config.uses_teacher:
             raise ConfigError(
                 "cache-teacher needs teacher.source=cached, teacher.cache=DIR and a loss.target: the configuration "

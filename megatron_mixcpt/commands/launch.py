@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.align.config import AlignConfig, load_run_config, recipe_of
-    from megatron_mixcpt.config import validate
+    from megatron_mixcpt.config import Config, load_config, validate
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
     from megatron_mixcpt.slurm.jobs import command_jobs
@@ -57,11 +56,10 @@ def run(args: argparse.Namespace) -> int:
         jobs = chain_jobs(args.config, options)
     else:
         ask = validate(Resources, options, "mixcpt launch")
-        config = load_run_config(args.config, args.overrides)
-        command = "align" if isinstance(config, AlignConfig) else "train"
-        jobs = command_jobs(command, [command, args.config, *args.overrides], ask, Path())
+        config = load_config(Config, args.config, args.overrides)
+        jobs = command_jobs(config.command, [config.command, args.config, *args.overrides], ask, Path())
         # What the command would refuse is refused before anything waits in a queue.
-        check(config, ask.world_size, recipe_of(config))
+        check(config, ask.world_size)
     if args.dry_run:
         print(overview(jobs) if is_chain(args.config) else jobs[0].script)
         return 0

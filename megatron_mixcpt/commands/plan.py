@@ -21,18 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.align.config import load_run_config, recipe_of
+    from megatron_mixcpt.config import Config, load_config
 
-    config = load_run_config(args.config, args.overrides)
+    config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.observe.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
+    from megatron_mixcpt.model.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan.estimate import make_plan
     from megatron_mixcpt.train.setup import check_settings, existing_parent
 
     grid, train = config.parallel, config.train
     world_size = args.nproc or grid.tensor * grid.pipeline
-    arch, mix = check_settings(config, world_size, recipe_of(config))
+    arch, mix = check_settings(config, world_size)
     if args.gpu is not None and args.gpu not in PEAK_BF16:
         raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
     if not 0.0 < args.mfu <= 1.0:

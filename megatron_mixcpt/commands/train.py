@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from megatron_mixcpt.runtime.launcher import add_nproc
 from megatron_mixcpt.runtime.stop import StopRequest
-
-if TYPE_CHECKING:
-    from megatron_mixcpt.config import Config
-    from megatron_mixcpt.train.task import Recipe
 
 NAME = "train"
 HELP = """Train on a mixture with Mix-CPT's loss, on one process or many. Running the same command again resumes from
@@ -35,21 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    def read() -> tuple[Config, Recipe]:
+    return start(NAME, args)
+
+
+def start(command: str, args: argparse.Namespace) -> int:
+    """Train here, or in the ranks that are started for it."""
+    with StopRequest() as stop:  # a stop while the libraries load is a stop like any other
         from megatron_mixcpt.config import Config, load_config
 
         config = load_config(Config, args.config, args.overrides)
-        from megatron_mixcpt.train.mixcpt import MIXCPT
-
-        return config, MIXCPT
-
-    return start(NAME, args, read)
-
-
-def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Config, Recipe]]) -> int:
-    """Train here, or in the ranks that are started for it. `read` loads the configuration and what it asks for."""
-    with StopRequest() as stop:  # a stop while the libraries load is a stop like any other
-        config, recipe = read()
+        config.check_command(command, args.config)
         from megatron_mixcpt.runtime.launcher import is_distributed, launch
         from megatron_mixcpt.runtime.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
@@ -57,7 +46,7 @@ def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Confi
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
-        check(config, integer_variable("WORLD_SIZE", args.nproc), recipe)
+        check(config, integer_variable("WORLD_SIZE", args.nproc))
         stop.check()
         if not is_distributed() and finished(config):
             print(ending(config))
@@ -66,7 +55,7 @@ def start(command: str, args: argparse.Namespace, read: Callable[[], tuple[Confi
             trust = ["--trust"] if args.trust else []
             code = launch(args.nproc, [command, args.config, *args.overrides, *trust])
         else:
-            train(config, trust=args.trust, recipe=recipe)
+            train(config, trust=args.trust)
             code = 0
         if code == 0 and not is_distributed():  # a rank's run may be part of something larger, as a rehearsal
             print(following(config))

@@ -37,11 +37,11 @@ def validation_perplexity(
     from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.huggingface.weights import DTYPES
-    from megatron_mixcpt.losses.mixcpt import MixCPTLoss
+    from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+    from megatron_mixcpt.objectives.packed_text import validation_metrics
+    from megatron_mixcpt.objectives.step import ForwardBackward
     from megatron_mixcpt.runtime.parallel import parallel_context
-    from megatron_mixcpt.train.mixcpt import MixCPTObjective
-    from megatron_mixcpt.train.step import ForwardBackward
-    from megatron_mixcpt.train.validate import validate
+    from megatron_mixcpt.train.validation import validate
 
     from_hf = is_hf_directory(path)
     adapter = None
@@ -66,12 +66,13 @@ def validation_perplexity(
         else:
             load_model_weights(model, path)
         loss = MixCPTLoss(
-            LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
+            LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
         )
         metrics, _ = validate(
             dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
-            ForwardBackward(model, MixCPTObjective(loss, None), num_sources=micro_batch_size, contributes=True),
+            ForwardBackward(model, loss, num_sources=micro_batch_size, contributes=True),
             collate,
+            validation_metrics,
             state=state,
             micro_batch_size=micro_batch_size,
             max_samples=max_samples,

@@ -22,26 +22,23 @@ from megatron_mixcpt.model.init import initialize
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.specs import block_spec, transformer_config
-from megatron_mixcpt.runtime.timing import MegatronTimers, section
+from megatron_mixcpt.runtime.timing import MegatronTimers
 
-# (logits [s, b, v/tp], labels [b, s]) -> loss of every token [b, s] fp32, 0 where ignored
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
-# (hidden [s(/tp), b, h], head weight [v/tp, h], labels [b, s]) -> loss of every token [b, s] fp32
-HiddenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (hidden [s(/tp), b, h] after the final norm, labels [b, s]) -> fp32 losses whose sum counts, 0 where ignored
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class MixGPTModel(GPTModel):
     """This rank's pipeline stage.
 
     `forward(tokens [b, s], position_ids [b, s], attention_mask, labels=None)`, the middle two from `document_mask`:
-    on the last stage the loss of every token `[b, s]` from `token_loss`, or without labels the logits `[b, s, v/tp]`;
+    on the last stage what `loss` makes of the hidden states, or without labels the logits `[b, s, v/tp]`;
     on other stages the hidden states for the next one.
 
     Attributes:
         arch: the whole model's architecture.
         adapter: what is trained in place of the weights, which are frozen then; None trains the weights.
-        token_loss: what is minimised; the trainer sets it before the first forward with labels.
-        hidden_loss: where set, it is minimised in place of `token_loss`, without logits in between.
+        loss: what is minimised; an objective sets it before each forward pass with labels.
         vocab_start: global id of this rank's first vocabulary row.
     """
 
@@ -61,8 +58,7 @@ class MixGPTModel(GPTModel):
             position_embedding_type="none",  # ours are put in by _preprocess
         )
         self.arch = arch
-        self.token_loss: TokenLoss | None = None
-        self.hidden_loss: HiddenLoss | None = None
+        self.loss: Loss | None = None
         self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
         self.rotary = Rotary(arch)
         self.adapter = adapter
@@ -88,17 +84,12 @@ class MixGPTModel(GPTModel):
     def _windowed(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
         return window_mask(attention_mask, tokens.shape[1], self.arch.sliding_window, tokens.device)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        if self.token_loss is None:
-            raise RuntimeError("model.token_loss is not set")
-        with section("loss"):
-            return self.token_loss(logits, labels)
-
     def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor:
-        if self.hidden_loss is not None and self.post_process and labels is not None:
-            with section("loss"):
-                return self.hidden_loss(hidden_states, self.head_weight(), labels)
-        return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if self.loss is None:
+            raise RuntimeError("model.loss is not set")
+        return self.loss(hidden_states, labels)
 
     def head_weight(self) -> Tensor:
         """Last stage only: weight `[v/tp, h]` of the output head, tied or not."""

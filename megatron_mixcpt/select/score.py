@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_mixcpt.align.answers import AnswerBatch, AnswerSums
-from megatron_mixcpt.align.logprobs import TokenLogProbs
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, Indexed, open_indexed
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
+from megatron_mixcpt.objectives.logprobs import TokenLogProbs
+from megatron_mixcpt.objectives.step import ForwardBackward
+from megatron_mixcpt.runtime.kept_parts import compute_parts
 from megatron_mixcpt.runtime.parallel import ParallelState
-from megatron_mixcpt.select.score_file import compute_parts
-from megatron_mixcpt.train.step import ForwardBackward
 
 MULTIPLE = 32  # lengths are padded to multiples of it
 MICRO_BATCHES = 8  # of a round, on each data-parallel rank

@@ -7,23 +7,22 @@ import contextlib
 import io
 from pathlib import Path
 
-from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.runtime.parallel import check_grid
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.train.setup import check_batch
 
+# Configurations of the commands that share their work among ranks.
 SCHEMAS: dict[str, type[Config] | type[SelectConfig]] = {
     "train": Config,
-    "align": AlignConfig,
+    "align": Config,
     "select": SelectConfig,
     "cache-teacher": Config,
 }
-"""Configurations of the commands that share their work among ranks."""
 
 
 def check_command(words: list[str], world_size: int, written: list[Path]) -> list[Path]:
@@ -39,12 +38,13 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
     """
     args = _arguments(words)
     if words[0] == "preprocess":
-        load_preprocess(args.config)
+        load_config(PreprocessConfig, args.config, literal=True)
     elif words[0] in SCHEMAS:
         config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
         grid = config.parallel
         check_grid(world_size, grid.tensor, grid.pipeline)
         if isinstance(config, Config) and words[0] != "cache-teacher":
+            config.check_command(words[0], args.config)
             check_batch(config, world_size)
         if config.model.hf is not None and not _within(Path(config.model.hf), written):
             architecture_from_hf(config.model.hf).check_layout(grid.tensor, grid.pipeline)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.config import Config, load_config, rendered
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.slurm.render import render, template
@@ -31,7 +30,7 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
     """
     if words[0] in ("train", "align"):
         config_path, overrides, flags = _split(words)
-        config = load_config(AlignConfig if words[0] == "align" else Config, config_path, overrides)
+        config = load_config(Config, config_path, overrides)
         run_dir = Path(config.run_dir).resolve()
         # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
         frozen = run_dir / "launch" / "config.yaml"

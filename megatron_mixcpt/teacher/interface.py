@@ -1,7 +1,7 @@
 """What a teacher gives the loss, whatever it is: the one interface between `teacher/`, the loss and the training step.
 
 A teacher is asked for the `target` of each micro-batch. It answers in the form in which it has its distribution, and
-the loss (losses/mixcpt.py, `MixCPTLoss.attach`) takes any of them; the training step knows neither teacher nor form.
+the loss (objectives/mixcpt.py) takes any of them; the training step knows neither teacher nor form.
 
 Shapes: s sequence, b micro-batch, h hidden, v vocabulary, tp tensor-parallel size, k tokens that a cache kept.
 """

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-COUNT, LOSS = 0, 1  # of the columns that every objective keeps
+from megatron_mixcpt.objectives.task import COUNT, LOSS
+
 LANES, LANE_BITS = 4, 16  # a 64-bit sum travels in fp64 as four exact pieces
 
 

@@ -23,7 +23,7 @@ from megatron_mixcpt.runtime.first_rank import from_first
 from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts, build_stage
-from megatron_mixcpt.train.validating import RunValidation
+from megatron_mixcpt.train.validation import RunValidation
 
 ALPHAS = (0.25, 0.5, 0.75)
 AVERAGES = "average"  # folder of the averaged weights, beside the checkpoints

@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_mixcpt.config import Config, ForgetConfig
 from megatron_mixcpt.data.mix import Mix, Source
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.train.agreement import COUNT, StepTotals
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
+from megatron_mixcpt.objectives.task import COUNT, Objective
+from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.budget import BudgetController
-from megatron_mixcpt.train.mixcpt import MixCPTObjective
 from megatron_mixcpt.train.paired import Rise, rise
-from megatron_mixcpt.train.task import Objective
 
 FEWEST_ITEMS = 2  # held-out sequences of a source: one alone tells nothing about its noise
 DOMAIN = "domain"
@@ -37,7 +37,7 @@ class Forgetting:
         self._best_before: tuple[int, float] | None = None
         if config.forget is None:
             return
-        assert isinstance(objective, MixCPTObjective), "no other has a distillation: the configuration is refused"
+        assert isinstance(objective, MixCPTLoss), "no other has a distillation: the configuration is refused"
         self._weigh = objective.weigh
         self._held, self._learned = sources_of(config.forget, mix, config.eval.max_samples)
         order = f"seed {config.train.seed}, {config.eval.max_samples or 'all'}"

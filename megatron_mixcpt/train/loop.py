@@ -19,24 +19,21 @@ from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
-from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
-from megatron_mixcpt.train.task import Recipe
-from megatron_mixcpt.train.validating import INDEX_CACHE, RunValidation
+from megatron_mixcpt.train.validation import INDEX_CACHE, RunValidation
 
 GROUP_EXTRA_MINUTES = 1.0  # the watchdogs, which write stacks, come before the process group's own timeout
 
 
-def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> None:
+def train(config: Config, *, trust: bool = False) -> None:
     """Train to `config.train.steps`, resuming from the newest checkpoint of the run directory that verifies.
 
     Args:
         trust: resume even from a checkpoint without a manifest.
-        recipe: what kind of training it is.
 
     Raises StoppedError (exit code 75) when stopped by a signal, with everything saved; MixcptError when steps keep
     being skipped, a rank is lost, or the last checkpoint cannot be written.
@@ -51,12 +48,11 @@ def train(config: Config, *, trust: bool = False, recipe: Recipe = MIXCPT) -> No
                 hold(Path(config.run_dir)),
                 ExitStack() as stack,
             ):
-                _train(config, recipe, state, stop, watchdog, stack, trust)
+                _train(config, state, stop, watchdog, stack, trust)
 
 
 def _train(
     config: Config,
-    recipe: Recipe,
     state: ParallelState,
     stop: StopRequest,
     watchdog: Watchdog,
@@ -64,7 +60,7 @@ def _train(
     trust: bool,
 ) -> None:
     run_dir, settings = Path(config.run_dir), config.train
-    parts = build(config, state, recipe, watchdog.beat)
+    parts = build(config, state, watchdog.beat)
     watchdog.beat("resuming")
     step, position, guard, forgetting, saved, notes = resume(config, parts, trust=trust)
     if state.rank == 0:  # not before: a run that refuses these settings keeps its own
@@ -94,7 +90,7 @@ def _train(
     progress.start_clock()
     stopping = stop.defer(state.device)
     cut_short = saved is not None and not saved.get("validated", True)
-    if not stopping and (step == 0 or cut_short and (step == settings.steps or forgetting.due(step))):
+    if not stopping and (step == 0 or (cut_short and (step == settings.steps or forgetting.due(step)))):
         stopping = evaluate(step)  # what the model knew before; or what a stop left out
     while step < settings.steps and not stopping and not forgetting.exhausted:
         watchdog.beat(f"step {step + 1}")

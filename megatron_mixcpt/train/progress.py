@@ -14,10 +14,10 @@ from megatron_mixcpt.checkpoint import Outcome
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.model.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
-from megatron_mixcpt.observe.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.timing import StepTimer
 from megatron_mixcpt.train.agreement import StepTotals
@@ -198,7 +198,7 @@ class Progress:
             "train/tokens": all_tokens,
             "train/loss": _finite(totals.loss),
         }
-        own = self.parts.task.objective.metrics(total, dict(zip(self.sources, rows)))
+        own = self.parts.task.metrics(total, dict(zip(self.sources, rows)))
         metrics |= {name: _finite(value) for name, value in own.items()}
         for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
@@ -230,7 +230,7 @@ class Progress:
             f"data    {mix.path}: {shares}",
             f"batch   {config.train.global_batch_size} x {self.parts.task.row_length} = {batch_tokens} tokens; "
             f"{config.train.steps} steps = {batch_tokens * config.train.steps / 1e6:.2f} M tokens",
-            f"loss    {self.parts.task.objective.describe()}",
+            f"loss    {self.parts.task.describe()}",
         ]
         if config.adapter is not None:
             lines.insert(1, f"adapter {describe_adapter(arch, config.adapter)}")

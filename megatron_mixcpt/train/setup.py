@@ -29,14 +29,14 @@ from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.objectives.build import build_task, read_training_mix
+from megatron_mixcpt.objectives.step import ForwardBackward
+from megatron_mixcpt.objectives.task import Task
 from megatron_mixcpt.plan.estimate import checkpoint_bytes
 from megatron_mixcpt.runtime.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.forgetting import sources_of
-from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.optimizer import build_optimizer
-from megatron_mixcpt.train.step import ForwardBackward
-from megatron_mixcpt.train.task import Recipe, Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,14 +58,14 @@ class Parts:
     """The fingerprint of `adapter.init`."""
 
 
-def read_model_and_mix(config: Config, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
+def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     """Read what the configuration points at and check that the parts fit; opens no weights.
 
     Tokens that the data's tokenizer adds to the model's own become new rows of the embedding.
 
     Raises ConfigError naming the key to change, and VerificationError where the data was made with another tokenizer.
     """
-    mix = recipe.read_mix(config)
+    mix = read_training_mix(config)
     if config.model.hf is not None:
         arch = architecture_from_hf(config.model.hf)
         if mix.tokenizer_dir.is_dir():
@@ -114,9 +114,9 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Archite
     return origin.arch
 
 
-def check_layout(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
+def check_layout(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data and grid fit together."""
-    arch, mix = read_model_and_mix(config, recipe)
+    arch, mix = read_model_and_mix(config)
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
     check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
@@ -128,9 +128,9 @@ def check_layout(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tu
     return arch, mix
 
 
-def check_settings(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> tuple[Architecture, Mix]:
+def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
-    arch, mix = check_layout(config, world_size, recipe)
+    arch, mix = check_layout(config, world_size)
     check_batch(config, world_size)
     if config.forget is not None:
         sources_of(config.forget, mix, config.eval.max_samples)
@@ -150,9 +150,9 @@ def check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def check(config: Config, world_size: int, recipe: Recipe = MIXCPT) -> None:
+def check(config: Config, world_size: int) -> None:
     """Raise ConfigError, naming the key to change, unless everything that a run needs fits together, disk included."""
-    arch, _ = check_settings(config, world_size, recipe)
+    arch, _ = check_settings(config, world_size)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     if config.adapter is not None and config.adapter.init:
@@ -171,13 +171,11 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def build(
-    config: Config, state: ParallelState, recipe: Recipe = MIXCPT, beat: Callable[[str], None] = lambda phase: None
-) -> Parts:
+def build(config: Config, state: ParallelState, beat: Callable[[str], None] = lambda phase: None) -> Parts:
     """Build model, task (its teacher or reference) and optimizer at the starting weights. Collective."""
-    arch, mix = read_model_and_mix(config, recipe)
+    arch, mix = read_model_and_mix(config)
     stage = build_stage(config, arch)
-    task = recipe.make_task(config, mix, arch, stage, state, beat)
+    task = build_task(config, mix, arch, stage, state, lambda: build_stage(config, arch, weights=False), beat)
     model = DistributedDataParallel(
         stage.config,
         DistributedDataParallelConfig(

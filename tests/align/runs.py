@@ -5,24 +5,21 @@ import os
 import numpy as np
 import torch
 
-from megatron_mixcpt.align.config import AlignConfig
-from megatron_mixcpt.align.dpo import DPO
-from megatron_mixcpt.config import validate
+from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.select.select import select
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.loop import train
-from megatron_mixcpt.train.mixcpt import MIXCPT
 from megatron_mixcpt.train.setup import build
 from tests.train.runs import whole_tensors
 
 
 def first_step(values):
     """Loss, metrics and whole gradients of the first global batch, with a reference moved away from the start."""
-    config = validate(AlignConfig, values, "test")
+    config = validate(Config, values, "test")
     with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
-        parts = build(config, state, DPO)
+        parts = build(config, state)
         task, size = parts.task, config.train.micro_batch_size
         reference = {prefix.name: rows.reference.copy() for prefix, rows in task.datasets.items()}
         for rows in task.datasets.values():
@@ -33,7 +30,7 @@ def first_step(values):
         parts.model.zero_grad_buffer()
         totals = agree(parts.run([batch.to(state.device) for batch in batches]), 0, stop=False)
         gradients = whole_tensors(parts, state, lambda parameter: parameter.main_grad)
-    metrics = task.objective.metrics(totals.rows[0], {})
+    metrics = task.metrics(totals.rows[0], {})
     return {"loss": totals.loss, "metrics": metrics, "gradients": gradients, "reference": reference}
 
 
@@ -51,8 +48,8 @@ def train_all(rank, world_size, runs):
     for port, values in runs:
         os.environ["MASTER_PORT"] = str(port)
         torch.manual_seed(0)
-        config = validate(AlignConfig, values, "test")
-        train(config, recipe=DPO if config.align.method == "dpo" else MIXCPT)
+        config = validate(Config, values, "test")
+        train(config)
 
 
 def align_values(mix, **sections):

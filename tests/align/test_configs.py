@@ -2,20 +2,19 @@
 
 from pathlib import Path
 
-from megatron_mixcpt.align.config import AlignConfig
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.select.config import SelectConfig
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"
 
 
 def test_the_chain_of_two_stages_fits_together():
-    data = load_preprocess(FOLDER / "preprocess.yaml")
+    data = load_config(PreprocessConfig, FOLDER / "preprocess.yaml", literal=True)
     stage1 = load_config(Config, FOLDER / "stage1.yaml")
     select = load_config(SelectConfig, FOLDER / "select.yaml")
-    sft, dpo = (load_config(AlignConfig, FOLDER / f"{name}.yaml") for name in ("sft", "dpo"))
+    sft, dpo = (load_config(Config, FOLDER / f"{name}.yaml") for name in ("sft", "dpo"))
     assert stage1.data.mix == select.data.mix == f"{data.out}/mix.json"
     assert select.model.checkpoint == sft.model.checkpoint == stage1.run_dir
     assert dpo.model.checkpoint == sft.run_dir

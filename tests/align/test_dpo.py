@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mixcpt.align.config import AlignSettings
 from megatron_mixcpt.checkpoint import list_checkpoints
+from megatron_mixcpt.config import AlignSettings
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
 from tests.align.oracle import plain
@@ -58,7 +58,7 @@ def oracle(results, stage1, model_dir):
     """Log-probabilities of every answer, loss and gradients: transformers, fp64, no packing, no kernels of ours."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_mixcpt.align.pairs import PairRows
+    from megatron_mixcpt.objectives.pairs import PairRows
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     (name,) = (name for name in results["one"]["reference"] if name.startswith("pairs-pairs-train"))

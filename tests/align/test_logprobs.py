@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mixcpt.align.logprobs import CHUNK, sums_by
+from megatron_mixcpt.objectives.logprobs import CHUNK, sums_by
 
 
 @pytest.mark.parametrize("columns", [(), (3,)])

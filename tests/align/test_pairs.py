@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mixcpt.align.config import AlignConfig
-from megatron_mixcpt.align.pairs import PairRows, collate_pairs, read_pair_mix
-from megatron_mixcpt.config import load_config, save_config, validate
+from megatron_mixcpt.config import Config, load_config, save_config, validate
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.objectives.pairs import PairRows, collate_pairs, read_pair_mix
 from tests.align.conftest import SEQ_LENGTH
 from tests.align.runs import align_values
 from tests.helpers.corpus import write_mix
@@ -19,7 +18,7 @@ from tests.helpers.corpus import write_mix
 
 @pytest.fixture
 def rows(stage1):
-    mix = read_pair_mix(validate(AlignConfig, align_values(stage1 / "mix.json"), "test"))
+    mix = read_pair_mix(validate(Config, align_values(stage1 / "mix.json"), "test"))
     assert [source.name for source in mix.train_sources] == ["pairs", "more"]
     split = mix.train_sources[0].train
     generator = np.random.default_rng(1)
@@ -70,14 +69,14 @@ def test_rows_travel_to_data_workers_without_their_tokens(rows):
 
 
 def test_a_mixture_without_pairs_is_refused(tmp_path):
-    config = validate(AlignConfig, align_values(write_mix(tmp_path / "data")), "test")
+    config = validate(Config, align_values(write_mix(tmp_path / "data")), "test")
     with pytest.raises(ConfigError, match="holds no preference pairs"):
         read_pair_mix(config)
 
 
 def test_pairs_of_some_sources_can_be_left_out(stage1):
     weights = {"mix": str(stage1 / "mix.json"), "weights": {"pairs": 1.0, "more": 0.0}}
-    mix = read_pair_mix(validate(AlignConfig, align_values(None, data=weights), "test"))
+    mix = read_pair_mix(validate(Config, align_values(None, data=weights), "test"))
     assert [source.name for source in mix.train_sources] == ["pairs"]
 
 
@@ -95,16 +94,16 @@ def test_pairs_of_some_sources_can_be_left_out(stage1):
 )
 def test_wrong_settings_are_named(stage1, section, message):
     with pytest.raises(ConfigError, match=message):
-        validate(AlignConfig, align_values(stage1 / "mix.json", **section), "test")
+        validate(Config, align_values(stage1 / "mix.json", **section), "test")
 
 
 def test_fine_tuning_needs_no_teacher_unless_asked_for(stage1):
     sft = {"align": {"method": "sft"}}
-    assert not validate(AlignConfig, align_values(stage1, **sft, loss={"ce_weight": 2.0}), "test").uses_teacher
-    assert validate(AlignConfig, align_values(stage1, **sft, loss={"target": "plain"}), "test").uses_teacher
+    assert not validate(Config, align_values(stage1, **sft, loss={"ce_weight": 2.0}), "test").uses_teacher
+    assert validate(Config, align_values(stage1, **sft, loss={"target": "plain"}), "test").uses_teacher
 
 
 def test_a_saved_configuration_of_fine_tuning_can_be_used_again(stage1, tmp_path):
-    config = validate(AlignConfig, align_values(stage1, align={"method": "sft"}), "test")
+    config = validate(Config, align_values(stage1, align={"method": "sft"}), "test")
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(AlignConfig, str(tmp_path / "config.yaml"), []) == config
+    assert load_config(Config, str(tmp_path / "config.yaml"), []) == config

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mixcpt.align.config import AlignSettings
-from megatron_mixcpt.align.preference import preference_loss
+from megatron_mixcpt.config import AlignSettings
+from megatron_mixcpt.objectives.preference import preference_loss
 from tests.align.oracle import plain
 
 VARIANTS = {

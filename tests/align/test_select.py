@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_mixcpt.align.pairs import read_pair_mix
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import open_indexed
@@ -122,9 +121,10 @@ def test_what_is_chosen_is_ready_for_training(outs, stage1):
     records = [json.loads(line) for line in (out / "sft" / "records" / "asked.jsonl").read_text().splitlines()]
     assert len(records) == 20
     assert answers == {record["response"] + "<|im_end|>" for record in records}
-    from megatron_mixcpt.align.config import AlignConfig
+    from megatron_mixcpt.config import Config
+    from megatron_mixcpt.objectives.pairs import read_pair_mix
 
-    mix = read_pair_mix(validate(AlignConfig, align_values(out / "dpo" / "mix.json"), "test"))
+    mix = read_pair_mix(validate(Config, align_values(out / "dpo" / "mix.json"), "test"))
     assert {source.name for source in mix.sources} == {"pairs", "more"}
 
 

@@ -47,7 +47,7 @@ def test_a_wrong_config_returns_2(tmp_path):
     path.write_text("tokenizer: x\nout: y\nseq_len: 3\nsources: []\n")
     done = mixcpt("preprocess", path)
     assert done.returncode == 2
-    assert f"{path}:3: unknown key 'seq_len'; did you mean 'seq_length'?" in done.stderr
+    assert f"{path}:3: seq_len: unknown key; did you mean seq_length?" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_mixcpt.data_prep.config import Config, Decontaminate, NearDuplicates, Source, load_config, parse_config
+from megatron_mixcpt.config.reader import load_config
+from megatron_mixcpt.data_prep.config import Config, Decontaminate, NearDuplicates, Source, parse_config
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from tests.data_prep.helpers import digests
 
@@ -35,7 +36,7 @@ print(f"{{number}};cluster")
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_configurations_are_valid(path):
-    assert load_config(path).sources
+    assert load_config(Config, path, literal=True).sources
 
 
 def test_every_key_is_documented():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import load_config as load_preprocess
+from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.data_prep.template import compile_template
 from megatron_mixcpt.demo.configs import ask, preprocess_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS
@@ -18,7 +18,7 @@ CASES = [(model, arm) for model, arms in ARMS.items() for arm in arms]
 def preprocess(tmp_path, model, arm):
     path = tmp_path / "preprocess.yaml"
     path.write_text(preprocess_yaml(MODELS[model], arm, FOLDER / "texts", FOLDER / "base", FOLDER / "data"))
-    return load_preprocess(path)
+    return load_config(PreprocessConfig, path, literal=True)
 
 
 def train(tmp_path, model, arm):

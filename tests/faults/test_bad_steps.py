@@ -15,8 +15,8 @@ from tests.train.runs import saved_tensors
 
 def spoil(changes):
     """`{step: kind}` (from 0): spoil the loss or the gradients of this rank before the optimizer sees them."""
+    from megatron_mixcpt.objectives.step import ForwardBackward
     from megatron_mixcpt.train import loop
-    from megatron_mixcpt.train.step import ForwardBackward
 
     original, step = ForwardBackward.__call__, -2  # the dry run comes first
 

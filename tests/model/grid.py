@@ -46,11 +46,11 @@ def microbatch(arch, index):
 
 
 def cross_entropy(model):
-    """A plain vocab-parallel token loss: log-sum-exp over the gathered true vocabulary."""
+    """A plain vocab-parallel loss: log-sum-exp over the gathered true vocabulary."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    def loss(logits, labels):
-        whole = gather_from_tensor_model_parallel_region(logits)[..., : model.arch.vocab_size]
+    def loss(hidden, labels):
+        whole = gather_from_tensor_model_parallel_region(model.output_logits(hidden))[..., : model.arch.vocab_size]
         whole = whole.permute(1, 2, 0).float()  # [b, v, s]
         return torch.nn.functional.cross_entropy(whole, labels, ignore_index=-100, reduction="none")
 
@@ -71,7 +71,7 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         from megatron_mixcpt.model.gpt import build_gpt
 
         model = build_gpt(arch, sequence_parallel=sequence, recompute=recompute)
-        model.token_loss = cross_entropy(model)
+        model.loss = cross_entropy(model)
         ddp = DistributedDataParallel(
             model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap), model
         )

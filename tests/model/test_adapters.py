@@ -29,7 +29,7 @@ def build(arch, adapter=None, tensors=None, **options):
         module.initialize(1)
     if tensors is not None:
         fill(model, tensors)
-    model.token_loss = cross_entropy(model)
+    model.loss = cross_entropy(model)
     return model
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mixcpt.align.dpo import DPOObjective
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.objectives.dpo import DPOObjective
 from megatron_mixcpt.observe import wandb_process
 from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.train import loop

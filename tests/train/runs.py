@@ -12,12 +12,12 @@ from megatron_mixcpt.config import validate as validated
 from megatron_mixcpt.data.batch import collate, train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.losses.mixcpt import STATISTICS
 from megatron_mixcpt.model.layout import unshard
+from megatron_mixcpt.objectives.mixcpt import STATISTICS
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.setup import build
-from megatron_mixcpt.train.validate import validate
+from megatron_mixcpt.train.validation import validate
 
 
 def settings(mix, run_dir, **sections):

@@ -1,4 +1,4 @@
-"""Typed configuration: defaults < YAML file < `key=value` on the command line.
+"""What a training configuration holds.
 
 Every section is one class; every key has a default or is required, a type and a range. An unknown key is refused with
 the nearest known one, so that a typing error never trains a different model.
@@ -6,26 +6,12 @@ the nearest known one, so that a typing error never trains a different model.
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
 from megatron_mixcpt.errors import ConfigError
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values cannot change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -60,7 +46,7 @@ class DataConfig(Section):
     """Tokens a sample; None takes the data's own, any other value than the data's is refused."""
     num_workers: NonNegative = 0
     """Loader processes a rank."""
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = Field(default={})
     """Share of each source in place of the mixture's own; may change when a run is resumed. Names all sources."""
 
 
@@ -189,7 +175,7 @@ class LossConfig(Section):
     fuse_lm_head: bool = False
     """Compute logits and loss in chunks of tokens, so that no rank ever holds all logits: less memory, 12 instead of 8
     FLOPs a head weight and token. Needs a teacher."""
-    by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = {}
+    by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = Field(default={})
     """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}, general: {ce: 0, kd: 1}}`; 1 where not given."""
 
     @model_validator(mode="after")
@@ -247,7 +233,7 @@ class AdapterConfig(Section):
     """alora: attention heads, which must divide rank; None: 4 from rank 16 on, below it 1."""
     residual: bool = True
     """alora: add A x itself to what the attention returns."""
-    targets: Annotated[list[str], Field(min_length=1)] = ["*_proj"]
+    targets: list[str] = Field(default=["*_proj"], min_length=1)
     """Layers by Hugging Face name: patterns of the last part (q_proj, *_proj) or of the whole name
     (model.layers.1?.mlp.*)."""
     init: str | None = None
@@ -285,7 +271,7 @@ class ForgetConfig(Section):
 
     budget: Annotated[float, Field(gt=0.0)]
     """Most that the held-out loss of each source in `on` may rise over its value before training, in nats a token."""
-    on: list[str] = []
+    on: list[str] = Field(default=[])
     """Sources, or kinds of data, that must not be forgotten; none named: all but the domain's."""
     every: Positive = 50
     """Steps between two measurements; one is also made before a checkpoint, and at the end."""
@@ -321,8 +307,36 @@ class WandbConfig(Section):
     """How long the end of a run waits for wandb to finish."""
 
 
+class AlignSettings(Section):
+    """How the format is taught."""
+
+    method: Literal["sft", "dpo"]
+    """sft: the loss of `loss` on packed conversations; dpo: direct preference optimization (arXiv 2305.18290) on the
+    mixture's preference pairs, against the starting weights."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """dpo only. sigmoid: -log sigmoid(beta * h), h the difference of the log-ratios of chosen and rejected; ipo:
+    (h - 1 / (2 beta))^2 (arXiv 2310.12036)."""
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """dpo only. Strength of the tie to the starting weights."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """dpo with loss sigmoid only. Share of the pairs assumed to be labelled the wrong way round (conservative DPO)."""
+    length_normalized: bool = False
+    """dpo only. Divide every log-probability by its number of tokens."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlignSettings:
+        if self.method == "sft":
+            # By value: a run's saved configuration spells out the defaults.
+            for key, field in type(self).model_fields.items():
+                if key != "method" and getattr(self, key) != field.default:
+                    raise ValueError(f"align.{key} is for align.method dpo, sft has no use for it: remove it")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("align.label_smoothing is for align.loss sigmoid: set it to 0")
+        return self
+
+
 class Config(Section):
-    """`mixcpt train`."""
+    """A training run, of `mixcpt train` or, with the section `align`, of `mixcpt align`."""
 
     model: ModelConfig
     data: DataConfig
@@ -330,9 +344,12 @@ class Config(Section):
     train: TrainConfig
     optimizer: OptimizerSection = OptimizerSection()
     loss: LossConfig = LossConfig()
+    """With `align`, cross-entropy alone unless loss.target asks for a teacher."""
     teacher: TeacherConfig = TeacherConfig()
     adapter: AdapterConfig | None = None
     """Without it all weights are trained."""
+    align: AlignSettings | None = None
+    """With it the format of answers is taught, by `mixcpt align`."""
     eval: EvalConfig = EvalConfig()
     forget: ForgetConfig | None = None
     """Without it the weights of `loss` stay what they are, whatever is forgotten."""
@@ -343,12 +360,18 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_this_command(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "align" in values and "align" not in cls.model_fields:
-            raise ValueError(
-                "align: with this section it is a configuration of `mixcpt align`, which this command does not take"
-            )
+    def _no_teacher_by_default_in_alignment(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("align") is not None:
+            loss = values.get("loss")
+            if loss is None or isinstance(loss, dict):
+                return {**values, "loss": {"target": "none", **(loss or {})}}
         return values
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> Config:
+        if self.kind == "dpo" and self.loss != LossConfig(target="none"):
+            raise ValueError("align.method dpo has its own loss (align.beta, align.loss): remove the loss section")
+        return self
 
     @model_validator(mode="after")
     def _teacher_fits_loss(self) -> Config:
@@ -396,8 +419,20 @@ class Config(Section):
 
     @property
     def kind(self) -> str:
-        """What kind of training it is; a run directory holds one kind."""
-        return "train"
+        """What kind of training it is: train, sft or dpo; a run directory holds one kind."""
+        return self.align.method if self.align else "train"
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        return "align" if self.align else "train"
+
+    def check_command(self, command: str, where: str) -> None:
+        """Raise ConfigError unless `mixcpt <command>` (train or align) runs this configuration. `where`: its file."""
+        if command == "train" and self.align:
+            raise ConfigError(f"{where}: align: with this section it is a configuration of `mixcpt align`")
+        if command == "align" and not self.align:
+            raise ConfigError(f"{where}: align: required; without it this is a configuration of `mixcpt train`")
 
     @property
     def uses_teacher(self) -> bool:
@@ -411,94 +446,9 @@ class Config(Section):
     @property
     def row_sequences(self) -> int:
         """Length of a row of the batch in units of the mixture's seq_length."""
-        return 1
+        return 2 if self.kind == "dpo" else 1  # objectives/pairs.py
 
     @property
     def fuses_lm_head(self) -> bool:
         """Whether logits exist for a chunk of tokens at a time only."""
-        return self.loss.fuse_lm_head
-
-
-C = TypeVar("C", bound=BaseModel)
-
-
-def load_config(schema: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read `path`, lay `key=value` overrides over it, validate. Raises ConfigError naming the file and the key."""
-    return validate(schema, read_values(path, overrides), origin(path, overrides))
-
-
-def origin(path: str | Path, overrides: list[str] | None) -> str:
-    """What errors call the values that `read_values` returns."""
-    return f"{path} with {' '.join(overrides)}" if overrides else str(path)
-
-
-def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The plain values of `path` with `key=value` overrides laid over them. Raises ConfigError."""
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
-    for override in overrides or []:
-        if "=" not in override:
-            raise ConfigError(f"{override!r}: overrides are written key=value, for example train.steps=100")
-    try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
-        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def validate(schema: type[C], values: Any, where: str) -> C:
-    """Build `schema` from plain values; all problems are reported in one ConfigError."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = "\n".join(f"  {_explain(schema, problem)}" for problem in error.errors())
-        raise ConfigError(f"{where}: wrong configuration\n{problems}") from None
-
-
-def rendered(config: BaseModel) -> str:
-    """The resolved configuration as YAML, every default included: what `config.yaml` of a run holds."""
-    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
-
-
-def save_config(config: BaseModel, path: Path) -> None:
-    path.write_text(rendered(config))
-
-
-def _explain(schema: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_of(schema, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{key}: required"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
-
-
-def section_of(annotation: Any) -> Any:
-    """The section class of a key that may also be null; any other annotation as it is."""
-    sections = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-    return sections[0] if sections and type(None) in get_args(annotation) else annotation
-
-
-def _keys_of(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """Field names of the section at `location`."""
-    section: Any = schema
-    for part in location:
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            section = section_of(section.model_fields[part].annotation)
-        else:  # a mapping or list of sections
-            section = next((arg for arg in reversed(get_args(section))), None)
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return [field.alias or name for name, field in section.model_fields.items()]
-    return []
+        return self.kind == "dpo" or self.loss.fuse_lm_head  # objectives/logprobs.py

@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mixcpt.data.batch import Batch
-from megatron_mixcpt.train.task import Objective
+from megatron_mixcpt.objectives.task import Objective
 
 
 class ForwardBackward:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 import xxhash
 
-from megatron_mixcpt.align.answers import AnswerSums
-from megatron_mixcpt.align.logprobs import TokenLogProbs
-from megatron_mixcpt.align.pairs import PairRows, collate_pairs
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Split
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.objectives.answers import AnswerSums
+from megatron_mixcpt.objectives.logprobs import TokenLogProbs
+from megatron_mixcpt.objectives.pairs import PairRows, collate_pairs
+from megatron_mixcpt.objectives.step import ForwardBackward
+from megatron_mixcpt.runtime.kept_parts import compute_parts
 from megatron_mixcpt.runtime.parallel import ParallelState
-from megatron_mixcpt.select.score_file import compute_parts
-from megatron_mixcpt.train.step import ForwardBackward
 
 FOLDER = "reference"
 MICRO_BATCHES = 8  # a part, on each data-parallel rank

@@ -5,16 +5,15 @@ Shapes: b micro-batch, s sequence, t tokens that count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from megatron_mixcpt.align.logprobs import TokenLogProbs, sums_by
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by
 
 
 @dataclass(kw_only=True)
@@ -27,7 +26,7 @@ class AnswerBatch(Batch):
 
 
 class AnswerSums:
-    """An objective (train.task.Objective) that minimises nothing: it keeps each document's sum in `found`."""
+    """An objective (task.Objective) that minimises nothing: it keeps each document's sum in `found`."""
 
     statistics: tuple[str, ...] = ("documents", "loss", "tokens")
 
@@ -42,21 +41,12 @@ class AnswerSums:
     def bind(self, stage: MixGPTModel, index: int, batch: Batch, statistics: Tensor) -> None:
         answers = cast(AnswerBatch, batch)
 
-        def keep(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-            token = self._log_probs(hidden, head, labels, answers.targets)
+        def keep(hidden: Tensor, labels: Tensor) -> Tensor:
+            token = self._log_probs(hidden, stage.head_weight(), labels, answers.targets)
             self.found[index] = sums_by(answers.documents, answers.num_documents, token)
             return token
 
-        stage.token_loss, stage.hidden_loss = None, keep
+        stage.loss = keep
 
     def count(self, batch: Batch) -> Tensor:
         return torch.ones((), dtype=torch.int32, device=batch.tokens.device)
-
-    def metrics(self, total: Sequence[float], by_source: dict[str, Sequence[float]]) -> dict[str, float]:
-        return {}
-
-    def validation_metrics(self, total: Sequence[float]) -> dict[str, float]:
-        return {}
-
-    def describe(self) -> str:
-        return "log-probabilities of answers"

@@ -12,7 +12,7 @@ from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.model.architecture import PRESETS
-from megatron_mixcpt.observe.throughput import executed_flops_per_token, flops_per_token, peak_flops
+from megatron_mixcpt.model.throughput import executed_flops_per_token, flops_per_token, peak_flops
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix

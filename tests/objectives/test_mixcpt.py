@@ -5,7 +5,8 @@ import torch
 
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_DOMAIN, KIND_GENERAL, KIND_INSTRUCTION, KIND_REJECTED
-from megatron_mixcpt.losses.mixcpt import STATISTICS, MixCPTLoss
+from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
+from megatron_mixcpt.teacher.interface import DenseTarget
 
 S, B, V, PADDED = 12, 3, 50, 64
 BY_KIND = {
@@ -56,10 +57,10 @@ def test_loss_and_gradient_match_the_definition(batch, target, normalize, by_kin
     config = LossConfig(
         target=target, kd_weight=3.0, ce_weight=0.5, temperature=2.0, normalize=normalize, by_kind=by_kind
     )
-    loss = MixCPTLoss(config, group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu"))
+    loss = MixCPTLoss(config, None, group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu"))
     statistics = torch.zeros(B, len(STATISTICS), dtype=torch.float64)
-    given = teacher.clone() if target != "none" else None
-    found = loss.bind(kinds, given, statistics)(student, labels)
+    given = DenseTarget(teacher.clone()) if target != "none" else None
+    found = loss.of_logits(student, given, labels, kinds, statistics)
     upstream = torch.rand(B, S, generator=torch.Generator().manual_seed(1))
     (found * upstream).sum().backward()
 
@@ -93,8 +94,8 @@ def test_normalization_keeps_the_scale_of_cross_entropy(batch):
     losses = []
     for kd_weight in (0.0, 1.0, 7.0):
         loss = MixCPTLoss(
-            LossConfig(kd_weight=kd_weight), group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu")
+            LossConfig(kd_weight=kd_weight), None, group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu")
         )
-        losses.append(loss.bind(kinds, certain.clone(), None)(student.detach(), labels))
+        losses.append(loss.of_logits(student.detach(), DenseTarget(certain.clone()), labels, kinds))
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=1e-5)

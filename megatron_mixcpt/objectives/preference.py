@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mixcpt.align.config import AlignSettings
+from megatron_mixcpt.config import AlignSettings
 
 
 def preference_loss(

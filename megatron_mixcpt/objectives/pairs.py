@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_mixcpt.align.answers import AnswerBatch
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import IGNORE_INDEX, collate
 from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
@@ -26,6 +25,7 @@ from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import DOC_START, PAD, open_indexed
 from megatron_mixcpt.data_prep.packing import best_fit
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.objectives.answers import AnswerBatch
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,43 @@
+"""Configuration: what a training run's holds (schema.py), and how every command's file is read (reader.py)."""
+
+from megatron_mixcpt.config.reader import load_config, rendered, save_config, validate
+from megatron_mixcpt.config.schema import (
+    AdapterConfig,
+    AlignSettings,
+    Config,
+    DataConfig,
+    ForgetConfig,
+    LayoutConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerSection,
+    ProfileConfig,
+    TeacherConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
+
+__all__ = [
+    "AdapterConfig",
+    "AlignSettings",
+    "Config",
+    "DataConfig",
+    "ForgetConfig",
+    "LayoutConfig",
+    "LossConfig",
+    "ModelConfig",
+    "NonNegative",
+    "OptimizerSection",
+    "Positive",
+    "ProfileConfig",
+    "Section",
+    "TeacherConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "Weight",
+    "load_config",
+    "rendered",
+    "save_config",
+    "validate",
+]

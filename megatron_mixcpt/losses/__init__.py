@@ -1,1 +1,0 @@
-"""What is minimised: objectives over one micro-batch's logits."""
