@@ -1,0 +1,131 @@
+"""Runs with a forgetting budget: it is kept, resuming is exact, the result is taken, refusals name the key."""
+
+import json
+import math
+
+import pytest
+
+from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info, result_of, step_of
+from megatron_mixcpt.checkpoint.verify import find_checkpoint
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.train import loop
+from megatron_mixcpt.train.setup import check_settings
+from tests.helpers.corpus import write_mix
+from tests.train.runs import settings
+
+STEPS, EVERY = 40, 4
+BUDGETS = (0.04, 0.12, 0.36)
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    """A domain of few tokens: what is learned of it makes all others unlikely, and they are what is held."""
+    return write_mix(
+        tmp_path_factory.mktemp("budget") / "data", seq_length=16, vocab_size=64, train=64, valid=24, num_domain=8
+    )
+
+
+def configuration(mix, run_dir, *, forget, **sections):
+    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4, "lr": 1e-3, "schedule": "constant"}
+    values = {"train": train | sections.pop("train", {}), "loss": {"target": "plain", "by_kind": {}}} | sections
+    if forget is not None:
+        values["forget"] = {"on": ["tasks"], "every": EVERY} | forget
+    return validate(Config, settings(mix, run_dir, **values), "test")
+
+
+def train(mix, run_dir, **sections):
+    loop.train(configuration(mix, run_dir, **sections))
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last(rows, name):
+    return next(row[name] for row in reversed(rows) if name in row)
+
+
+def test_three_budgets_are_kept_more_budget_learns_more_and_without_one_all_are_broken(mix, tmp_path):
+    for seed in (0, 1):
+        gains = []
+        for budget in BUDGETS:
+            run_dir = tmp_path / f"{seed}-{budget}"
+            rows = train(mix, run_dir, forget={"budget": budget}, train={"seed": seed})
+            noise, late = last(rows, "forget/noise"), [row for row in rows if row["step"] > STEPS // 2]
+            measured = [row["forget/forgotten"] for row in late if "forget/forgotten" in row]
+            assert sum(measured) / len(measured) <= budget + 2 * noise
+            result = result_of(run_dir / "checkpoints")
+            chosen = next(r for r in rows if r["step"] == step_of(result) and "forget/forgotten" in r)
+            assert chosen["forget/forgotten"] <= budget
+            gains.append(chosen["forget/gain"])
+        free = train(mix, tmp_path / f"{seed}-free", forget=None, train={"seed": seed})
+        assert last(free, "forget/tasks/delta") > 1.5 * max(BUDGETS)
+        assert gains == sorted(gains) and gains[-1] > gains[0] > 0
+
+
+def test_a_run_in_two_pieces_is_the_run_in_one(mix, tmp_path):
+    sections = {"forget": {"budget": 0.05}, "checkpoint": {"every": 6}}
+    whole = train(mix, tmp_path / "whole", **sections, train={"steps": 12})
+    train(mix, tmp_path / "cut", **sections, train={"steps": 6})
+    pieces = train(mix, tmp_path / "cut", **sections, train={"steps": 12})
+    kept = ("train/loss", "train/kl_base", "forget/kd_weight", "forget/expected", "forget/forgotten", "optim/grad_norm")
+    compared = [
+        [{k: row[k] for k in kept if k in row} | {"step": row["step"]} for row in rows] for rows in (whole, pieces)
+    ]
+    assert compared[0] == compared[1]
+    assert (
+        len({row["forget/kd_weight"] for row in whole if "forget/kd_weight" in row}) > 2
+    )  # there was something to keep
+    states = [read_info(list_checkpoints(tmp_path / name / "checkpoints")[0])["forget"] for name in ("whole", "cut")]
+    assert states[0] == states[1]
+
+
+def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
+    rows = train(mix, tmp_path / "run", forget={"budget": 0.12}, checkpoint={"every": EVERY, "keep": 1})
+    parent = tmp_path / "run" / "checkpoints"
+    measured = [row for row in rows if "forget/forgotten" in row]
+    best = max((row for row in measured if row["forget/forgotten"] <= 0.12), key=lambda row: row["forget/gain"])
+    result = result_of(parent)
+    assert step_of(result) == best["step"] and find_checkpoint(tmp_path / "run") == result
+    assert {step_of(path) for path in list_checkpoints(parent)} == {best["step"], STEPS}
+    assert json.loads((parent / "latest.json").read_text())["result"]["within"]
+
+
+def test_an_average_is_measured_and_taken_where_no_checkpoint_kept_the_budget(mix, tmp_path):
+    forget = {"budget": 0.2, "every": 30, "average": True}
+    rows = train(mix, tmp_path / "run", forget=forget, train={"steps": 30, "lr": 3e-3})
+    assert last(rows, "forget/forgotten") > 0.2
+    result = result_of(tmp_path / "run" / "checkpoints")
+    latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
+    assert 0 < latest["result"]["alpha"] < 1 and latest["result"]["within"]
+    assert find_checkpoint(tmp_path / "run") == result and read_info(result)["alpha"] == latest["result"]["alpha"]
+    assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == 30  # training goes on from its end
+
+
+REFUSED = [
+    ({"loss": {"target": "none"}, "teacher": {"source": "none"}}, "forget.budget .* set loss.target"),
+    ({"loss": {"kd_weight": 0.0}}, "forget.budget .* set loss.target"),
+    ({"forget": {"on": ["poems"]}}, "forget.on: poems is no source .* facts .domain., tasks .instruction."),
+    ({"forget": {"on": ["facts", "tasks"]}}, "forget.on: .* holds out nothing beside facts, tasks"),
+    ({"eval": {"max_samples": 1}}, "forget.on: fewer than 2 held-out sequences of tasks"),
+    ({"forget": {"average": True}, "adapter": {"method": "lora"}}, "forget.average .* adapter"),
+    ({"align": {"method": "dpo"}, "loss": {}}, "forget is kept .* align.method dpo"),
+    (
+        {"teacher": {"source": "deepspeed", "hf": "other"}},
+        "teacher.hf other is not the model that is trained",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message[:24] for _, message in REFUSED])
+def test_what_cannot_be_kept_is_refused_by_name(mix, tmp_path, changes, message):
+    changes = {"forget": {"budget": 0.1} | changes.pop("forget", {})} | changes
+    loss = changes.pop("loss", {"target": "plain"})
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        values = settings(mix, tmp_path / "run", **changes)
+        check_settings(validate(Config, values | {"loss": loss}, "test"), 1)
+
+
+def test_a_run_that_began_without_a_budget_is_not_gone_on_with_one(mix, tmp_path):
+    train(mix, tmp_path / "run", forget=None, train={"steps": 2})
+    with pytest.raises(ConfigError, match="was trained without a budget"):
+        train(mix, tmp_path / "run", forget={"budget": 0.1}, train={"steps": 4})
+    assert math.isfinite(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["val/tasks/ppl"])
