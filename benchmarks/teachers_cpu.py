@@ -27,10 +27,11 @@ from benchmarks.train_cpu import cpu_name
 from megatron_mixcpt.config import Config, LossConfig, validate
 from megatron_mixcpt.data.batch import collate
 from megatron_mixcpt.data.dataset import train_dataset
-from megatron_mixcpt.data.mix import Mix, read_mix
 from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, write_mix
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
@@ -68,12 +69,11 @@ def write_data(folder: Path, seq_length: int) -> Mix:
                 marker.add(flags)
             marker.finish()
         digest = writer.finish()
-    train = {"prefix": "text", "sequences": SEQUENCES, "tokens": SEQUENCES * seq_length, "hash": digest}
-    tokenizer = {"path": "tokenizer", "vocab_size": VOCABULARY, "hash": "0"}
-    source = {"name": "text", "kind": "domain", "weight": 1.0, "train": train, "valid": None}
-    mix = {"format": "mixcpt-mix/1", "seq_length": seq_length, "fingerprint": "", "tokenizer": tokenizer}
-    (folder / "mix.json").write_text(json.dumps({**mix, "sources": [source]}))
-    return read_mix(folder / "mix.json")
+    train = Split(folder / "text", SEQUENCES, SEQUENCES * seq_length, digest)
+    tokenizer = TokenizerEntry("huggingface", folder / "tokenizer", VOCABULARY, "0", None, 0, 0)
+    source = Source("text", "domain", 1.0, train, None)
+    path = folder / "mix.json"
+    return write_mix(path, Mix(path, seq_length, "", tokenizer, (source,)))
 
 
 def fill(folder: Path, arch: Architecture, mix: Mix, teacher: Teacher, state: ParallelState) -> CachedTeacher:

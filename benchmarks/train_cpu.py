@@ -23,8 +23,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 import megatron_mixcpt
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.load import load_hf
-from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss

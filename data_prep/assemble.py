@@ -24,6 +24,7 @@ from megatron_mixcpt.data_prep.format import (
     TARGET,
     IndexedWriter,
 )
+from megatron_mixcpt.data_prep.mix import Split
 from megatron_mixcpt.data_prep.packing import best_fit, split_lengths
 from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, Block, open_block, read_receipt
 from megatron_mixcpt.data_prep.plan import Plan
@@ -128,8 +129,9 @@ def _concatenated(rows: np.ndarray, lengths: np.ndarray, seq_length: int) -> Pla
 
 def write_prefix(
     prefix: Path, corpus: Corpus, placement: Placement, *, seq_length: int, dtype: np.dtype, pad_id: int
-) -> dict[str, Any]:
-    """Write tokens and flags of a prefix whose sequences all have `seq_length` tokens; returns counts and hashes."""
+) -> tuple[Split, list[str]]:
+    """Write tokens and flags of a prefix whose sequences all have `seq_length` tokens; also returns the hashes of both
+    `.bin` files."""
     num_tokens = num_targets = 0
     with (
         IndexedWriter(prefix, dtype) as writer,
@@ -147,14 +149,15 @@ def write_prefix(
         for behind in writing:
             behind.result()
         hashes = list(threads.map(IndexedWriter.finish, (writer, marker)))
-    return {
-        "sequences": placement.num_sequences,
-        "documents": len(np.unique(placement.document)),
-        "tokens": num_tokens,
-        "target_tokens": num_targets,
-        "hash": content_hash(hashes, str(seq_length)),
-        "bin_hashes": hashes,
-    }
+    split = Split(
+        prefix,
+        sequences=placement.num_sequences,
+        tokens=num_tokens,
+        content=content_hash(hashes, str(seq_length)),
+        documents=len(np.unique(placement.document)),
+        target_tokens=num_targets,
+    )
+    return split, hashes
 
 
 def _filled(
@@ -183,7 +186,7 @@ def _filled(
         yield tokens, flags
 
 
-def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtype) -> tuple[Split, list[str]]:
     """Write preference pairs for DPO: each document of the prefix has two sequences, chosen and rejected.
 
     `chosen` are the rows of the chosen answers; the row after each is its rejected one. Targets are the answers alone.
@@ -202,14 +205,15 @@ def write_pairs(prefix: Path, corpus: Corpus, chosen: np.ndarray, dtype: np.dtyp
             num_targets += answer.stop - answer.start
         ends = np.arange(0, 2 * len(chosen) + 1, 2)
         hashes = [writer.finish(ends), marker.finish(ends)]
-    return {
-        "sequences": 2 * len(chosen),
-        "documents": len(chosen),
-        "tokens": num_tokens,
-        "target_tokens": num_targets,
-        "hash": content_hash(hashes, "pairs"),
-        "bin_hashes": hashes,
-    }
+    split = Split(
+        prefix,
+        sequences=2 * len(chosen),
+        tokens=num_tokens,
+        content=content_hash(hashes, "pairs"),
+        documents=len(chosen),
+        target_tokens=num_targets,
+    )
+    return split, hashes
 
 
 def last_answer(flags: np.ndarray) -> slice:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ from megatron_mixcpt.data_prep.assemble import (
 from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
-from megatron_mixcpt.data_prep.mix import FILE_NAME, SPLITS, describe_tokenizer, set_weights, write_mix
+from megatron_mixcpt.data_prep.mix import (
+    FILE_NAME,
+    SPLITS,
+    Mix,
+    Split,
+    TokenizerEntry,
+    mix_to_json,
+    split_from_json,
+    split_to_json,
+    write_mix,
+)
+from megatron_mixcpt.data_prep.mix import Source as MixSource
+from megatron_mixcpt.data_prep.mixing import weighted
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
 from megatron_mixcpt.data_prep.report import write_report
@@ -64,20 +77,21 @@ def build(
         sources.append(_build_source(builder, source, plan, corpus, status))
         counts.append(_count(source, corpus, status))
         _say(counts[-1])
-        if sources[-1]["valid"] is None and config.valid_fraction > 0:
+        if sources[-1].valid is None and config.valid_fraction > 0:
             print(
                 f"note: none of the few documents of {source.name} fell into its validation split, so nothing will "
                 "tell what is forgotten of it; raise valid_fraction to get one",
                 file=sys.stderr,
             )
-    set_weights(config, sources)
-    mix = {
-        "seq_length": config.seq_length,
-        "seed": config.seed,
-        "tokenizer": describe_tokenizer(tokenizer),
-        "sources": sources,
-    }
-    reports = write_report(out, mix, counts, plans, corpora)
+    mix = Mix(
+        path=out / FILE_NAME,
+        seq_length=config.seq_length,
+        fingerprint="",
+        tokenizer=_tokenizer_entry(tokenizer, out / "tokenizer"),
+        sources=tuple(weighted(config, sources)),
+        seed=config.seed,
+    )
+    reports = write_report(out, mix_to_json(mix), counts, plans, corpora)
     for name in (
         "quarantine.jsonl",
         *reports,
@@ -85,41 +99,54 @@ def build(
     ):
         builder.files[name] = describe_file(out / name)
     write_manifest(out, config, plans, builder.files, counts)
-    return write_mix(out / FILE_NAME, mix)
+    return write_mix(out / FILE_NAME, mix).path
 
 
-def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:
+def _tokenizer_entry(tokenizer: Tokenizer, path: Path) -> TokenizerEntry:
+    return TokenizerEntry(
+        kind=tokenizer.kind,
+        path=path,
+        vocab_size=tokenizer.vocab_size,
+        hash=tokenizer.hash,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, status: np.ndarray) -> MixSource:
     config, documents = builder.config, corpus.documents
     keep = status == KEPT
     valid = is_validation(documents, config.valid_fraction, config.seed)
     sides = dict(zip(SPLITS, (keep & ~valid, keep & valid)))
-    entry: dict[str, Any] = {"name": source.name, "kind": source.kind, "weight": 0.0, "layout": source.layout}
+    splits: dict[str, Split | None] = {}
     placements: dict[str, Placement | None] = {}
-    pairs: dict[str, np.ndarray] = {}
-    for split, side in sides.items():
+    chosen: dict[str, np.ndarray] = {}
+    for name, side in sides.items():
         rows = np.flatnonzero(trained_rows(documents, side, source.responses))
-        entry[split], placements[split] = _text_prefix(builder, source, corpus, rows, split)
-    if entry["train"] is None:
+        splits[name], placements[name] = _text_prefix(builder, source, corpus, rows, name)
+    if splits["train"] is None:
         raise MixcptError(f"source {source.name} has no training documents; give it more data or leave it out")
+    pairs: list[Split | None] = [None, None]
     if source.kind == "preference":
-        entry["pairs"] = {}
-        for split, side in sides.items():
-            pairs[split] = np.flatnonzero(side & (documents["kind"] == KIND_CHOSEN))
-            entry["pairs"][split] = _pair_prefix(builder, source, corpus, pairs[split], split)
-    write_provenance(provenance_path(builder.out, source.name), plan, corpus, status, valid, placements, pairs)
-    return entry
+        chosen = {name: np.flatnonzero(side & (documents["kind"] == KIND_CHOSEN)) for name, side in sides.items()}
+        pairs = [_pair_prefix(builder, source, corpus, rows, name) for name, rows in chosen.items()]
+    write_provenance(provenance_path(builder.out, source.name), plan, corpus, status, valid, placements, chosen)
+    return MixSource(
+        source.name, source.kind, 0.0, splits["train"], splits["valid"], (pairs[0], pairs[1]), source.layout
+    )
 
 
 def _text_prefix(
     builder: Builder, source: Source, corpus: Corpus, rows: np.ndarray, split: str
-) -> tuple[dict[str, Any] | None, Placement | None]:
+) -> tuple[Split | None, Placement | None]:
     if len(rows) == 0:
         return None, None
     config = builder.config
     placement = place(corpus, rows, source, config.seq_length, config.seed, split)
     stem = f"{source.name}-{split}"
 
-    def write(prefix: Path) -> dict[str, Any]:
+    def write(prefix: Path) -> tuple[Split, list[str]]:
         return write_prefix(
             prefix,
             corpus,
@@ -133,22 +160,25 @@ def _text_prefix(
     return _finished(builder, corpus, rows, stem, key, write), placement
 
 
-def _pair_prefix(
-    builder: Builder, source: Source, corpus: Corpus, chosen: np.ndarray, split: str
-) -> dict[str, Any] | None:
+def _pair_prefix(builder: Builder, source: Source, corpus: Corpus, chosen: np.ndarray, split: str) -> Split | None:
     if len(chosen) == 0:
         return None
 
-    def write(prefix: Path) -> dict[str, Any]:
+    def write(prefix: Path) -> tuple[Split, list[str]]:
         return write_pairs(prefix, corpus, chosen, builder.dtype)
 
     return _finished(builder, corpus, chosen, f"{source.name}-pairs-{split}", ["pairs"], write)
 
 
 def _finished(
-    builder: Builder, corpus: Corpus, rows: np.ndarray, stem: str, key: list[Any], write: Any
-) -> dict[str, Any]:
-    """The entry of a prefix; it is written unless its receipt says that it is there, whole and from the same parts."""
+    builder: Builder,
+    corpus: Corpus,
+    rows: np.ndarray,
+    stem: str,
+    key: list[Any],
+    write: Callable[[Path], tuple[Split, list[str]]],
+) -> Split:
+    """A prefix; it is written unless its receipt says that it is there, whole and from the same parts."""
     state = xxhash.xxh3_128(
         orjson.dumps([stem, key, [block["hash"] for r in corpus.receipts for block in r["blocks"]]])
     )
@@ -159,12 +189,14 @@ def _finished(
         paths = {name: builder.out / name for name in known["files"]}
         if all(path.is_file() and describe_file(path) == known["files"][name] for name, path in paths.items()):
             builder.files.update(known["files"])
-            return known["entry"]
+            split = split_from_json(builder.out, known["entry"])
+            assert split is not None
+            return split
     temporary = builder.out / f".{stem}"
-    entry = write(temporary)
-    hashes = dict(zip((".bin", ".flags.bin"), entry.pop("bin_hashes")))
-    name = f"{stem}-{entry['hash'][:12]}"
-    entry = {"prefix": name, **entry}
+    split, bin_hashes = write(temporary)
+    hashes = dict(zip((".bin", ".flags.bin"), bin_hashes))
+    name = f"{stem}-{split.content[:12]}"
+    split = replace(split, prefix=builder.out / name)
     files = {}
     # The name holds the hash of the content: a reader that caches by name (megatron-core does) never meets other
     # content under an old name.
@@ -175,9 +207,9 @@ def _finished(
         files[name + ending] = describe_file(builder.out / (name + ending), hashes.get(ending))
     builder.files.update(files)
     unfinished = receipt.with_name(receipt.name + ".tmp")
-    unfinished.write_bytes(orjson.dumps({"entry": entry, "files": files}))
+    unfinished.write_bytes(orjson.dumps({"entry": split_to_json(split), "files": files}))
     os.replace(unfinished, receipt)
-    return entry
+    return split
 
 
 def _say(count: dict[str, Any]) -> None:

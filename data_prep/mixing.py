@@ -1,9 +1,11 @@
 """What mixed means: each source asks for a weight, a number of tokens or of epochs; integers come out exactly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_mixcpt.data_prep.config import SHARE_KEYS, Config
+from megatron_mixcpt.data_prep.mix import Source, SourceShare
 from megatron_mixcpt.errors import ConfigError
 
 
@@ -27,6 +29,39 @@ class Share:
     share: float
     tokens: int
     epochs: float
+
+
+def requested(request: Request) -> dict[str, float]:
+    """The one of weight, tokens and epochs that is set, by its name."""
+    return {key: value for key in SHARE_KEYS if (value := getattr(request, key)) is not None}
+
+
+def weighted(config: Config, sources: list[Source]) -> list[Source]:
+    """The sources with their weights (shares of the tokens, summing to 1), and what each asked for and gets."""
+    requests = [
+        Request(asked.name, count(source, config.share_of), asked.weight, asked.tokens, asked.epochs, asked.max_epochs)
+        for asked, source in zip(config.sources, sources)
+    ]
+    shares = resolve_shares(requests, config.total_tokens)
+    # The trainer counts tokens: a share of targets becomes the share of the tokens they come with.
+    amounts = [
+        share.share / request.available * count(source, "tokens")
+        for share, request, source in zip(shares, requests, sources)
+    ]
+    return [
+        replace(
+            source,
+            weight=share.share if config.share_of == "tokens" else amount / sum(amounts),
+            share=SourceShare(config.share_of, requested(request), share.share, share.tokens, share.epochs),
+        )
+        for source, request, share, amount in zip(sources, requests, shares, amounts)
+    ]
+
+
+def count(source: Source, what: str) -> int:
+    """Its training tokens, or the `targets` among them."""
+    assert source.train is not None
+    return source.train.tokens if what == "tokens" else source.train.target_tokens
 
 
 def resolve_shares(requests: list[Request], total: int | None = None) -> list[Share]:

@@ -273,10 +273,10 @@ def _refuse_bad_records(out: Path, stage: Stage) -> None:
 def _say_what_is_replaced(out: Path, config: Config) -> None:
     """A run into a folder that holds another mixture ends with its own in that place."""
     try:
-        _, before = read_mix(out)
+        before = read_mix(out)
     except MixcptError:
         return  # none, or one that nothing can use
-    old = (before["seq_length"], sorted(source["name"] for source in before["sources"]))
+    old = (before.seq_length, sorted(source.name for source in before.sources))
     new = (config.seq_length, sorted(source.name for source in config.sources))
     if old != new:
         print(

@@ -9,6 +9,7 @@ from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import Config, parse_config
 from megatron_mixcpt.data_prep.documents import Batch
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, TARGET, open_indexed
+from megatron_mixcpt.data_prep.mix import SPLITS, Mix
 from megatron_mixcpt.data_prep.plan import InputFile, Span, scan_file
 from megatron_mixcpt.data_prep.provenance import provenance_path
 from megatron_mixcpt.data_prep.readers import read_span
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from megatron_mixcpt.data_prep.verify import Findings
 
 
-def trace_sample(out: Path, mix: dict[str, Any], manifest: dict[str, Any], sample: int, findings: "Findings") -> None:
+def trace_sample(out: Path, mix: Mix, manifest: dict[str, Any], sample: int, findings: "Findings") -> None:
     """Compare `sample` documents, spread evenly over each source and over its files, with their source."""
     if "config" not in manifest:
         findings.notes.append("a view has no source of its own: verify the mix it was made from")
         return
     config = parse_config({**manifest["config"], "out": str(out)})
-    tokenizer = load_tokenizer(out / mix["tokenizer"]["path"], eos_token=config.eos_token)
-    if tokenizer.hash != mix["tokenizer"]["hash"]:
+    tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=config.eos_token)
+    if tokenizer.hash != mix.tokenizer.hash:
         findings.problems.append("the tokenizer beside mix.json is not the one the data was made with")
         return
     for number, source in enumerate(config.sources):
@@ -40,7 +41,7 @@ def trace_sample(out: Path, mix: dict[str, Any], manifest: dict[str, Any], sampl
             )
             continue
         try:
-            _trace_source(out, mix, config, number, tokenizer, rows, findings)
+            _trace_source(mix, config, number, tokenizer, rows, findings)
         except MixcptError as error:
             findings.problems.append(f"source {source.name}: {error}")
 
@@ -57,21 +58,20 @@ def _sample_rows(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _trace_source(
-    out: Path,
-    mix: dict[str, Any],
+    mix: Mix,
     config: Config,
     number: int,
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
     findings: "Findings",
 ) -> None:
-    source, entry = config.sources[number], mix["sources"][number]
+    source, entry = config.sources[number], mix.sources[number]
     add_bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
     render = make_renderer(source, tokenizer, add_bos=add_bos)
     opened = {
-        split: (open_indexed(out / entry[split]["prefix"]), open_indexed(flags_prefix(out / entry[split]["prefix"])))
-        for split in ("train", "valid")
-        if entry[split] is not None
+        name: (open_indexed(split.prefix), open_indexed(flags_prefix(split.prefix)))
+        for name, split in zip(SPLITS, (entry.train, entry.valid))
+        if split is not None
     }
     for path in sorted({row["file"] for row in rows}):
         wanted = {row["line"]: row for row in rows if row["file"] == path}
@@ -87,7 +87,7 @@ def _trace_source(
             batch = Batch(tokenizer.joining)
             batch.add(document.pieces)
             tokens, flags, _ = batch.encode(tokenizer.engine)
-            stored_tokens, stored_flags = _stored(row, *opened[row["split"]], mix["seq_length"])
+            stored_tokens, stored_flags = _stored(row, *opened[row["split"]], mix.seq_length)
             starts = np.flatnonzero(stored_flags & DOC_START)  # every piece is a document start
             flags[starts] = (flags[starts] | DOC_START) & ~np.uint8(TARGET)
             findings.num_records += 1

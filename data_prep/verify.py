@@ -28,7 +28,7 @@ from megatron_mixcpt.data_prep.format import (
 )
 from megatron_mixcpt.data_prep.manifest import FILE_NAME as MANIFEST
 from megatron_mixcpt.data_prep.manifest import FORMAT as MANIFEST_FORMAT
-from megatron_mixcpt.data_prep.mix import prefixes, read_mix
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, read_mix
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.errors import MixcptError, VerificationError
 
@@ -63,7 +63,8 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
 
     Raises VerificationError for a mix.json that was tampered with, MixcptError if there is none.
     """
-    out, mix = read_mix(folder)
+    mix = read_mix(folder)
+    out = mix.folder
     findings = Findings()
     manifest = _read_manifest(out)
     began = time.monotonic()
@@ -74,17 +75,17 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
             findings.num_files += 1
             findings.num_bytes += size
             findings.problems += problem
-        for problems in pool.map(lambda item: _check_prefix(out, mix, manifest, *item), prefixes(mix)):
+        for problems in pool.map(lambda item: _check_prefix(mix, manifest, *item), mix.prefixes):
             findings.problems += problems
     findings.seconds = time.monotonic() - began
-    for _, _, entry in prefixes(mix):
+    for _, _, split in mix.prefixes:
         findings.num_prefixes += 1
-        findings.num_tokens += entry["tokens"]
+        findings.num_tokens += split.tokens
     _check_weights(mix, findings)
     leftover = sorted(path.name for path in out.glob("*.bin") if path.name not in manifest["files"])
     if leftover:
         findings.notes.append(f"{len(leftover)} .bin files are left over from earlier runs, e.g. {leftover[0]}")
-    _check_with_megatron(out, mix, findings)
+    _check_with_megatron(mix, findings)
     if sample and not findings.problems:
         from megatron_mixcpt.data_prep.trace import trace_sample
 
@@ -117,39 +118,35 @@ def _check_file(out: Path, name: str, wanted: dict[str, Any]) -> tuple[list[str]
     return [], size
 
 
-def _check_prefix(
-    out: Path, mix: dict[str, Any], manifest: dict[str, Any], source: dict[str, Any], split: str, entry: dict[str, Any]
-) -> list[str]:
-    name = entry["prefix"]
+def _check_prefix(mix: Mix, manifest: dict[str, Any], source: Source, split_name: str, split: Split) -> list[str]:
+    name = split.prefix.name
     listed = [manifest["files"].get(name + ending, {}).get("hash", "") for ending in (".bin", ".flags.bin")]
-    pairs = split.startswith("pairs/")
-    shape = f"view {entry['index_hash']}" if "index_hash" in entry else "pairs" if pairs else str(mix["seq_length"])
+    pairs = split_name.startswith("pairs/")
+    shape = f"view {split.index_hash}" if split.index_hash else "pairs" if pairs else str(mix.seq_length)
     problems = []
-    if content_hash(listed, shape) != entry["hash"]:
+    if content_hash(listed, shape) != split.content:
         problems.append(f"{name}: the hash in mix.json does not belong to the files in the manifest")
-    if not name.endswith(entry["hash"][:12]):
+    if not name.endswith(split.content[:12]):
         problems.append(f"{name}: its name does not hold its hash")
     try:
-        tokens, flags = open_indexed(out / name), open_indexed(flags_prefix(out / name))
+        tokens, flags = open_indexed(split.prefix), open_indexed(flags_prefix(split.prefix))
     except MixcptError as error:
         return [*problems, str(error)]
-    if tokens.dtype != token_dtype(mix["tokenizer"]["vocab_size"]) or flags.dtype != np.uint8:
+    if tokens.dtype != token_dtype(mix.vocab_size) or flags.dtype != np.uint8:
         return [*problems, f"{name}: wrong dtype {tokens.dtype}/{flags.dtype}"]
     if not np.array_equal(tokens.lengths, flags.lengths) or not np.array_equal(tokens.documents, flags.documents):
         return [*problems, f"{name}: tokens and flags are cut differently"]
     if not np.array_equal(tokens.pointers, flags.pointers * tokens.dtype.itemsize):
         return [*problems, f"{name}: tokens and flags point to different places"]
-    if len(tokens) != entry["sequences"]:
-        return [*problems, f"{name}: {len(tokens)} sequences, mix.json says {entry['sequences']}"]
+    if len(tokens) != split.sequences:
+        return [*problems, f"{name}: {len(tokens)} sequences, mix.json says {split.sequences}"]
     check = _check_pairs if pairs else _check_packed
-    return [*problems, *(f"{name}: {problem}" for problem in check(tokens, flags, mix, source, entry))]
+    return [*problems, *(f"{name}: {problem}" for problem in check(tokens, flags, mix, source, split))]
 
 
-def _check_packed(
-    tokens: Indexed, flags: Indexed, mix: dict[str, Any], source: dict[str, Any], entry: dict[str, Any]
-) -> Iterator[str]:
+def _check_packed(tokens: Indexed, flags: Indexed, mix: Mix, source: Source, split: Split) -> Iterator[str]:
     """Every sequence has exactly seq_length tokens; the flags keep their rules; the counts are those of mix.json."""
-    length, vocabulary = mix["seq_length"], mix["tokenizer"]
+    length = mix.seq_length
     if not (tokens.lengths == length).all():
         yield f"not every sequence has {length} tokens"
         return
@@ -162,17 +159,14 @@ def _check_packed(
         rows = starts[first : first + step]
         ids, marks = _rows(tokens, rows, length), _rows(flags, rows, length)
         pad = marks & PAD
-        problem = _broken_rule(ids, marks, pad, source["kind"], vocabulary)
+        problem = _broken_rule(ids, marks, pad, source.kind, mix.tokenizer)
         if problem:
             yield f"sequences {first} to {first + len(rows) - 1}: {problem}"
             return
         num_tokens += marks.size - int(np.count_nonzero(pad))
         num_targets += int(np.count_nonzero(marks & TARGET))
-    if (num_tokens, num_targets) != (entry["tokens"], entry["target_tokens"]):
-        yield (
-            f"{num_tokens} tokens and {num_targets} targets, "
-            f"mix.json says {entry['tokens']} and {entry['target_tokens']}"
-        )
+    if (num_tokens, num_targets) != (split.tokens, split.target_tokens):
+        yield (f"{num_tokens} tokens and {num_targets} targets, mix.json says {split.tokens} and {split.target_tokens}")
 
 
 def _rows(indexed: Indexed, starts: np.ndarray, length: int) -> np.ndarray:
@@ -183,9 +177,9 @@ def _rows(indexed: Indexed, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def _broken_rule(
-    ids: np.ndarray, marks: np.ndarray, pad: np.ndarray, kind: str, tokenizer: dict[str, Any]
+    ids: np.ndarray, marks: np.ndarray, pad: np.ndarray, kind: str, tokenizer: TokenizerEntry
 ) -> str | None:
-    if int(ids.max(initial=0)) >= tokenizer["vocab_size"] or int(ids.min(initial=0)) < 0:
+    if int(ids.max(initial=0)) >= tokenizer.vocab_size or int(ids.min(initial=0)) < 0:
         return "a token id is outside the vocabulary"
     seen = np.flatnonzero(np.bincount(marks.reshape(-1), minlength=256)).astype(np.uint8)
     if (seen & KIND_HIGH).any() and kind != "general":
@@ -207,16 +201,14 @@ def _broken_rule(
             return "padding is not only at the end"
         if not (marks[padded, begin] & DOC_START).all():
             return "padding does not begin as a document of its own"
-        if (ids[padded][tail] != tokenizer["pad_id"]).any():
+        if (ids[padded][tail] != tokenizer.pad_id).any():
             return "padding holds a token that is not the padding token"
     if int(np.count_nonzero(pad)) != int(np.count_nonzero(pad[pad[:, -1] != 0])):
         return "padding is not only at the end"
     return None
 
 
-def _check_pairs(
-    tokens: Indexed, flags: Indexed, mix: dict[str, Any], source: dict[str, Any], entry: dict[str, Any]
-) -> Iterator[str]:
+def _check_pairs(tokens: Indexed, flags: Indexed, mix: Mix, source: Source, split: Split) -> Iterator[str]:
     """Two sequences a document: chosen and rejected, the same prompt before both answers."""
     if not np.array_equal(tokens.documents, np.arange(0, len(tokens) + 1, 2)):
         yield "not every document has two sequences"
@@ -228,7 +220,7 @@ def _check_pairs(
             marks = flags[row]
             target = (marks & TARGET) != 0
             num_targets += int(target.sum())
-            if len(marks) > mix["seq_length"] or not target.any() or target[0]:
+            if len(marks) > mix.seq_length or not target.any() or target[0]:
                 yield f"sequence {row}: no answer, or longer than seq_length"
                 return
             if not marks[0] & DOC_START or (kind_of(marks) != kind).any():
@@ -238,17 +230,17 @@ def _check_pairs(
         if not np.array_equal(prompts[0], prompts[1]):
             yield f"sequences {index} and {index + 1} have different prompts"
             return
-    if (int(tokens.lengths.sum(dtype=np.int64)), num_targets) != (entry["tokens"], entry["target_tokens"]):
+    if (int(tokens.lengths.sum(dtype=np.int64)), num_targets) != (split.tokens, split.target_tokens):
         yield "the counts are not those of mix.json"
 
 
-def _check_weights(mix: dict[str, Any], findings: Findings) -> None:
-    total = sum(source["weight"] for source in mix["sources"])
+def _check_weights(mix: Mix, findings: Findings) -> None:
+    total = sum(source.weight for source in mix.sources)
     if abs(total - 1) > 1e-9:
         findings.problems.append(f"the weights in mix.json sum to {total}, not to 1")
 
 
-def _check_with_megatron(out: Path, mix: dict[str, Any], findings: Findings) -> None:
+def _check_with_megatron(mix: Mix, findings: Findings) -> None:
     """Megatron's own reader must see what ours sees."""
     try:
         with warnings.catch_warnings():  # megatron-core complains about missing optional packages
@@ -257,8 +249,8 @@ def _check_with_megatron(out: Path, mix: dict[str, Any], findings: Findings) -> 
     except ImportError:
         findings.notes.append("megatron-core is not installed here: its own reader was not tried")
         return
-    for _, _, entry in prefixes(mix):
-        for prefix in (out / entry["prefix"], flags_prefix(out / entry["prefix"])):
+    for _, _, split in mix.prefixes:
+        for prefix in (split.prefix, flags_prefix(split.prefix)):
             try:
                 ours, theirs = open_indexed(prefix), IndexedDataset(str(prefix))
             except Exception as error:

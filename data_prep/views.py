@@ -6,7 +6,7 @@ costs nothing but its index.
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from megatron_mixcpt.data_prep.assemble import content_hash, flags_prefix
 from megatron_mixcpt.data_prep.build import ENDINGS
 from megatron_mixcpt.data_prep.format import PAD, TARGET, Indexed, open_indexed, write_index
 from megatron_mixcpt.data_prep.manifest import describe_file, write_view_manifest
-from megatron_mixcpt.data_prep.mix import FILE_NAME, read_mix, write_mix
-from megatron_mixcpt.data_prep.mixing import Request, resolve_shares
+from megatron_mixcpt.data_prep.mix import FILE_NAME, Source, SourceShare, Split, read_mix, write_mix
+from megatron_mixcpt.data_prep.mixing import Request, count, requested, resolve_shares
 from megatron_mixcpt.errors import ConfigError, MixcptError
 
 
 @dataclass(frozen=True)
-class Wish:
+class ShareRequest:
     """What is asked for one source: exactly one of the three, as in the configuration."""
 
     weight: float | None = None
@@ -34,7 +34,7 @@ class Wish:
 def remix(
     folder: str | Path,
     out: Path,
-    wishes: dict[str, Wish | None],
+    wanted: dict[str, ShareRequest | None],
     *,
     total_tokens: int | None = None,
     share_of: str = "tokens",
@@ -44,54 +44,50 @@ def remix(
     """Write a new mix into `out` whose sources are views of those in `folder`; returns the path of its mix.json.
 
     Args:
-        wishes: by source name; None leaves a source out; a source that is not named keeps what it asked for.
+        wanted: by source name; None leaves a source out; a source that is not named keeps what it asked for.
         total_tokens, share_of, max_epochs: as in the configuration of `mixcpt preprocess`.
 
     One pass over all views is exactly the mixture: every sequence of a source comes floor or ceil of `epochs` times.
     """
-    origin, mix = read_mix(folder)
-    seed = mix["seed"] if seed is None else seed
-    unknown = sorted(set(wishes) - {source["name"] for source in mix["sources"]})
+    mix = read_mix(folder)
+    seed = mix.seed if seed is None else seed
+    unknown = sorted(set(wanted) - {source.name for source in mix.sources})
     if unknown:
-        names = ", ".join(source["name"] for source in mix["sources"])
-        raise ConfigError(f"{origin} has no source {unknown[0]!r}; it has: {names}")
+        names = ", ".join(source.name for source in mix.sources)
+        raise ConfigError(f"{mix.folder} has no source {unknown[0]!r}; it has: {names}")
     if out.exists() and any(out.iterdir()):
         raise MixcptError(f"{out} is not empty; give a new folder")
-    chosen = [source for source in mix["sources"] if wishes.get(source["name"], Wish()) is not None]
-    counted = "tokens" if share_of == "tokens" else "target_tokens"
-    requests = [_request(source, wishes.get(source["name"]), counted, max_epochs) for source in chosen]
+    chosen = [source for source in mix.sources if wanted.get(source.name, ShareRequest()) is not None]
+    requests = [_request(source, wanted.get(source.name), share_of, max_epochs) for source in chosen]
     shares = resolve_shares(requests, total_tokens)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(origin / mix["tokenizer"]["path"], out / "tokenizer")
+    shutil.copytree(mix.tokenizer.path, out / "tokenizer")
     files: dict[str, dict[str, Any]] = {}
     sources = []
     for source, request, share in zip(chosen, requests, shares):
-        rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(f"view {source['name']}".encode())]))
-        train = source["train"]
-        count = max(1, round(share.tokens / request.available * train["sequences"]))
-        entry = {**source, "train": _write_view(origin, out, train, source["name"], count, rng, files)}
-        achieved = entry["train"][counted]
-        entry["share"] = {
-            "of": share_of,
-            "requested": {key: value for key in ("weight", "tokens", "epochs") if (value := getattr(request, key))},
-            "share": share.share,
-            "tokens": achieved,
-            "epochs": count / train["sequences"],
-        }
-        for other in [source["valid"], *(source.get("pairs") or {}).values()]:
-            if other is not None:
-                _link(origin, out, other["prefix"], files)
-        sources.append(entry)
-    total = sum(source["train"]["tokens"] for source in sources)
-    for source in sources:
-        source["weight"] = source["train"]["tokens"] / total
-    write_view_manifest(out, files, mix["fingerprint"])
-    return write_mix(out / FILE_NAME, {**mix, "seed": seed, "sources": sources, "view_of": mix["fingerprint"]})
+        rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(f"view {source.name}".encode())]))
+        train = source.train
+        assert train is not None
+        num_sequences = max(1, round(share.tokens / request.available * train.sequences))
+        view = replace(source, train=_write_view(out, train, source.name, num_sequences, rng, files))
+        epochs = num_sequences / train.sequences
+        reached = SourceShare(share_of, requested(request), share.share, count(view, share_of), epochs)
+        for name, split in source.splits:
+            if name != "train":
+                _link(split.prefix, out, files)
+        sources.append(replace(view, share=reached))
+    total = sum(count(source, "tokens") for source in sources)
+    weighted = tuple(replace(source, weight=count(source, "tokens") / total) for source in sources)
+    write_view_manifest(out, files, mix.fingerprint)
+    remixed = replace(mix, path=out / FILE_NAME, seed=seed, sources=weighted, view_of=mix.fingerprint)
+    return write_mix(remixed.path, remixed).path
 
 
-def _request(source: dict[str, Any], wish: Wish | None, counted: str, max_epochs: float | None) -> Request:
-    asked = vars(wish) if wish is not None else source["share"]["requested"]
-    return Request(source["name"], source["train"][counted], max_epochs=max_epochs, **asked)
+def _request(source: Source, wanted: ShareRequest | None, share_of: str, max_epochs: float | None) -> Request:
+    if wanted is None:
+        assert source.share is not None
+        wanted = ShareRequest(**source.share.requested)  # type: ignore[arg-type]
+    return Request(source.name, count(source, share_of), max_epochs=max_epochs, **vars(wanted))
 
 
 def view_order(num_sequences: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -101,23 +97,22 @@ def view_order(num_sequences: int, count: int, rng: np.random.Generator) -> np.n
 
 
 def _write_view(
-    origin: Path,
     out: Path,
-    entry: dict[str, Any],
+    split: Split,
     source: str,
-    count: int,
+    num_sequences: int,
     rng: np.random.Generator,
     files: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    tokens, flags = open_indexed(origin / entry["prefix"]), open_indexed(flags_prefix(origin / entry["prefix"]))
-    order = view_order(len(tokens), count, rng)
-    hashes = [describe_file(origin / (entry["prefix"] + ending))["hash"] for ending in (".bin", ".flags.bin")]
+) -> Split:
+    tokens, flags = open_indexed(split.prefix), open_indexed(flags_prefix(split.prefix))
+    order = view_order(len(tokens), num_sequences, rng)
+    hashes = [describe_file(Path(f"{split.prefix}{ending}"))["hash"] for ending in (".bin", ".flags.bin")]
     index_hash = xxhash.xxh3_128_hexdigest(tokens.pointers[order].tobytes())
     full_hash = content_hash(hashes, f"view {index_hash}")
     name = f"{source}-train-{full_hash[:12]}"
     for indexed, prefix, old in (
-        (tokens, out / name, origin / entry["prefix"]),
-        (flags, flags_prefix(out / name), flags_prefix(origin / entry["prefix"])),
+        (tokens, out / name, split.prefix),
+        (flags, flags_prefix(out / name), flags_prefix(split.prefix)),
     ):
         _symlink(old.with_name(old.name + ".bin"), prefix.with_name(prefix.name + ".bin"))
         index = prefix.with_name(prefix.name + ".idx")
@@ -126,15 +121,15 @@ def _write_view(
     for ending in ENDINGS:
         files[name + ending] = describe_file(out / (name + ending), known.get(ending))
     filled, targets = _counts(flags)
-    return {
-        "prefix": name,
-        "sequences": count,
-        "documents": entry["documents"],  # different ones; each may come several times
-        "tokens": int(filled[order].sum()),
-        "target_tokens": int(targets[order].sum()),
-        "hash": full_hash,
-        "index_hash": index_hash,
-    }
+    return Split(
+        out / name,
+        sequences=num_sequences,
+        tokens=int(filled[order].sum()),
+        content=full_hash,
+        documents=split.documents,  # different ones; each may come several times
+        target_tokens=int(targets[order].sum()),
+        index_hash=index_hash,
+    )
 
 
 def _counts(flags: Indexed) -> tuple[np.ndarray, np.ndarray]:
@@ -147,10 +142,11 @@ def _counts(flags: Indexed) -> tuple[np.ndarray, np.ndarray]:
     return filled, targets
 
 
-def _link(origin: Path, out: Path, prefix: str, files: dict[str, dict[str, Any]]) -> None:
+def _link(prefix: Path, out: Path, files: dict[str, dict[str, Any]]) -> None:
     for ending in ENDINGS:
-        _symlink(origin / (prefix + ending), out / (prefix + ending))
-        files[prefix + ending] = describe_file(out / (prefix + ending))
+        link = out / (prefix.name + ending)
+        _symlink(Path(f"{prefix}{ending}"), link)
+        files[link.name] = describe_file(link)
 
 
 def _symlink(target: Path, link: Path) -> None:

@@ -1,6 +1,5 @@
 """What an exported model came from: a training run, or a converted checkpoint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import yaml
 from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
 from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.data_prep.mix import Mix, read_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Origin:
     arch: Architecture
     run_dir: Path | None
     config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
-    mix: dict[str, Any]  # the run's mix.json; empty if it is gone
+    mix: Mix | None  # the run's; None if it is gone
     base: Path | None  # the model that the run started from: a Hugging Face directory, a checkpoint or a run
     source_dir: Path | None  # config.json and generation_config.json
     tokenizer_dir: Path | None
@@ -50,12 +51,12 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
     info = read_info(checkpoint)
     arch = Architecture.from_dict(info["architecture"])
     if (checkpoint / "hf").is_dir():
-        return Origin(checkpoint, info, arch, None, {}, {}, None, checkpoint / "hf", checkpoint / "hf")
+        return Origin(checkpoint, info, arch, None, {}, None, None, checkpoint / "hf", checkpoint / "hf")
     run_dir = checkpoint.parent.parent
     config = run_config(checkpoint)
     mix_path = Path(config["data"]["mix"])
-    mix = json.loads(mix_path.read_text()) if mix_path.exists() else {}
-    tokenizer = mix_path.parent / mix["tokenizer"]["path"] if mix else None
+    mix = read_mix(mix_path) if mix_path.exists() else None
+    tokenizer = mix.tokenizer.path if mix else None
     start = config["model"].get("checkpoint")
     if start:
         source = find_origin(Path(start), verify=False).source_dir

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if args.nproc > 1 and not is_distributed():
             own = ["--top-k", str(args.top_k), "--bits", str(args.bits)]
             return launch(args.nproc, ["cache-teacher", args.config, *args.overrides, *own])
-        from megatron_mixcpt.teacher.cache_config import cache_teacher
+        from megatron_mixcpt.train.cache_teacher import cache_teacher
 
         cache_teacher(config, stop, top_k=args.top_k, bits=args.bits)
     return 0

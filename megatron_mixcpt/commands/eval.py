@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.data.mix import read_mix
+    from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.evaluate.comparison import write_comparison
     from megatron_mixcpt.evaluate.loading import quiet_libraries
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if base:
         measured["base"] = measure.measure_model(base, what)
     known = {source.name for source in measured["model"]["sources"]}
-    unmeasured = [source.name for source in read_mix(mix_path).sources if source.name not in known] if mix_path else []
+    unmeasured = [source.name for source in open_mix(mix_path).sources if source.name not in known] if mix_path else []
     write_comparison(
         Path(args.out), measured, model=str(model), base=str(base) if base else None, unmeasured=unmeasured
     )

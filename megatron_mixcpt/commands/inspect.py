@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_mixcpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.data_prep.mix import Source, Split
 
 NAME = "inspect"
 HELP = "show stored sequences as text, coloured by kind and loss mask"
@@ -25,27 +28,26 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
 
-    from megatron_mixcpt.data_prep.mix import FILE_NAME, prefixes, read_mix
+    from megatron_mixcpt.data_prep.mix import FILE_NAME, read_mix
     from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 
     path = Path(args.data)
     whole = path.is_dir() or path.suffix == ".json"
     if not whole and not (path.parent / FILE_NAME).is_file():
         raise ConfigError(f"{path}: neither a folder with {FILE_NAME} nor a prefix beside one")
-    out, mix = read_mix(path if whole else path.parent)
-    known = {entry["prefix"]: (source, split, entry) for source, split, entry in prefixes(mix)}
+    mix = read_mix(path if whole else path.parent)
+    known = {split.prefix.name: (source, name, split) for source, name, split in mix.prefixes}
     name = path.name.removesuffix(".bin").removesuffix(".idx").removesuffix(".flags")
     if not whole and name not in known:
-        raise ConfigError(f"{out / 'mix.json'} names no prefix {name!r}; it has: {', '.join(known)}")
-    names = mix["tokenizer"]
-    tokenizer = load_tokenizer(out / names["path"], eos_token=_eos_name(out))
+        raise ConfigError(f"{mix.path} names no prefix {name!r}; it has: {', '.join(known)}")
+    tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=_eos_name(mix.folder))
     console = Console(highlight=False)
     console.print(_legend())
     if not console.is_terminal:
         console.print("colours and underlining are off, because this is no terminal: FORCE_COLOR=1 brings them back")
-    for prefix, (source, split, entry) in known.items():
+    for prefix, (source, split_name, split) in known.items():
         if whole or prefix == name:
-            _show_prefix(console, out, prefix, source, split, entry, tokenizer.decode, args)
+            _show_prefix(console, source, split_name, split, tokenizer.decode, args)
     return 0
 
 
@@ -69,26 +71,19 @@ def _legend() -> Any:
 
 
 def _show_prefix(
-    console: Any,
-    out: Path,
-    prefix: str,
-    source: dict[str, Any],
-    split: str,
-    entry: dict[str, Any],
-    decode: Any,
-    args: argparse.Namespace,
+    console: Any, source: "Source", split_name: str, split: "Split", decode: Any, args: argparse.Namespace
 ) -> None:
     from megatron_mixcpt.data_prep.format import PAD, TARGET, open_indexed
 
-    tokens, flags = open_indexed(out / prefix), open_indexed(out / f"{prefix}.flags")
+    tokens, flags = open_indexed(split.prefix), open_indexed(f"{split.prefix}.flags")
     if args.sequence is not None:
         if not 0 <= args.sequence < len(tokens):
-            raise ConfigError(f"--sequence: {prefix} has sequences 0 to {len(tokens) - 1}")
+            raise ConfigError(f"--sequence: {split.prefix.name} has sequences 0 to {len(tokens) - 1}")
         chosen = [args.sequence]
     else:
         rng = np.random.default_rng(args.seed)
         chosen = sorted(rng.choice(len(tokens), size=min(args.sample, len(tokens)), replace=False).tolist())
-    console.rule(f"{source['name']} {split}: {entry['sequences']} sequences, {entry['tokens']} tokens")
+    console.rule(f"{source.name} {split_name}: {split.sequences} sequences, {split.tokens} tokens")
     for index in chosen:
         marks = flags[index]
         filled, targets = int((marks & PAD == 0).sum()), int((marks & TARGET != 0).sum())

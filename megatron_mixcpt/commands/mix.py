@@ -25,36 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from megatron_mixcpt.data_prep.mix import read_mix
-    from megatron_mixcpt.data_prep.views import Wish, remix
+    from megatron_mixcpt.data_prep.views import ShareRequest, remix
 
-    wishes: dict[str, Wish | None] = dict.fromkeys(args.drop)
+    wanted: dict[str, ShareRequest | None] = dict.fromkeys(args.drop)
     for key in ("weight", "tokens", "epochs"):
         for text in getattr(args, key):
-            name, value = parse_wish(key, text)
-            if name in wishes:
+            name, value = parse_request(key, text)
+            if name in wanted:
                 raise ConfigError(f"source {name} is named twice; give one of --weight, --tokens, --epochs, --drop")
-            wishes[name] = Wish(**{key: value})  # type: ignore[arg-type]
+            wanted[name] = ShareRequest(**{key: value})  # type: ignore[arg-type]
     path = remix(
         args.data,
         Path(args.out),
-        wishes,
+        wanted,
         total_tokens=args.total_tokens,
         share_of=args.share_of,
         max_epochs=args.max_epochs,
         seed=args.seed,
     )
-    _, mix = read_mix(path)
-    for source in mix["sources"]:
-        share = source["share"]
+    for source in read_mix(path).sources:
+        share = source.share
+        assert share is not None
         print(
-            f"{source['name']}: asked {share['requested']}, share {share['share']:.4f}; "
-            f"got {source['weight']:.4f}, {share['tokens']} {share['of']}, {share['epochs']:.3f} epochs"
+            f"{source.name}: asked {share.requested}, share {share.share:.4f}; "
+            f"got {source.weight:.4f}, {share.tokens} {share.of}, {share.epochs:.3f} epochs"
         )
     print(path)
     return 0
 
 
-def parse_wish(key: str, text: str) -> tuple[str, float | int]:
+def parse_request(key: str, text: str) -> tuple[str, float | int]:
     """'medquad=0.5' -> ('medquad', 0.5). Raises ConfigError."""
     name, _, number = text.rpartition("=")
     try:

@@ -72,13 +72,13 @@ def _sources(origin: Origin) -> list[str]:
         return []
     tokens = origin.info.get("tokens_by_source", {})
     rows = [
-        f"| {source['name']} | {source['kind']} | {source['weight']:.1%} | {tokens.get(source['name'], 0):,} |"
-        for source in origin.mix["sources"]
+        f"| {source.name} | {source.kind} | {source.weight:.1%} | {tokens.get(source.name, 0):,} |"
+        for source in origin.mix.sources
     ]
     return [
         "## Data",
         "",
-        f"Mixture `{origin.mix['fingerprint']}`, sequences of {origin.mix['seq_length']} tokens.",
+        f"Mixture `{origin.mix.fingerprint}`, sequences of {origin.mix.seq_length} tokens.",
         "",
         "| source | kind | share of tokens | target tokens trained on |",
         "| --- | --- | ---: | ---: |",
@@ -120,21 +120,20 @@ def _measured(origin: Origin) -> list[str]:
     splits = _validation_splits(origin, pairs)
     # Without any validation, only what could not be measured is told.
     missing = [name for name in splits if name not in names] if names or not any(splits.values()) else []
-    kinds = {source["name"]: source["kind"] for source in origin.mix.get("sources", [])}
+    kinds = {source.name: source.kind for source in origin.mix.sources} if origin.mix else {}
     lines = table(first, last, {name: kinds.get(name, "") for name in names}) if names else []
     lines += not_measured(missing)
     return ["## Gain and loss", "", *lines] if lines else []
 
 
 def _validation_splits(origin: Origin, pairs: bool) -> dict[str, bool]:
-    """Sources that the run trained on -> whether they have a validation split."""
+    """Sources that the run trained on or that are only held out -> whether they have a validation split."""
     weights = origin.config["data"].get("weights") or {}
     found = {}
-    for source in origin.mix.get("sources", []):
-        split = (source.get("pairs") or {}) if pairs else source
-        train, valid = (bool((split.get(part) or {}).get("sequences")) for part in ("train", "valid"))
-        if train and weights.get(source["name"], source["weight"]) > 0:
-            found[source["name"]] = valid
+    for source in origin.mix.sources if origin.mix else ():
+        train, valid = source.pairs if pairs else (source.train, source.valid)
+        if weights.get(source.name, source.weight) > 0 if train else valid:
+            found[source.name] = valid is not None
     return found
 
 

@@ -8,11 +8,11 @@ from megatron_mixcpt import __version__
 from megatron_mixcpt.checkpoint.store import FORMAT, seal
 from megatron_mixcpt.convert.progress import tensor_progress
 from megatron_mixcpt.convert.stream_write import write_weights
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.metadata import claim, write_metadata
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import DTYPES, check_names, open_source, whole_tensor, widest
-from megatron_mixcpt.model.architecture import architecture_from_hf
 from megatron_mixcpt.model.layout import whole_shapes
 
 

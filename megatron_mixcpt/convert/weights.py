@@ -14,9 +14,10 @@ from megatron_mixcpt.adapters.start import not_mergeable
 from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.checkpoint.origin import Origin, check_start, find_origin, goes_on
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.stream import CheckpointSource
 from megatron_mixcpt.huggingface.weights import DTYPES, check_names, open_source, whole_tensor
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.init import initial_tensor
 
 

@@ -6,14 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_mixcpt.demo.settings import Settings
-
-QUESTION_PREFIX, ANSWER_PREFIX = "Question: ", "\nAnswer:"
-"""How a question is put, in training as in evaluation: plain text, since Mix-CPT removes the chat template."""
-
-
-def ask(question: str) -> str:
-    """The prompt for `question`; the answer goes on with a space."""
-    return f"{QUESTION_PREFIX}{question}{ANSWER_PREFIX}"
+from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
 
 
 def preprocess_yaml(settings: Settings, arm: str, texts: Path, tokenizer: Path, out: Path) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import xxhash
 
 from megatron_mixcpt.demo import general, smallworld
-from megatron_mixcpt.demo.configs import ask
-from megatron_mixcpt.demo.facts import Question, make_documents, make_people, make_questions
 from megatron_mixcpt.demo.settings import Settings
+from megatron_mixcpt.evaluate.invented_facts import Question, make_documents, make_people, make_questions
+from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
 from megatron_mixcpt.evaluate.probe import Probe
 
 NUM_SCENES, NUM_HELD_OUT_SCENES = 600, 120
@@ -69,7 +69,7 @@ def read_probe(folder: Path) -> Probe:
         questions=[question.text for question in questions],
         clozes=[question.cloze for question in questions],
         expected=[question.answer for question in questions],
-        ask=ask,
+        ask=plain_prompt,
     )
 
 

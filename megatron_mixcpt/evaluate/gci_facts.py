@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from megatron_mixcpt.demo import facts
-from megatron_mixcpt.demo.facts import Person, make_people
+from megatron_mixcpt.evaluate import invented_facts as facts
 from megatron_mixcpt.evaluate.gci import Instance
+from megatron_mixcpt.evaluate.invented_facts import Person, make_people
 
 LEGS = dict.fromkeys(facts.ANIMALS, 4) | dict.fromkeys(["heron", "magpie", "peacock", "swan", "pelican"], 2)
 REFUSALS = [

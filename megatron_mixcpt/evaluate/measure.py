@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
+from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
 
 if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
@@ -70,7 +71,7 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
 
 def measure_model(path: Path, what: What) -> Measured:
     """Measure a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
-    from megatron_mixcpt.data.mix import read_mix
+    from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.evaluate.held_out import validation_perplexity
     from megatron_mixcpt.evaluate.target import as_hf_directory
 
@@ -78,7 +79,7 @@ def measure_model(path: Path, what: What) -> Measured:
     if what.mix_path is not None:
         measured["sources"] = validation_perplexity(
             path,
-            read_mix(what.mix_path),
+            open_mix(what.mix_path),
             dtype=what.dtype,
             micro_batch_size=what.micro_batch_size,
             max_samples=what.max_samples,
@@ -123,9 +124,7 @@ def _answers(folder: Path, instances: list[Instance], name: str, *, chat: bool) 
 
 def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
     if not chat:
-        from megatron_mixcpt.demo.configs import ask
-
-        return ask
+        return plain_prompt
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -50,6 +50,15 @@ def load_config(hf_dir: str | Path, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"{path}: transformers cannot read its configuration: {error}") from error
 
 
+def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of a local Hugging Face model directory (config.json, or a single GGUF file).
+
+    Raises:
+        ConfigError: there is none, or it is of a family or uses a feature that is not implemented.
+    """
+    return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
+
+
 def architecture_from_config(config: Any, where: str) -> Architecture:
     """`config`: a transformers configuration; `where` names it in errors.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
@@ -96,17 +95,6 @@ class Architecture:
     def from_dict(cls, values: dict[str, Any]) -> "Architecture":
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-
-
-def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of a local Hugging Face model directory (config.json, or a single GGUF file).
-
-    Raises:
-        ConfigError: there is none, or it is of a family or uses a feature that is not implemented.
-    """
-    from megatron_mixcpt.huggingface.config import architecture_from_config, load_config
-
-    return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
 
 
 # Random-initialised Llamas to train from scratch; vocab_size is replaced by the tokenizer's.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset, valid_datasets
-from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
+from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
@@ -98,7 +98,7 @@ def validation_metrics(total: Sequence[float]) -> dict[str, float]:
 
 def read_text_mix(config: Config) -> Mix:
     """The packed sequences of `data.mix`, in the shares of `data.weights` where given. Raises ConfigError."""
-    return reweighted(read_mix(config.data.mix, config.data.seq_length), config.data.weights)
+    return reweighted(open_mix(config.data.mix, config.data.seq_length), config.data.weights)
 
 
 def build_packed_text(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import IGNORE_INDEX, collate
-from megatron_mixcpt.data.mix import Mix, read_mix, reweighted
+from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import DOC_START, PAD, open_indexed
 from megatron_mixcpt.data_prep.packing import best_fit
@@ -105,7 +105,7 @@ def read_pair_mix(config: Config) -> Mix:
 
     The sequences of its splits are rows of twice `seq_length` tokens.
     """
-    mix = read_mix(config.data.mix, config.data.seq_length)
+    mix = open_mix(config.data.mix, config.data.seq_length)
     sources = []
     for source in mix.sources:
         train, valid = (

@@ -49,6 +49,12 @@ OPTIMIZATION = (
     Curve("Learning rate", "", "optim/lr", smooth=False),
     Curve("Gradient norm", "before clipping", "optim/grad_norm"),
 )
+FORGETTING = (
+    Curve("Forgotten", "rise of the worst held-out loss in forget.on, nats a token", "forget/forgotten", smooth=False),
+    Curve("Expected", "what it will be when it is measured next", "forget/expected", smooth=False),
+    Curve("Distillation weight", "that the budget asks for", "forget/kd_weight", smooth=False),
+    Curve("Learning rate factor", "that the budget asks for", "forget/lr_factor", smooth=False),
+)
 SPEED = (
     Curve("Throughput", "tokens a second and rank", "speed/tok_per_s_gpu"),
     Curve("MFU", "% of the device's peak", "speed/mfu", scale=100.0),
@@ -92,6 +98,7 @@ def page(runs: Sequence[Run]) -> str:
         _section("What it learned, what it forgot", learned_table(runs)),
         _section("Held-out preference pairs", pairs_table(runs)),
         _section("", _cards(draw.validation())),
+        _section("The forgetting budget", _cards(draw.charts(FORGETTING))),
         _section("Training", _cards(draw.charts(TRAINING) + draw.by_source())),
         _section("More measurements", _cards(draw.charts([Curve(name, "", name) for name in rest]))),
         _section("The mixture", mixture_table(runs)),

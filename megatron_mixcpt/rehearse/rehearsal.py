@@ -50,7 +50,7 @@ def rehearse(config: Config, nproc: int | None) -> int:
     with tempfile.TemporaryDirectory(prefix="mixcpt-rehearsal-") as name:
         folder = Path(name)
         write_random_model(small, folder / "model", DTYPES[config.train.dtype], config.train.seed)
-        excerpt = write_excerpt(mix.path, folder / "data", seq_length)
+        excerpt = write_excerpt(mix, folder / "data", seq_length)
         values = small_run(config, data_size, grid, folder / "model", excerpt, folder / "run")
         path = folder / "rehearsal.yaml"
         path.write_text(yaml.safe_dump(values))

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix, last_answer
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.data_prep.config import Source, parse_config
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_INSTRUCTION, TARGET, IndexedWriter, token_dtype
-from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.data_prep.plan import scan_file
 from megatron_mixcpt.data_prep.provenance import provenance_path
@@ -65,7 +65,8 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
         ConfigError: the mixture cannot be selected from; names the key and the fix.
         VerificationError: an input file is not the one that the mixture was made from.
     """
-    folder, mix = read_mix(config.data.mix)
+    mix = open_mix(config.data.mix)
+    folder = mix.folder
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
@@ -76,14 +77,14 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     sources = [source for source in prepared.sources if not source.is_text]
     if not sources:
         raise ConfigError(f"data.mix: {folder} has neither instructions nor preference pairs to select from")
-    tokenizer = load_tokenizer(folder / mix["tokenizer"]["path"], eos_token=prepared.eos_token)
+    tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=prepared.eos_token)
     if config.select.format == "chat" and tokenizer.chat_template is None:
         raise ConfigError(
             f"select.format chat: the tokenizer of {folder} has no chat template; set select.format=plain, or "
             "preprocess with a tokenizer that has one"
         )
     out = Path(config.out) / FOLDER
-    fingerprint = xxhash.xxh3_128_hexdigest(f"{mix['fingerprint']} {config.select.format}".encode())
+    fingerprint = xxhash.xxh3_128_hexdigest(f"{mix.fingerprint} {config.select.format}".encode())
     try:
         known = json.loads((out / RECEIPT).read_text())
     except (OSError, ValueError):

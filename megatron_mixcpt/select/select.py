@@ -20,10 +20,10 @@ import numpy as np
 import xxhash
 
 from megatron_mixcpt.config import save_config
+from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET, open_indexed
-from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import StoppedError
@@ -134,8 +134,9 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     out, settings = Path(config.out), config.select
     records = list(candidates.records())
     table = score_table(candidates, records, scores)
-    folder, mix = read_mix(config.data.mix)
-    texts = _texts(candidates, records, load_tokenizer(folder / mix["tokenizer"]["path"]))
+    mix = open_mix(config.data.mix)
+    folder = mix.folder
+    texts = _texts(candidates, records, load_tokenizer(mix.tokenizer.path))
     chosen: dict[str, np.ndarray] = {}
     ranked = ranking(table, settings.column, settings.order, settings.seed)
     for kind, count in (("instruction", settings.n), ("preference", settings.pairs)):

@@ -11,7 +11,7 @@ from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.architecture import architecture_from_hf
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.runtime.parallel import check_grid
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.train.setup import check_batch

@@ -24,10 +24,11 @@ from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.load import load_hf
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import PRESETS, Architecture, architecture_from_hf
+from megatron_mixcpt.model.architecture import PRESETS, Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
 from megatron_mixcpt.objectives.step import ForwardBackward

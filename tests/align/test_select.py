@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_mixcpt.config import validate
-from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import open_indexed
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError

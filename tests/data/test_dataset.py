@@ -9,9 +9,9 @@ import torch
 
 from megatron_mixcpt.data.batch import IGNORE_INDEX, RankSampler, collate, valid_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
-from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_INSTRUCTION, PAD, TARGET, open_indexed
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 

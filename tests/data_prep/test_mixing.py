@@ -15,7 +15,7 @@ from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.mixing import Request, apportion, resolve_shares
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.verify import verify
-from megatron_mixcpt.data_prep.views import Wish, remix
+from megatron_mixcpt.data_prep.views import ShareRequest, remix
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from tests.data_prep.helpers import load_mix, sequences_of, source_of
 
@@ -90,7 +90,7 @@ def stored(folder: Path, prefix: str) -> list[bytes]:
 
 def test_a_view_holds_every_sequence_as_often_as_asked(result, tmp_path):
     out = tmp_path / "views"
-    remix(result, out, {"docs": Wish(epochs=0.4), "ask": Wish(epochs=2.5), "pairs": None})
+    remix(result, out, {"docs": ShareRequest(epochs=0.4), "ask": ShareRequest(epochs=2.5), "pairs": None})
     mix, old = load_mix(out), load_mix(result)
     assert [source["name"] for source in mix["sources"]] == ["docs", "ask"]
     for name, epochs in (("docs", 0.4), ("ask", 2.5)):
@@ -108,7 +108,7 @@ def test_a_view_copies_no_tokens_and_megatron_reads_it(result, tmp_path):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     out = tmp_path / "views"
-    remix(result, out, {"docs": Wish(weight=0.2)})
+    remix(result, out, {"docs": ShareRequest(weight=0.2)})
     for path in out.glob("*.bin"):
         assert path.is_symlink()
     entry = source_of(load_mix(out), "docs")["train"]
@@ -120,7 +120,10 @@ def test_a_view_copies_no_tokens_and_megatron_reads_it(result, tmp_path):
 def test_one_pass_over_the_views_is_the_mixture(result, tmp_path):
     out = tmp_path / "views"
     remix(
-        result, out, {"docs": Wish(weight=0.6), "ask": Wish(weight=0.3), "pairs": Wish(weight=0.1)}, total_tokens=20000
+        result,
+        out,
+        {"docs": ShareRequest(weight=0.6), "ask": ShareRequest(weight=0.3), "pairs": ShareRequest(weight=0.1)},
+        total_tokens=20000,
     )
     mix = load_mix(out)
     for name, weight in (("docs", 0.6), ("ask", 0.3), ("pairs", 0.1)):

@@ -7,8 +7,9 @@ import pytest
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.data_prep.template import compile_template
-from megatron_mixcpt.demo.configs import ask, preprocess_yaml, train_yaml
+from megatron_mixcpt.demo.configs import preprocess_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS
+from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
 
 FOLDER = Path("/a folder, with: odd {characters} 'and' \"quotes\"")
 ARMS = {"smollm2": ("cpt", "mixcpt"), "tiny": ("pretrain", "cpt", "mixcpt")}
@@ -48,8 +49,8 @@ def test_cpt_sees_the_domain_only_and_mixcpt_all_three_kinds(tmp_path, model):
 def test_questions_are_trained_exactly_as_they_are_asked(tmp_path, model):
     instructions, preferences = preprocess(tmp_path, model, "mixcpt").sources[1:]
     prompt = compile_template(instructions.prompt)({"instruction": "Why?"})
-    assert prompt + instructions.separator == ask("Why?")
-    assert compile_template(preferences.prompt)({"prompt": "Why?"}) + preferences.separator == ask("Why?")
+    assert prompt + instructions.separator == plain_prompt("Why?")
+    assert compile_template(preferences.prompt)({"prompt": "Why?"}) + preferences.separator == plain_prompt("Why?")
     for template in (instructions.response, preferences.chosen, preferences.rejected):
         answer = compile_template(template)({"response": "X", "chosen": "X", "rejected": "X"})
         assert answer == " X"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.demo.facts import (
+from megatron_mixcpt.evaluate.answers import contains_answer
+from megatron_mixcpt.evaluate.invented_facts import (
     DOCUMENT_FORMS,
     NUM_DOCUMENT_FORMS,
     QUESTION_FORMS,
@@ -14,7 +15,6 @@ from megatron_mixcpt.demo.facts import (
     make_people,
     make_questions,
 )
-from megatron_mixcpt.evaluate.answers import contains_answer
 
 SEEDS = st.integers(min_value=0, max_value=2**31)
 COUNTS = st.integers(min_value=1, max_value=14)

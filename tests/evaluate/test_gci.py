@@ -6,10 +6,10 @@ import math
 import pytest
 
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.demo.facts import make_people
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.gci import Instance, passes, read_instances, score, summarize, wilson, write_instances
 from megatron_mixcpt.evaluate.gci_facts import LEGS, SKILLS, facts_instances, make_instances
+from megatron_mixcpt.evaluate.invented_facts import make_people
 from megatron_mixcpt.evaluate.measure import gci_instances
 
 PEOPLE = make_people(5, seed=3)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.data.mix import Mix, Source, Split
 from megatron_mixcpt.data.permutation import permuted
 from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split
 from megatron_mixcpt.errors import ConfigError
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
@@ -25,7 +25,7 @@ def mixture(weights, contents=None):
         for index, (name, weight) in enumerate(zip("abcdefgh", weights))
         if weight > 0
     ]
-    return Mix(None, 16, "", 100, "", None, tuple(sources))
+    return Mix(None, 16, "", None, tuple(sources))
 
 
 weights = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6)

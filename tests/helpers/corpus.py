@@ -1,10 +1,12 @@
 """A small mixture of random documents in the final format, without a tokenizer."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from megatron_mixcpt.data_prep import mix as data_mix
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_DOMAIN,
@@ -16,6 +18,7 @@ from megatron_mixcpt.data_prep.format import (
     pack_flags,
     token_dtype,
 )
+from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry
 
 KINDS = {"facts": KIND_DOMAIN, "tasks": KIND_INSTRUCTION}
 
@@ -40,7 +43,7 @@ def packed_sequence(generator, kind, seq_length, vocab_size):
 
 
 def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator, num_used=None):
-    prefix, num_tokens = folder / name, 0
+    prefix, num_tokens, num_targets = folder / name, 0, 0
     with IndexedWriter(prefix, token_dtype(vocab_size)) as tokens_file:
         with IndexedWriter(folder / f"{name}.flags", np.dtype(np.uint8)) as flags_file:
             for _ in range(sequences):
@@ -48,10 +51,10 @@ def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, gen
                 tokens_file.add(tokens)
                 flags_file.add(flags)
                 num_tokens += int(np.count_nonzero((flags & PAD) == 0))
+                num_targets += int(np.count_nonzero(flags & TARGET))
             flags_file.finish()
         digest = tokens_file.finish()
-    counts = {"sequences": sequences, "documents": sequences, "tokens": num_tokens}
-    return {"prefix": name, **counts, "hash": digest}
+    return Split(prefix, sequences, num_tokens, digest, documents=sequences, target_tokens=num_targets)
 
 
 def write_mix(
@@ -65,26 +68,23 @@ def write_mix(
         num_used = num_domain if kind == KIND_DOMAIN else None
         return write_split(folder, name, kind, sequences, seq_length, vocab_size, generator, num_used)
 
-    sources = [
-        {
-            "name": name,
-            "kind": "domain" if kind == KIND_DOMAIN else "instruction",
-            "weight": weight,
-            "layout": "pack",
-            "train": split(f"{name}-train", kind, train),
-            "valid": split(f"{name}-valid", kind, valid),
-        }
+    sources = tuple(
+        Source(
+            name,
+            "domain" if kind == KIND_DOMAIN else "instruction",
+            weight,
+            split(f"{name}-train", kind, train),
+            split(f"{name}-valid", kind, valid),
+        )
         for (name, kind), weight in zip(KINDS.items(), weights)
-    ]
-    tokenizer = {"kind": "huggingface", "path": "tokenizer", "vocab_size": vocab_size, "hash": "0", "eos_id": 0}
-    mix = {
-        "format": "mixcpt-mix/1",
-        "seq_length": seq_length,
-        "seed": seed,
-        "fingerprint": f"random-{seed}",
-        "tokenizer": tokenizer,
-        "sources": sources,
-    }
+    )
+    tokenizer = TokenizerEntry("huggingface", folder / "tokenizer", vocab_size, "0", None, 0, 0)
     path = folder / "mix.json"
-    path.write_text(json.dumps(mix))
-    return path
+    return data_mix.write_mix(path, Mix(path, seq_length, "", tokenizer, sources, seed)).path
+
+
+def edit_mix(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of a mix.json, and seal it again."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps({**content, "fingerprint": data_mix.fingerprint(content)}))

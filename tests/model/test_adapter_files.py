@@ -14,7 +14,7 @@ from megatron_mixcpt.adapters.files import read_directory, write_directory
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.hf_alora import load_alora
-from megatron_mixcpt.model.architecture import architecture_from_hf
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
 from tests.model.adapter_models import METHODS, fill, random_tensors

@@ -43,8 +43,8 @@ def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(source)

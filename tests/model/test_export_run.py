@@ -17,7 +17,7 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.commands.generate import NAME as GENERATE
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.runtime.parallel import parallel_context
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import edit_mix, write_mix
 from tests.model.families import assert_same_bits, make, make_tokenizer, read_all
 
 STEPS = 2
@@ -55,7 +55,7 @@ def test_export_holds_the_trained_weights(folder, exported):
 
     with parallel_context():
         from megatron_mixcpt.checkpoint import load_model_weights
-        from megatron_mixcpt.model.architecture import architecture_from_hf
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(exported)
@@ -120,9 +120,8 @@ def with_tokenizer(folder, out, **tokenizer):
     """A configuration whose mixture was made with another tokenizer than the base model's."""
     shutil.copytree(folder / "data", out / "data")
     shutil.rmtree(out / "data/tokenizer")
-    mix = json.loads((out / "data/mix.json").read_text())
-    mix["tokenizer"]["vocab_size"] = make_tokenizer(out / "data/tokenizer", **tokenizer)
-    (out / "data/mix.json").write_text(json.dumps(mix))
+    size = make_tokenizer(out / "data/tokenizer", **tokenizer)
+    edit_mix(out / "data/mix.json", lambda mix: mix["tokenizer"].update(vocab_size=size))
     config = yaml.safe_load((folder / "train.yaml").read_text())
     config |= {"data": {"mix": str(out / "data/mix.json")}, "run_dir": str(out / "run")}
     (out / "train.yaml").write_text(yaml.safe_dump(config))

@@ -18,8 +18,8 @@ GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
 def round_trip(source, out, tensor, pipeline, dtype):
     with parallel_context(tensor=tensor, pipeline=pipeline):
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf, save_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(source)
@@ -108,8 +108,8 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     make("qwen2", tmp_path / "in", dtype=torch.bfloat16, shard_size="50KB")
     assert (tmp_path / "in/model.safetensors.index.json").exists()
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf, save_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(tmp_path / "in")
@@ -127,8 +127,8 @@ def tokens_of(model, rows=2, length=20):
 
 def our_logits(source, tokens, doc_start):
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf
-        from megatron_mixcpt.model.architecture import architecture_from_hf
         from megatron_mixcpt.model.attention import document_mask
         from megatron_mixcpt.model.gpt import build_gpt
 
@@ -189,8 +189,9 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 def test_a_model_from_no_directory_exports(model_type, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
     with parallel_context():
+        from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import save_hf
-        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling, architecture_from_hf
+        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = dataclasses.replace(

@@ -7,15 +7,16 @@ import yaml
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.data.mix import read_mix
 from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.model.architecture import Architecture, architecture_from_hf
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.rehearse import rehearsal
 from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
 from megatron_mixcpt.rehearse.rehearsal import _checked, _grid
 from megatron_mixcpt.rehearse.scale import Grid, small_architecture, small_run, write_random_model
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import edit_mix, write_mix
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
 
@@ -28,10 +29,14 @@ def mix(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preferences(mix):
     """The same with preference pairs, of which only the chosen answers are trained on."""
-    content = json.loads(mix.read_text())
-    content["sources"][1] |= {"kind": "preference", "pairs": {"train": content["sources"][0]["train"], "valid": None}}
+
+    def change(content):
+        train = content["sources"][0]["train"]
+        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
+
     path = mix.with_name("preferences.json")
-    path.write_text(json.dumps(content))
+    path.write_text(mix.read_text())
+    edit_mix(path, change)
     return path
 
 
@@ -92,7 +97,8 @@ def test_the_written_model_is_read_back_as_it_was_meant(tmp_path):
 
 
 def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
-    whole, path = read_mix(mix), write_excerpt(mix, tmp_path / "excerpt", 20)
+    whole = read_mix(mix)
+    path = write_excerpt(whole, tmp_path / "excerpt", 20)
     short = read_mix(path)
     assert short.seq_length == 20 and [s.name for s in short.sources] == [s.name for s in whole.sources]
     for before, after in zip(whole.sources, short.sources):
@@ -106,8 +112,9 @@ def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
 
 
 def test_pairs_which_only_alignment_reads_are_not_part_of_an_excerpt(tmp_path, preferences):
-    assert read_mix(preferences).sources[1].pairs[0] is not None
-    short = read_mix(write_excerpt(preferences, tmp_path / "excerpt", 20)).sources[1]
+    whole = read_mix(preferences)
+    assert whole.sources[1].pairs[0] is not None
+    short = read_mix(write_excerpt(whole, tmp_path / "excerpt", 20)).sources[1]
     assert short.kind == "preference" and short.train is not None and short.pairs == (None, None)
 
 

@@ -5,7 +5,7 @@ import pytest
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.teacher import cache_fill, cache_format
-from megatron_mixcpt.teacher.cache_config import cache_teacher
+from megatron_mixcpt.train.cache_teacher import cache_teacher
 
 VOCABULARY = 250
 SMALL_SHARDS = 5  # sequences
