@@ -59,8 +59,8 @@ def commit(temporary: Path, info: dict[str, Any], known: dict[str, Entry] | None
 
 
 def choose_result(parent: Path, result: Path, described: dict[str, Any]) -> None:
-    """Let latest.json name a checkpoint under `parent`, and `described` say why, until another is saved. One rank."""
-    name = result.relative_to(parent).as_posix()
+    """Let latest.json name a checkpoint of the run, and `described` say why, until another is saved. One rank."""
+    name = os.path.relpath(result, parent)
     _name_latest(parent, {"checkpoint": name, "step": step_of(result), "result": described})
 
 
@@ -68,7 +68,7 @@ def result_of(parent: Path) -> Path | None:
     """The checkpoint that `choose_result` chose; None where none was, or it is gone."""
     try:
         latest = json.loads((parent / LATEST).read_text())
-        chosen = parent / latest["checkpoint"] if "result" in latest else None
+        chosen = Path(os.path.normpath(parent / latest["checkpoint"])) if "result" in latest else None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         return None
     return chosen if chosen is not None and is_checkpoint(chosen) else None

@@ -26,7 +26,7 @@ from megatron_mixcpt.train.setup import Parts, build_stage
 from megatron_mixcpt.train.validation import RunValidation
 
 ALPHAS = (0.25, 0.5, 0.75)
-AVERAGES = "average"  # folder of the averaged weights, beside the checkpoints
+AVERAGES = "average"  # folder of the run with the averaged weights, from which no training goes on
 
 
 def conclude(config: Config, parts: Parts, progress: Progress, forgetting: Forgetting, evaluate: RunValidation) -> None:
@@ -92,6 +92,6 @@ def _mix(ends: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], alpha: flo
 
 def _save_average(parent: Path, parts: Parts, progress: Progress, step: int, alpha: float) -> Path:
     """Weights alone; an earlier average is replaced."""
-    folder = parent / AVERAGES
+    folder = parent.parent / AVERAGES
     from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return save_checkpoint(folder, step, parts.model, parts.arch, info=progress.checkpoint_info() | {"alpha": alpha})
