@@ -9,6 +9,7 @@ from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info, result
 from megatron_mixcpt.checkpoint.verify import find_checkpoint
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.train import loop
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
@@ -87,6 +88,9 @@ def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
     assert step_of(result) == best["step"] and find_checkpoint(tmp_path / "run") == result
     assert {step_of(path) for path in list_checkpoints(parent)} == {best["step"], STEPS}
     assert json.loads((parent / "latest.json").read_text())["result"]["within"]
+    names = {name for row in rows for name in row} - {"step"}
+    assert all(documented(name) for name in names)
+    assert {name for name in METRICS if name.startswith("forget/") and "<" not in name} <= names
 
 
 def test_an_average_is_measured_and_taken_where_no_checkpoint_kept_the_budget(mix, tmp_path):
