@@ -1,7 +1,6 @@
 """Runs with a forgetting budget: it is kept, resuming is exact, the result is taken, refusals name the key."""
 
 import json
-import math
 
 import pytest
 
@@ -15,16 +14,16 @@ from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
-STEPS, EVERY = 40, 4
-BUDGETS = (0.04, 0.12, 0.36)
+STEPS, EVERY = 32, 4
+BUDGETS = (0.05, 0.15, 0.45)
 
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):
-    """A domain of few tokens: what is learned of it makes all others unlikely, and they are what is held."""
-    return write_mix(
-        tmp_path_factory.mktemp("budget") / "data", seq_length=16, vocab_size=64, train=64, valid=24, num_domain=8
-    )
+    """A domain of few tokens, and hardly anything else: learning it makes all other tokens unlikely."""
+    folder = tmp_path_factory.mktemp("budget") / "data"
+    sizes = {"seq_length": 16, "vocab_size": 64, "train": 64, "valid": 24}
+    return write_mix(folder, **sizes, num_domain=8, weights=(0.98, 0.02))
 
 
 def configuration(mix, run_dir, *, forget, **sections):
@@ -132,4 +131,3 @@ def test_a_run_that_began_without_a_budget_is_not_gone_on_with_one(mix, tmp_path
     train(mix, tmp_path / "run", forget=None, train={"steps": 2})
     with pytest.raises(ConfigError, match="was trained without a budget"):
         train(mix, tmp_path / "run", forget={"budget": 0.1}, train={"steps": 4})
-    assert math.isfinite(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["val/tasks/ppl"])
