@@ -9,9 +9,12 @@ TORCH ?= torch==2.13.0
 MODEL ?= smollm2
 OUT ?= runs/demo
 NPROC ?= 1
+WORKERS ?= 2
+# Whole files, and all of SLURM's, go to one worker, in the order that tests/conftest.py gives.
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults test-gpu preprocess train bench bench-gpu aot lint clean
+.PHONY: help install demo test test-fast test-faults test-gpu preprocess train bench bench-gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -33,8 +36,11 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, OUT=runs/demo)
 	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT)
 
-test: install ## run all tests that need no GPU (ARGS='-k layouts -x')
-	@$(BIN)/python -m pytest $(ARGS)
+test: install ## run all tests that need no GPU (WORKERS=2 ARGS='-k layouts -x')
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: install ## the tests to run while working: some of every room, in three minutes (they are in tests/fast.txt)
+	@$(BIN)/python -m pytest $(PARALLEL) @tests/fast.txt $(ARGS)
 
 test-faults: install ## the fault tests with their full counts; writes the figures of docs/reliability.md (about eight minutes)
 	@MIXCPT_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)

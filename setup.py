@@ -58,8 +58,9 @@ setup(
     extras_require={
         "dev": [
             "peft>=0.15",
-            "pytest>=8.0",
+            "pytest>=8.2",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.11",

@@ -1,12 +1,20 @@
 """Before any test module is collected: without a GPU, Triton kernels run in Triton's interpreter.
 
 Triton decides that when it is first imported, and megatron-core, which many tests import, imports it.
+After collection: which tests one worker of `pytest -n` takes, and in which order.
 """
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+# Folders whose tests share what a machine has one of: the SLURM cluster.
+TOGETHER = ("slurm",)
+# Begun first, in this order: what mostly waits, beside which the other worker has a core and more to itself, then what
+# takes longest, so that the workers end at about the same time.
+FIRST = ("slurm", "faults", "train", "teacher", "demo", "align", "model")
 
 # The same examples in every run: what a change broke fails for that change, not for a later one.
 settings.register_profile("mixcpt", derandomize=True, deadline=None)
@@ -17,3 +25,28 @@ if not torch.cuda.is_available():
 
 # A process of wandb for each of hundreds of tiny runs would take longer than they do; tests/observe has its own.
 os.environ["WANDB_MODE"] = "disabled"
+
+
+def _folder(nodeid):
+    return nodeid.removeprefix("tests/").split("/", 1)[0]
+
+
+def pytest_collection_modifyitems(items):
+    order = {folder: place for place, folder in enumerate(FIRST)}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: order.get(_folder(item.nodeid), len(FIRST)))  # stable: files stay whole
+
+
+@pytest.hookimpl(optionalhook=True)  # which pytest without xdist does not know
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`: a file's tests share its fixtures and so go to one worker; some folders share more."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            folder = _folder(nodeid)
+            return folder if folder in TOGETHER else nodeid.split("::", 1)[0]
+
+    return Scheduler(config, log)

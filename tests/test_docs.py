@@ -11,6 +11,7 @@ from megatron_mixcpt.cli import COMMANDS
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "kernels").glob("*.md")),
     ROOT / "launch" / "README.md",

@@ -22,3 +22,15 @@ def test_no_file_imports_a_file_of_tests():
         for name in imported(ast.parse(path.read_text())):
             of_tests = name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
             assert not of_tests or not (TESTS.parent / f"{name.replace('.', '/')}.py").exists(), f"{path}: {name}"
+
+
+def test_the_fast_tier_has_tests_of_every_room():
+    """Each line of fast.txt leads somewhere, and no room was forgotten but those that need what few machines have."""
+    chosen = (TESTS / "fast.txt").read_text().splitlines()
+    for line in chosen:
+        path, _, function = line.partition("::")
+        assert (TESTS.parent / path).exists(), f"tests/fast.txt: {line}"
+        assert not function or f"def {function}(" in (TESTS.parent / path).read_text(), f"tests/fast.txt: {line}"
+    rooms = {path.parent.name for path in TESTS.glob("*/test_*.py")}
+    covered = {line.split("/")[1] for line in chosen}
+    assert rooms - covered == {"gpu"}
