@@ -1,12 +1,12 @@
 """Configuration: what a training run's holds (schema.py), and how every command's file is read (reader.py)."""
 
+from megatron_mixcpt.config.forget import ForgetConfig
 from megatron_mixcpt.config.reader import load_config, rendered, save_config, validate
 from megatron_mixcpt.config.schema import (
     AdapterConfig,
     AlignSettings,
     Config,
     DataConfig,
-    ForgetConfig,
     LayoutConfig,
     LossConfig,
     ModelConfig,

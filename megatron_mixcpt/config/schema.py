@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_mixcpt.config.forget import ForgetConfig, check_budget
 from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
 from megatron_mixcpt.errors import ConfigError
 
@@ -266,19 +267,6 @@ class EvalConfig(Section):
     """Samples a source; None takes the whole validation split."""
 
 
-class ForgetConfig(Section):
-    """Training that keeps a budget of forgetting (docs/forgetting.md)."""
-
-    budget: Annotated[float, Field(gt=0.0)]
-    """Most that the held-out loss of each source in `on` may rise over its value before training, in nats a token."""
-    on: list[str] = Field(default=[])
-    """Sources, or kinds of data, that must not be forgotten; none named: all but the domain's."""
-    every: Positive = 50
-    """Steps between two measurements; one is also made before a checkpoint, and at the end."""
-    average: bool = False
-    """At the end, measure the averages of the result with the starting weights, and take the best within the budget."""
-
-
 class CheckpointConfig(Section):
     """Saving and keeping."""
 
@@ -396,25 +384,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _budget_can_be_kept(self) -> Config:
-        if self.forget is None:
-            return self
-        if self.kind == "dpo":
-            raise ValueError(
-                "forget is kept through the weight of the distillation, which align.method dpo has not: "
-                "remove it; align.beta ties the model to its start"
-            )
-        if not self.uses_teacher:
-            raise ValueError(
-                "forget.budget is kept through the weight of the distillation: set loss.target to swap, plain or mft, "
-                "loss.kd_weight above 0 and teacher.source=initial"
-            )
-        if self.teacher.hf is not None and self.teacher.hf != self.model.hf:
-            raise ValueError(
-                f"forget: teacher.hf {self.teacher.hf} is not the model that is trained, and does not hold it to what "
-                "it knew: remove teacher.hf, or forget"
-            )
-        if self.forget.average and self.adapter is not None:
-            raise ValueError("forget.average averages whole weights, which adapter leaves as they are: remove one")
+        if self.forget is not None:
+            check_budget(self.forget, self)
         return self
 
     @property
