@@ -14,7 +14,7 @@ from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
-STEPS, EVERY = 32, 4
+STEPS, EVERY = 40, 4
 BUDGETS = (0.05, 0.15, 0.45)
 
 
@@ -27,8 +27,8 @@ def mix(tmp_path_factory):
 
 
 def configuration(mix, run_dir, *, forget, **sections):
-    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4, "lr": 1e-3, "schedule": "constant"}
-    values = {"train": train | sections.pop("train", {}), "loss": {"target": "plain", "by_kind": {}}} | sections
+    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4, "lr": 5e-4, "schedule": "constant"}
+    values = {"train": train | sections.pop("train", {}), "loss": {"target": "plain", "kd_weight": 0.1, "by_kind": {}}} | sections
     if forget is not None:
         values["forget"] = {"on": ["tasks"], "every": EVERY} | forget
     return validate(Config, settings(mix, run_dir, **values), "test")
