@@ -69,9 +69,10 @@ def preprocess(
     Raises MixcptError and its kinds; see `megatron_mixcpt.errors` for the exit codes.
     """
     out = Path(config.out)
+    prepared = _planned(config, out)  # what is refused here leaves no trace
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out, shared=shard is not None):
-        prepared = prepare(config, out)
+        _write_plans(prepared)
         _say_what_is_replaced(out, config)
         tokenize(prepared, workers=workers, shard=shard, only_check=assemble_only)
         if shard is not None:
@@ -93,6 +94,12 @@ def _load(prepared: Prepared) -> list[Corpus]:
 
 def prepare(config: Config, out: Path) -> Prepared:
     """Load the tokenizer, plan every source, write the plans."""
+    prepared = _planned(config, out)
+    _write_plans(prepared)
+    return prepared
+
+
+def _planned(config: Config, out: Path) -> Prepared:
     # There is one process a core already: the libraries must not start threads of their own, here or in the workers.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -106,13 +113,16 @@ def prepare(config: Config, out: Path) -> Prepared:
         plan = make_plan(
             source, config, tokenizer.hash, add_bos=add_bos, eos_id=tokenizer.eos_id, evaluation=evaluation
         )
-        folder = out / PARTS_FOLDER / f"{source.name}-{plan.key[:12]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"plan.json.{uuid.uuid4().hex}.tmp"  # shards on several machines write the same plan
-        temporary.write_bytes(plan_to_json(plan))
-        os.replace(temporary, folder / "plan.json")
-        stages.append(Stage(source, plan, folder))
+        stages.append(Stage(source, plan, out / PARTS_FOLDER / f"{source.name}-{plan.key[:12]}"))
     return Prepared(config, tokenizer, add_bos, token_dtype(tokenizer.vocab_size), stages)
+
+
+def _write_plans(prepared: Prepared) -> None:
+    for stage in prepared.stages:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        temporary = stage.folder / f"plan.json.{uuid.uuid4().hex}.tmp"  # shards on several machines write the same plan
+        temporary.write_bytes(plan_to_json(stage.plan))
+        os.replace(temporary, stage.folder / "plan.json")
 
 
 def tokenize(

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 
+from megatron_mixcpt.checkpoint.info import CheckpointInfo, read_info
+from megatron_mixcpt.checkpoint.manifest import fingerprint
+from megatron_mixcpt.checkpoint.state import load_weights
+from megatron_mixcpt.checkpoint.verify import find_checkpoint, silent, warn
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
 
@@ -33,7 +38,25 @@ def start_adapters(stage: MixGPTModel, seed: int) -> None:
             adapter.fill(name, tensors[adapter.layout.key(name)])
 
 
-def load_adapted(stage: MixGPTModel, checkpoint: Path, info: dict[str, Any]) -> None:
+def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust: bool = False) -> str | None:
+    """Fill this rank's shard from a checkpoint or the newest one of a run, in any layout, whatever it trained.
+
+    Collective. Verifies first; `trust` and errors as in `find_checkpoint`.
+
+    Returns:
+        what tells these weights from others (`manifest.fingerprint`).
+    """
+    tell = warn if torch.distributed.get_rank() == 0 else silent
+    checkpoint = find_checkpoint(run_or_checkpoint, trust=trust, tell=tell, together=True)
+    stage, info = unwrap_model(model), read_info(checkpoint)
+    if info.adapter is not None:
+        _load_adapted(stage, checkpoint, info, info.adapter)
+    else:
+        load_weights(stage, checkpoint)
+    return fingerprint(checkpoint)
+
+
+def _load_adapted(stage: MixGPTModel, checkpoint: Path, info: CheckpointInfo, trained: AdapterConfig) -> None:
     """Fill a stage from a verified checkpoint that holds adapters: base weights first, then the adapters. Collective.
 
     A stage with adapters of the same shape goes on with them. Into any other stage LoRA is merged.
@@ -41,13 +64,10 @@ def load_adapted(stage: MixGPTModel, checkpoint: Path, info: dict[str, Any]) -> 
     Raises ConfigError where the base is gone, or where ALoRA would have to be merged.
     """
     from megatron_mixcpt.adapters.state import load_adapters
-    from megatron_mixcpt.checkpoint.origin import adapter_in, check_start, goes_on, run_config
-    from megatron_mixcpt.checkpoint.state import load_model_weights
+    from megatron_mixcpt.checkpoint.origin import check_start, goes_on, run_config
     from megatron_mixcpt.huggingface.load import load_hf
     from megatron_mixcpt.model.init import initialize
 
-    trained = adapter_in(info)
-    assert trained is not None
     same = goes_on(trained, stage.adapter)
     if not same and trained.method == "alora":
         raise ConfigError(f"{checkpoint}: {not_mergeable(trained)}")

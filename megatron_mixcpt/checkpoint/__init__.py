@@ -2,20 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info, seal
+from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState, read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints, seal
 from megatron_mixcpt.checkpoint.verify import find_checkpoint, newest_checkpoint, newest_good
 
 if TYPE_CHECKING:
     from megatron_mixcpt.checkpoint.saver import Outcome, Saver
-    from megatron_mixcpt.checkpoint.state import load_checkpoint, load_model_weights, save_checkpoint
+    from megatron_mixcpt.checkpoint.state import load_checkpoint, load_weights, save_checkpoint
 
 __all__ = [
+    "CheckpointInfo",
     "Outcome",
     "Saver",
+    "TrainingState",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
-    "load_model_weights",
+    "load_weights",
     "newest_checkpoint",
     "newest_good",
     "read_info",
@@ -26,7 +29,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # megatron-core takes seconds and 200 MB, which what only looks at checkpoints on disk need not pay.
-    if name in ("load_checkpoint", "load_model_weights", "save_checkpoint"):
+    if name in ("load_checkpoint", "load_weights", "save_checkpoint"):
         from megatron_mixcpt.checkpoint import state
 
         return getattr(state, name)

@@ -81,6 +81,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def fingerprint(folder: Path) -> str | None:
+    """Tells the content of a checkpoint from that of any other; None where it has no manifest."""
+    path = folder / MANIFEST
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else None
+
+
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint, a line a file; empty where every byte is as it was written.
 

@@ -2,27 +2,37 @@
 
 Megatron's formats for its optimizers are not interchangeable, and with torch's Adam, which keeps a step count a
 parameter, its distributed optimizer cannot be restored from the reshardable one and is restored wrongly from the other.
-Here every optimizer, plain or sharded over data-parallel ranks, is saved as the same three fp32 tensors a parameter,
-sharded like the parameter itself, and one step count. A checkpoint therefore loads into any TP x PP x DP layout and any
-of the optimizers.
+Here every optimizer, plain or sharded over data-parallel ranks, is saved as the same three fp32 tensors a parameter, of
+its shape, and one step count. Each rank saves the elements that it holds, and reads those. A checkpoint therefore loads
+into any TP x PP x DP layout and any of the optimizers; its names are those of megatron-core's plain optimizers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
-MASTER = "master"  # fp32 weights, where the model's own are of lower precision
+MASTER = "fp32_param"  # fp32 weights, where the model's own are of lower precision
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Elements `begin:end` of the tensor that an optimizer keeps beside `param`; `values` is that part, flat."""
+
+    name: str
+    param: Tensor
+    values: Tensor
+    begin: int
+    end: int
+    shared: bool
+    """Data-parallel ranks have the same."""
 
 
 class _Slot:
@@ -56,30 +66,14 @@ def optimizer_step_count(optimizer: MegatronOptimizer) -> int:
     return counts.pop() if counts else 0
 
 
-def optimizer_sharded_state(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
-) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of the optimizer's state, collective over data-parallel ranks.
-
-    Args:
-        model_state: `model.sharded_state_dict()`.
-        loading: give every data-parallel rank empty tensors to load into; else the values to save, on the first rank.
-
-    Returns:
-        `{parameter number: {"master" | "exp_avg" | "exp_avg_sq": sharded tensor of the parameter's shape}}`
-    """
-    sharded_params = _sharded_by_param(model_state)
-    state: dict[str, dict[str, Any]] = {}
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Held]:
+    """Every tensor of the optimizer's state of which this rank holds a part, always in the same order."""
     allocate_state(optimizer)
-    for number, (single, param, slot) in enumerate(_slots(optimizer)):
-        group = single.data_parallel_group if isinstance(single, DistributedOptimizer) else None
-        sharded = sharded_params[id(param)]
-        for name in _names(param):
-            whole = _whole(param, slot, name, group, loading)
-            if whole is not None:
-                tensor = make_sharded_optimizer_tensor(sharded, whole, prefix=f"optimizer.{name}")
-                state.setdefault(str(number), {})[name] = tensor
-    return state
+    for single in singles(optimizer):
+        shared = not isinstance(single, DistributedOptimizer)
+        for param, slot in _slots_of(single):
+            for name in _names(param):
+                yield Held(name, param, slot.tensor(name).view(-1), slot.begin, slot.end, shared)
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
@@ -101,15 +95,8 @@ def assert_steps_are_separate(optimizer: MegatronOptimizer) -> None:
         raise RuntimeError("parameters share the storage of their optimizer step")
 
 
-@torch.no_grad()
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, dict[str, Tensor]], step: int) -> None:
-    """Copy what dist_checkpointing filled into `optimizer_sharded_state(..., loading=True)`, and set the step count."""
-    for number, (_, param, slot) in enumerate(_slots(optimizer)):
-        if slot is None:
-            continue
-        for name in _names(param):
-            tensor = slot.tensor(name)
-            tensor.copy_(loaded[str(number)][name].flatten()[slot.begin : slot.end].view_as(tensor))
+def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
+    """As if the optimizer had taken `step` steps."""
     for single in singles(optimizer):
         for group in single.optimizer.param_groups:
             if "step" in group:
@@ -119,6 +106,17 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, dict[st
                 if "step" in state:
                     # A tensor of its own for each parameter: torch's Adam adds to it in place.
                     state["step"] = step if isinstance(state["step"], int) else torch.tensor(float(step))
+
+
+def common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What megatron-core keeps in `common.pt` of its plain optimizers, so that it can read this checkpoint."""
+    groups, masters = [], False
+    for single in singles(optimizer):
+        groups += [{k: v for k, v in group.items() if k != "params"} for group in single.optimizer.param_groups]
+        masters |= any(MASTER in _names(param) for param, _ in _slots_of(single))
+    step = torch.tensor(float(optimizer_step_count(optimizer)))
+    state = {"state": {"common_step": step}, "param_groups": groups}
+    return {"optimizer": state} if masters else state
 
 
 def _names(param: Tensor) -> tuple[str, ...]:
@@ -131,17 +129,8 @@ def singles(optimizer: MegatronOptimizer) -> list[Any]:
     return [single for single in singles if not getattr(single, "is_stub_optimizer", False)]
 
 
-def _slots(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, Tensor, _Slot | None]]:
-    """Every trained parameter of this rank, always in the same order, with the optimizer it belongs to.
-
-    Its slot is None where other data-parallel ranks hold all of it.
-    """
-    for single in singles(optimizer):
-        for param, slot in _slots_of(single):
-            yield single, param, slot
-
-
-def _slots_of(single: Any) -> Iterator[tuple[Tensor, _Slot | None]]:
+def _slots_of(single: Any) -> Iterator[tuple[Tensor, _Slot]]:
+    """Every trained parameter of which this rank holds state, always in the same order."""
     inner = single.optimizer
     if isinstance(single, DistributedOptimizer):
         ranges = {
@@ -153,10 +142,7 @@ def _slots_of(single: Any) -> Iterator[tuple[Tensor, _Slot | None]]:
         }
         for chunk in single.model_chunks:
             for param in chunk.parameters():
-                if not param.requires_grad:
-                    continue
-                if param not in ranges:
-                    yield param, None
+                if not param.requires_grad or param not in ranges:
                     continue
                 group_index, order = single.model_param_group_index_map[param]
                 main = inner.param_groups[group_index]["params"][order]
@@ -170,29 +156,6 @@ def _slots_of(single: Any) -> Iterator[tuple[Tensor, _Slot | None]]:
         for main in group["params"]:
             param = masters.get(id(main), main)
             yield param, _Slot(inner, param, main, 0, param.numel())
-
-
-def _whole(
-    param: Tensor, slot: _Slot | None, name: str, group: torch.distributed.ProcessGroup | None, loading: bool
-) -> Tensor | None:
-    """The state tensor in the parameter's shape: to be filled (loading), or gathered on the first rank of `group`."""
-    if loading:
-        return torch.empty(param.shape, dtype=torch.float32)
-    if group is None:
-        assert slot is not None
-        return slot.tensor(name)
-    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
-    if slot is not None:
-        whole[slot.begin : slot.end] = slot.tensor(name).flatten()
-    # Each element is non-zero on one rank at most, so the sum is exact.
-    first = torch.distributed.get_global_rank(group, 0)
-    torch.distributed.reduce(whole, dst=first, group=group)
-    return whole.view(param.shape).cpu() if group.rank() == 0 else None
-
-
-def _sharded_by_param(model_state: dict[str, Any]) -> dict[int, ShardedTensor]:
-    sharded, _ = extract_sharded_tensors_and_factories(model_state)
-    return {id(tensor.data): tensor for tensor in nested_values(sharded)}
 
 
 def _allocate_moments(single: Any) -> None:

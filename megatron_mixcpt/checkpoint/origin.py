@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 import yaml
 
-from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint, read_info
-from megatron_mixcpt.checkpoint.manifest import MANIFEST
+from megatron_mixcpt.checkpoint import CheckpointInfo, find_checkpoint, newest_checkpoint, read_info
+from megatron_mixcpt.checkpoint.manifest import fingerprint
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.data_prep.mix import Mix, read_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
@@ -22,8 +21,7 @@ class Origin:
     """A checkpoint and where the rest of its Hugging Face directory is carried over from."""
 
     checkpoint: Path
-    info: dict[str, Any]
-    arch: Architecture
+    info: CheckpointInfo
     run_dir: Path | None
     config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
     mix: Mix | None  # the run's; None if it is gone
@@ -32,26 +30,30 @@ class Origin:
     tokenizer_dir: Path | None
 
     @property
+    def arch(self) -> Architecture:
+        return self.info.architecture
+
+    @property
     def adapter(self) -> AdapterConfig | None:
         """What the checkpoint holds in place of the weights; they are those of `base`."""
-        return adapter_in(self.info)
+        return self.info.adapter
 
 
-def find_origin(path: Path, *, verify: bool = True) -> Origin:
+def find_origin(path: Path, *, verify: bool = True, allow_older: bool = False) -> Origin:
     """`path`: a run directory, one of its checkpoints, or a checkpoint that `mixcpt convert` wrote.
 
     Args:
         verify: compare the checkpoint with its hashes; without, the newest one is taken as it is.
+        allow_older: see `find_checkpoint`.
 
     Raises:
-        VerificationError: it holds no complete checkpoint.
+        VerificationError: it holds no complete checkpoint, or the newest one is damaged.
         ConfigError: the run started from a Hugging Face directory that is gone.
     """
-    checkpoint = find_checkpoint(path) if verify else newest_checkpoint(path)
+    checkpoint = find_checkpoint(path, allow_older=allow_older) if verify else newest_checkpoint(path)
     info = read_info(checkpoint)
-    arch = Architecture.from_dict(info["architecture"])
     if (checkpoint / "hf").is_dir():
-        return Origin(checkpoint, info, arch, None, {}, None, None, checkpoint / "hf", checkpoint / "hf")
+        return Origin(checkpoint, info, None, {}, None, None, checkpoint / "hf", checkpoint / "hf")
     run_dir = checkpoint.parent.parent
     config = run_config(checkpoint)
     mix_path = Path(config["data"]["mix"])
@@ -60,7 +62,7 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
     start = config["model"].get("checkpoint")
     if start:
         source = find_origin(Path(start), verify=False).source_dir
-        return Origin(checkpoint, info, arch, run_dir, config, mix, Path(start), source, tokenizer)
+        return Origin(checkpoint, info, run_dir, config, mix, Path(start), source, tokenizer)
     base = config["model"].get("hf")
     if base and not Path(base).is_dir():
         raise ConfigError(
@@ -68,7 +70,7 @@ def find_origin(path: Path, *, verify: bool = True) -> Origin:
             "carried over, so put it back, or run this where the run was started"
         )
     source = Path(base) if base else None
-    return Origin(checkpoint, info, arch, run_dir, config, mix, source, source, tokenizer)
+    return Origin(checkpoint, info, run_dir, config, mix, source, source, tokenizer)
 
 
 def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) -> Path | None:
@@ -89,27 +91,22 @@ def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) 
     return None
 
 
-def adapter_in(info: dict[str, Any]) -> AdapterConfig | None:
-    """The adapter that a checkpoint holds in place of weights. `info`: its checkpoint.json."""
-    # Where it once started is no part of what it is.
-    return AdapterConfig(**{**info["adapter"], "init": None}) if info.get("adapter") else None
-
-
-def check_start(checkpoint: Path, info: dict[str, Any], model: dict[str, Any]) -> None:
+def check_start(checkpoint: Path, info: CheckpointInfo, model: dict[str, Any]) -> None:
     """Raise VerificationError unless the weights that an adapter was trained beside are still where it found them.
 
     Args:
-        checkpoint: that holds the adapter; `info` is its checkpoint.json.
+        checkpoint: that holds the adapter, with its description.
         model: section of the run's configuration.
     """
+    now: str | None
     if model.get("hf"):
         now, where = weights_fingerprint(model["hf"]), model["hf"]
     elif model.get("checkpoint"):
-        where = model["checkpoint"]
-        now = xxhash.xxh3_128_hexdigest((newest_checkpoint(Path(where)) / MANIFEST).read_bytes())
+        now, where = fingerprint(newest_checkpoint(Path(model["checkpoint"]))), model["checkpoint"]
     else:
         return
-    if now != info.get("start", now):
+    start = info.training.start if info.training else None
+    if start is not None and now != start.weights:
         raise VerificationError(
             f"{checkpoint}: its adapter was trained beside other weights than {where} holds now: put those back (of a "
             "run that went on, keep the checkpoint it was: checkpoint.keep_every)"

@@ -21,14 +21,12 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
-from megatron_mixcpt import __version__
-from megatron_mixcpt.adapters.files import write_adapter_of
-from megatron_mixcpt.checkpoint.optimizer_state import optimizer_sharded_state, optimizer_step_count
-from megatron_mixcpt.checkpoint.store import FORMAT, commit, new_directory, prune, require_space
+from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState
+from megatron_mixcpt.checkpoint.optimizer_state import common_state, optimizer_step_count
+from megatron_mixcpt.checkpoint.shares import written_here
+from megatron_mixcpt.checkpoint.store import commit, new_directory, prune, require_space
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
-from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.runtime.first_rank import from_first
 
 TOUCH_SECONDS = 1.0
@@ -51,9 +49,8 @@ class Outcome:
 @dataclass
 class _Pending:
     step: int
-    info: dict[str, Any]
-    adapter: AdapterConfig | None
-    arch: Architecture
+    info: CheckpointInfo
+    common: dict[str, Any]
     began: float
     folder: Path | None
     writer: ShareWriter | None
@@ -72,11 +69,21 @@ class Saver:
         keep: after a save, keep this many of the newest checkpoints; None keeps all.
         keep_every: and those of every n-th step; 0 keeps none of them.
         background: write while training goes on, one save at a time.
+        add_files: called on rank 0 with the folder, when all shares are in it; what it adds belongs to the checkpoint.
     """
 
-    def __init__(self, parent: Path, *, keep: int | None = None, keep_every: int = 0, background: bool = False) -> None:
+    def __init__(
+        self,
+        parent: Path,
+        *,
+        keep: int | None = None,
+        keep_every: int = 0,
+        background: bool = False,
+        add_files: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self.parent, self.keep, self.keep_every, self.background = parent, keep, keep_every, background
         self.spared: int | None = None  # step of a checkpoint that is kept, however old
+        self._add_files = add_files
         self._pending: _Pending | None = None
         self._buffers: Buffers | None = {} if background else None
 
@@ -84,9 +91,8 @@ class Saver:
         self,
         step: int,
         model: torch.nn.Module,
-        arch: Architecture,
         optimizer: MegatronOptimizer | None = None,
-        info: dict[str, Any] | None = None,
+        training: TrainingState | None = None,
     ) -> None:
         """Start saving; `poll` or `finish` tells how it ended. Finish a save that is under way first.
 
@@ -95,31 +101,25 @@ class Saver:
         Args:
             model: this rank's stage, bare or wrapped.
             optimizer: None saves weights alone.
-            info: entries added to `checkpoint.json` (JSON types).
+            training: what the run needs to go on from here.
         """
         assert self._pending is None, "a save is under way"
         began = time.monotonic()
         stage = unwrap_model(model)
-        state = stage.sharded_state_dict()
-        sharded: dict[str, Any] = {"model": state}
-        if optimizer is not None:
-            optimizer_state = optimizer_sharded_state(optimizer, state, loading=False)
-            if optimizer_state:  # on some ranks there is none: others hold it
-                sharded["optimizer"] = optimizer_state
-        description = {
-            "format": FORMAT,
-            "version": __version__,
-            "step": step,
-            "architecture": arch.to_dict(),
-            "optimizer_step": None if optimizer is None else optimizer_step_count(optimizer),
-            **({"adapter": stage.adapter.model_dump()} if stage.adapter else {}),
-            **(info or {}),
-        }
+        share = written_here(stage.sharded_state_dict(), optimizer)
+        common = {} if optimizer is None else {"optimizer": common_state(optimizer)}
+        info = CheckpointInfo(
+            step,
+            stage.arch,
+            None if optimizer is None else optimizer_step_count(optimizer),
+            stage.adapter,
+            training=training,
+        )
         folder, error = _from_first(lambda: new_directory(self.parent, step))
-        pending = _Pending(step, description, stage.adapter, arch, began, folder, None, error)
+        pending = _Pending(step, info, common, began, folder, None, error)
         self._pending = pending
         if folder is not None:
-            pending.writer = plan_share(sharded, folder, self._buffers)
+            pending.writer = plan_share(share, folder, self._buffers)
             needed = torch.tensor([pending.writer.num_bytes], dtype=torch.int64, device=torch.cuda.current_device())
             torch.distributed.all_reduce(needed)
             _, pending.error = _from_first(lambda: require_space(self.parent, int(needed.item()) + RESERVE))
@@ -158,9 +158,8 @@ class Saver:
 
     def _commit(self, pending: _Pending, shares: list[Any]) -> Path:
         assert pending.writer is not None and pending.folder is not None
-        write_index(pending.writer, [results for results, _ in shares])
-        if pending.adapter is not None:
-            write_adapter_of(pending.folder, pending.arch, pending.adapter)
+        write_index(pending.writer, [results for results, _ in shares], pending.common)
+        self._add_files(pending.folder)
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)
         if self.keep is not None:

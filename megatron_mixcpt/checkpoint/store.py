@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, render_info
 from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
-from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.errors import MixcptError
 
-INFO = "checkpoint.json"
-FORMAT = "mixcpt-checkpoint/1"  # INFO says so
 LATEST = "latest.json"
 _NAME = re.compile(r"step_(\d+)")
 
@@ -43,11 +42,10 @@ def new_directory(parent: Path, step: int) -> Path:
     return path
 
 
-def commit(temporary: Path, info: dict[str, Any], known: dict[str, Entry] | None = None) -> Path:
+def commit(temporary: Path, info: CheckpointInfo, known: dict[str, Entry] | None = None) -> Path:
     """Describe a finished checkpoint and make it visible under its final name, durably. One rank.
 
     Args:
-        info: content of checkpoint.json.
         known: see `write_manifest`.
     """
     seal(temporary, info, known)
@@ -82,10 +80,11 @@ def _name_latest(parent: Path, content: dict[str, Any]) -> None:
     sync(parent)
 
 
-def seal(folder: Path, info: dict[str, Any], known: dict[str, Entry] | None = None) -> None:
+def seal(folder: Path, info: CheckpointInfo, known: dict[str, Entry] | None = None) -> None:
     """Write checkpoint.json and manifest.json into a folder of finished files, and flush all of them to disk."""
-    (folder / INFO).write_text(json.dumps(info, indent=2))
-    write_manifest(folder, info, known)
+    content = render_info(info)
+    (folder / INFO).write_text(json.dumps(content, indent=2))
+    write_manifest(folder, content, known)
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
@@ -132,14 +131,6 @@ def list_quarantined(parent: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's description: architecture, step, data position and so on."""
-    try:
-        return json.loads((checkpoint / INFO).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise VerificationError(f"{checkpoint / INFO}: cannot be read: {error}") from None
 
 
 def is_checkpoint(path: Path) -> bool:

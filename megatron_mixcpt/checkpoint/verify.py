@@ -36,26 +36,36 @@ def newest_checkpoint(path: Path) -> Path:
 
 
 def find_checkpoint(
-    path: Path, *, trust: bool = False, tell: Callable[[str], None] = warn, together: bool = False
+    path: Path,
+    *,
+    trust: bool = False,
+    allow_older: bool = False,
+    tell: Callable[[str], None] = warn,
+    together: bool = False,
 ) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one of a run directory that verifies. Changes nothing on disk.
+    """`path` itself if it is a checkpoint, or the newest one of a run directory. Changes nothing on disk.
 
     Where a run with a forgetting budget has chosen its result, that comes first.
 
     Args:
         trust: accept checkpoints without a manifest, unverified.
+        allow_older: of a run directory, take the newest one that verifies in place of the newest.
         tell: called with a line for each newer checkpoint that was passed over.
         together: collective; reading is spread over the ranks, and all get the same answer or error.
 
-    Raises ConfigError where there never was one, VerificationError where none verifies.
+    Raises ConfigError where there never was one, VerificationError where it does not verify.
     """
     candidates = from_first(lambda: _candidates(path)) if together else _candidates(path)
-    if candidates == [path]:
-        damage = _damage(path, trust, together)
-        if damage:
-            raise VerificationError(_refusal(path, damage))
-        return path
-    return _first_good(candidates, trust, tell, together)[0]
+    if allow_older:
+        return _first_good(candidates, trust, tell, together)[0]
+    newest = candidates[0]
+    damage = _damage(newest, trust, together)
+    if not damage:
+        return newest
+    hint = ""
+    if len(candidates) > 1:
+        hint = f". To take an older one, name it ({candidates[1]}) or give --allow-older where the command has it"
+    raise VerificationError(_refusal(newest, damage) + hint)
 
 
 def _candidates(path: Path) -> list[Path]:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
@@ -111,22 +110,19 @@ class _Hashing:
         return {"size": self._size, "xxh3_128": self._state.hexdigest()}
 
 
-def plan_share(sharded_state: dict[str, Any], folder: Path, buffers: Buffers | None) -> ShareWriter:
-    """Collective: decide which rank writes what. Touches no disk but for the folder's existence."""
-    sharded, common = save_preprocess(sharded_state)
-    assert not any(common.values()), f"not sharded, so it would not be saved: {list(common)}"
-    sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+def plan_share(share: dict[str, list[ShardedTensor]], folder: Path, buffers: Buffers | None) -> ShareWriter:
+    """Collective: tell rank 0 what each rank writes. Touches no disk but for the folder's existence."""
     writer = ShareWriter(folder, buffers)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     (_, writer.metadata, _), *_ = save_state_dict_async_plan(
-        mcore_to_pyt_state_dict(sharded, False), writer, None, 0, planner=planner
+        mcore_to_pyt_state_dict(share, False), writer, None, 0, planner=planner
     )
     return writer
 
 
-def write_index(writer: ShareWriter, results: list[list[WriteResult]]) -> None:
-    """Rank 0, after all shares: the files that say what is where."""
+def write_index(writer: ShareWriter, results: list[list[WriteResult]], common: dict[str, Any]) -> None:
+    """Rank 0, after all shares: the files that say what is where, and `common`, which is not sharded."""
     assert writer.metadata is not None
     writer.finish(writer.metadata, results)
-    torch.save({}, Path(writer.checkpoint_dir) / "common.pt")  # megatron-core's place for what is not sharded
+    torch.save(common, Path(writer.checkpoint_dir) / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(writer.checkpoint_dir))

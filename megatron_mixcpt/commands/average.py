@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from megatron_mixcpt.commands.options import add_allow_older
 from megatron_mixcpt.evaluate import measure
 
 NAME = "average"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned", required=True, metavar="B", help=kinds)
     parser.add_argument("--alpha", required=True, nargs="+", type=float, metavar="X", help="shares of the tuned model")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for alpha-X/, average.json, average.md")
+    add_allow_older(parser)
     measure.add_arguments(parser)
     parser.add_argument("--no-eval", action="store_true", help="write the models and measure nothing")
 
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     tuned, base, mix_path = Path(args.tuned), args.base and Path(args.base), args.mix and Path(args.mix)
     if tuned.is_dir() and not is_hf_directory(tuned):
-        origin = find_origin(tuned)
+        origin = find_origin(tuned, allow_older=args.allow_older)
+        if args.allow_older:
+            tuned = origin.checkpoint
         base = base or origin.base
         mix_path = mix_path or (Path(origin.config["data"]["mix"]) if origin.config else None)
     if base is None:
@@ -49,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
     with contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(as_hf_directory(path)) for path in (base, tuned))
+        first, second = (
+            stack.enter_context(as_hf_directory(path, allow_older=args.allow_older)) for path in (base, tuned)
+        )
         for alpha in alphas:
             with tensor_progress(f"averaging at {alpha:g}", num_tensors(second)) as done:
                 average(first, second, alpha, out / f"alpha-{alpha:g}", done=done)

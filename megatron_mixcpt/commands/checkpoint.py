@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.checkpoint.store import list_quarantined, read_info, size_of
+    from megatron_mixcpt.checkpoint.info import read_info
+    from megatron_mixcpt.checkpoint.store import list_quarantined, size_of
 
     for checkpoint in _checkpoints(Path(args.path)):
         try:
@@ -38,10 +39,11 @@ def _list(args: argparse.Namespace) -> int:
         except VerificationError as error:
             print(f"{checkpoint.name}  damaged: {error}")
             continue
-        layout = " ".join(f"{key}={value}" for key, value in info.get("layout", {}).items())
-        tokens = sum(info.get("tokens_by_source", {}).values())
+        training = info.training
+        layout = " ".join(f"{key}={value}" for key, value in training.layout.items()) if training else ""
+        tokens = sum(training.tokens_by_source.values()) if training else 0
         gib = size_of(checkpoint) / 2**30
-        print(f"{checkpoint.name}  {gib:.3f} GiB  {tokens} tokens  version {info['version']}  {layout}")
+        print(f"{checkpoint.name}  {gib:.3f} GiB  {tokens} tokens  version {info.version}  {layout}")
     for checkpoint in list_quarantined(Path(args.path) / "checkpoints"):
         print(f"{checkpoint.name}  {size_of(checkpoint) / 2**30:.3f} GiB  set aside: it did not verify")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mixcpt.commands.options import add_allow_older
 from megatron_mixcpt.evaluate import measure
 
 NAME = "eval"
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_HF", help="run directory, checkpoint or Hugging Face directory")
     parser.add_argument("--base", metavar="HF", help="model to compare with (default: what the run started from)")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for eval.json and eval.md")
+    add_allow_older(parser)
     measure.add_arguments(parser)
 
 
@@ -35,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     if not is_hf_directory(model):
         from megatron_mixcpt.checkpoint.origin import find_origin
 
-        origin = find_origin(model)
+        origin = find_origin(model, allow_older=args.allow_older)
+        if args.allow_older:
+            model = origin.checkpoint
         base = base or origin.base
         mix_path = mix_path or (Path(origin.config["data"]["mix"]) if origin.config else None)
     what = measure.read_arguments(args, mix_path)

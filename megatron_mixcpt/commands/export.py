@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mixcpt.commands.options import add_allow_older
+
 NAME = "export"
-HELP = """Write a training run (its newest complete checkpoint), one of its checkpoints, or a converted checkpoint as a
+HELP = """Write a training run (its newest checkpoint), one of its checkpoints, or a converted checkpoint as a
 Hugging Face directory that transformers loads: weights, configuration, tokenizer and a model card. LoRA is merged into
 the weights it was trained beside; --adapter writes the adapter alone, LoRA in PEFT's format, ALoRA for
 megatron_mixcpt.hf_alora."""
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of the weights (default: as trained)")
     parser.add_argument("--adapter", action="store_true", help="write the trained adapter in place of a whole model")
+    add_allow_older(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,9 +28,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.adapter and args.dtype:
         raise ConfigError("--dtype is for whole models: an adapter is written as it was trained")
+    source, out = Path(args.source), Path(args.out)
     if args.adapter:
-        print(f"{args.out}: exported; {export_adapter(Path(args.source), Path(args.out))}")
+        print(f"{args.out}: exported; {export_adapter(source, out, allow_older=args.allow_older)}")
     else:
-        export(Path(args.source), Path(args.out), args.dtype)
+        export(source, out, args.dtype, allow_older=args.allow_older)
         print(f"{args.out}: exported; transformers loads it")
     return 0

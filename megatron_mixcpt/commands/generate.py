@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.commands.options import add_allow_older
+
 NAME = "generate"
 HELP = """Continue prompts with a run, a checkpoint or a Hugging Face directory. Prompts come from --prompt, or line
 by line from standard input."""
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
+    add_allow_older(parser)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
 
 
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     prompts = args.prompt or (line.rstrip("\n") for line in sys.stdin)
-    with as_hf_directory(Path(args.model)) as folder:
+    with as_hf_directory(Path(args.model), allow_older=args.allow_older) as folder:
         model, tokenizer = load_directory(folder)
         for prompt in prompts:
             print(continuation(model, tokenizer, prompt, args), flush=True)

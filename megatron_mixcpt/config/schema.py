@@ -271,7 +271,9 @@ class CheckpointConfig(Section):
     """Saving and keeping."""
 
     every: NonNegative = 0
-    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    """Steps between checkpoints; 0 saves by time, at the end and when stopped."""
+    every_minutes: Weight = 30.0
+    """Save after the first step that ends so long after the last checkpoint; 0 does not look at the clock."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
     keep_every: NonNegative = 0

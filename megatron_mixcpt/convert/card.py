@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mixcpt import __version__
 from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint.origin import Origin
+from megatron_mixcpt.config.history import told
 
 
 def model_card(origin: Origin) -> str:
@@ -18,13 +19,13 @@ def model_card(origin: Origin) -> str:
         f"# {_title(origin)}",
         "",
         f"A {arch.model_type} of {_millions(arch.num_parameters)} parameters ({arch.num_layers} layers, hidden "
-        f"{arch.hidden_size}), exported by Megatron-MixCPT {__version__} from step {origin.info['step']}.",
+        f"{arch.hidden_size}), exported by Megatron-MixCPT {__version__} from step {origin.info.step}.",
         "",
     ]
     if origin.config:
         lines += _training(origin) + _sources(origin) + _measured(origin)
     else:
-        lines += [f"Converted from `{origin.info['source']['hf']}` without training.", ""]
+        lines += [f"Converted from `{origin.info.source}` without training.", ""]
     return "\n".join(lines)
 
 
@@ -61,8 +62,9 @@ def _training(origin: Origin) -> list[str]:
         f"- started from: {base}",
         f"- objective: {objective}",
         *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
-        f"- {origin.info['step']} of {train['steps']} steps of {train['global_batch_size']} sequences, "
+        f"- {origin.info.step} of {train['steps']} steps of {train['global_batch_size']} sequences, "
         f"learning rate {train['lr']} ({train['schedule']}), {train['dtype']}, seed {train['seed']}",
+        *(f"- {change}" for change in (told(origin.run_dir) if origin.run_dir else [])),
         "",
     ]
 
@@ -70,7 +72,7 @@ def _training(origin: Origin) -> list[str]:
 def _sources(origin: Origin) -> list[str]:
     if not origin.mix:
         return []
-    tokens = origin.info.get("tokens_by_source", {})
+    tokens = origin.info.training.tokens_by_source if origin.info.training else {}
     rows = [
         f"| {source.name} | {source.kind} | {source.weight:.1%} | {tokens.get(source.name, 0):,} |"
         for source in origin.mix.sources
@@ -98,7 +100,7 @@ def validation_history(origin: Origin) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed while writing it
-        if row["step"] <= origin.info["step"] and any(key.startswith("val/") for key in row):
+        if row["step"] <= origin.info.step and any(key.startswith("val/") for key in row):
             rows.append(row)
     return rows
 

@@ -4,8 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from megatron_mixcpt import __version__
-from megatron_mixcpt.checkpoint.store import FORMAT, seal
+from megatron_mixcpt.checkpoint import CheckpointInfo, seal
 from megatron_mixcpt.convert.progress import tensor_progress
 from megatron_mixcpt.convert.stream_write import write_weights
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -44,14 +43,6 @@ def convert(
         files = write_weights(partial, arch, stored, tensors, done)
     (partial / "hf").mkdir()
     write_metadata(partial / "hf", arch, stored, tokenizer_dir=tokenizer, source_dir=hf_dir, card=None)
-    info = {
-        "format": FORMAT,
-        "version": __version__,
-        "step": 0,
-        "architecture": arch.to_dict(),
-        "optimizer_step": None,
-        "source": {"hf": hf_dir.resolve().name},
-    }
-    seal(partial, info, files)
+    seal(partial, CheckpointInfo(0, arch, source=hf_dir.resolve().name), files)
     out.rmdir()
     partial.rename(out)

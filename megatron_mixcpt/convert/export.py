@@ -20,14 +20,17 @@ from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.model.layout import whole_shapes
 
 
-def export(source: Path, out: Path, dtype: str | None = None) -> None:
+def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bool = False) -> None:
     """Write the directory, tensor by tensor; it appears under its name when it is complete.
+
+    Args:
+        allow_older: see `find_checkpoint`.
 
     Raises:
         VerificationError: there is no complete checkpoint, or it is damaged.
         ConfigError: `out` is not empty, what the run started from is gone, or its adapter cannot be merged.
     """
-    origin = find_origin(source)
+    origin = find_origin(source, allow_older=allow_older)
     weights = open_weights(origin)
     claim(out)
     partial = _partial(out)
@@ -36,14 +39,14 @@ def export(source: Path, out: Path, dtype: str | None = None) -> None:
     partial.rename(out)
 
 
-def export_adapter(source: Path, out: Path) -> str:
+def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str:
     """Write the adapter's directory; it appears under its name when it is complete. Returns how it is loaded.
 
     The base model is named where it is a Hugging Face directory, and else written into `base/` beside the adapter.
 
     Raises as `export`, and ConfigError where the run trained no adapter.
     """
-    origin = find_origin(source)
+    origin = find_origin(source, allow_older=allow_older)
     if origin.adapter is None:
         raise ConfigError(f"{source} trained all weights, no adapter: leave --adapter out")
     claim(out)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xxhash
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexReader
 from megatron.core.datasets.utils import Split
 
 from megatron_mixcpt.data.mix import Mix
@@ -122,20 +122,32 @@ def valid_datasets(mix: Mix, seed: int, cache_dir: Path) -> dict[str, TokenFlags
     return _built_once(lambda: {source.name: _dataset(source.valid, config) for source in mix.sources if source.valid})
 
 
+def check_files(mix: Mix) -> None:
+    """Raise ConfigError where a file of tokens or flags is missing or truncated; reads the indices alone."""
+    for source in mix.sources:
+        for split in (source.train, source.valid):
+            if split is not None:
+                index = Path(f"{split.prefix}.idx")
+                if not index.exists():
+                    raise ConfigError(f"data.mix: {index} is missing: copy it again or preprocess again")
+                _check_size(split.prefix, _IndexReader(str(index), multimodal=False))
+
+
 def _dataset(split: MixSplit | None, config: GPTDatasetConfig) -> TokenFlagsDataset:
     assert split is not None
     indexed = TokenFlagsDataset.build_low_level_dataset(str(split.prefix), config)
-    _check_size(split.prefix, indexed)
+    _check_size(split.prefix, indexed.index)
     indices = np.arange(TokenFlagsDataset.numel_low_level_dataset(indexed), dtype=np.int32)
     # Split.valid: one whole epoch, the last partial sample included.
     return TokenFlagsDataset(indexed, str(split.prefix), indices, None, Split.valid, config)
 
 
-def _check_size(prefix: Path, indexed: IndexedDataset) -> None:
+def _check_size(prefix: Path, index: _IndexReader) -> None:
     """Megatron's reader does not compare a .bin with its .idx: a truncated one would end a run in the middle."""
-    expected = int(indexed.sequence_lengths.sum(dtype=np.int64)) * np.dtype(indexed.index.dtype).itemsize
-    for suffix, size in ((".bin", expected), (".flags.bin", int(indexed.sequence_lengths.sum(dtype=np.int64)))):
-        found = Path(f"{prefix}{suffix}").stat().st_size
+    tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+    for suffix, size in ((".bin", tokens * np.dtype(index.dtype).itemsize), (".flags.bin", tokens)):
+        path = Path(f"{prefix}{suffix}")
+        found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise ConfigError(
                 f"data.mix: {prefix}{suffix} has {found} bytes, its index asks for {size}: it is truncated; "

@@ -38,6 +38,11 @@ class SourcePosition:
     """Drawn since the weights are what they are."""
 
 
+def sources_of(state: dict[str, Any]) -> list[SourcePosition]:
+    """What `Position.state` says of each source, retired ones included."""
+    return [SourcePosition(name, **source) for name, source in state["sources"].items()]
+
+
 class Position:
     """Draws samples so that every source keeps as close to its weight as whole samples allow (largest deficit first).
 

@@ -10,7 +10,6 @@ from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.target import is_hf_directory
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ def validation_perplexity(
     """
     import torch
 
-    from megatron_mixcpt.checkpoint import load_model_weights, newest_checkpoint, read_info
-    from megatron_mixcpt.checkpoint.origin import adapter_in
+    from megatron_mixcpt.checkpoint import newest_checkpoint, read_info
     from megatron_mixcpt.config import LossConfig
     from megatron_mixcpt.data.batch import collate
     from megatron_mixcpt.data.dataset import valid_datasets
@@ -50,14 +48,14 @@ def validation_perplexity(
         arch = architecture_from_hf(path)
     else:
         info = read_info(newest_checkpoint(path))
-        arch = Architecture.from_dict(info["architecture"])
-        adapter = adapter_in(info)
+        arch, adapter = info.architecture, info.adapter
     if mix.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
             "they do not belong together"
         )
     with parallel_context() as state, tempfile.TemporaryDirectory() as cache:
+        from megatron_mixcpt.adapters.start import load_model_weights
         from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.gpt import build_gpt
 

@@ -16,8 +16,11 @@ def is_hf_directory(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def as_hf_directory(path: Path) -> Iterator[Path]:
+def as_hf_directory(path: Path, *, allow_older: bool = False) -> Iterator[Path]:
     """`path` as a directory for `loading.load_directory`; a run or checkpoint is exported to a temporary one.
+
+    Args:
+        allow_older: see `find_checkpoint`.
 
     Raises:
         ConfigError: it is none of the three.
@@ -34,9 +37,10 @@ def as_hf_directory(path: Path) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="mixcpt-") as folder:
         out = Path(folder) / path.resolve().name
-        adapter = find_origin(path).adapter
+        origin = find_origin(path, allow_older=allow_older)
+        adapter = origin.adapter
         if adapter is not None and adapter.method == "alora":  # which cannot be merged
-            export_adapter(path, out)
+            export_adapter(origin.checkpoint, out)
         else:
-            export(path, out)
+            export(origin.checkpoint, out)
         yield out

@@ -8,6 +8,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.dpo import build_dpo
 from megatron_mixcpt.objectives.packed_text import build_packed_text, read_text_mix
 from megatron_mixcpt.objectives.pairs import read_pair_mix
@@ -24,7 +25,7 @@ def build_task(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     empty_stage: Callable[[], MixGPTModel],
     beat: Callable[[str], None],

@@ -22,6 +22,7 @@ from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by
 from megatron_mixcpt.objectives.pairs import PairBatch, PairRows, collate_pairs
 from megatron_mixcpt.objectives.preference import preference_loss
@@ -162,13 +163,13 @@ def build_dpo(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     beat: Callable[[str], None],
 ) -> DPOTask:
     """The task, with the reference log-probabilities computed or read. Collective; arguments as in build.build_task."""
     assert config.align is not None
-    log_probs = TokenLogProbs(state, stage.vocab_start, arch.vocab_size)
+    log_probs = TokenLogProbs(state, stage.model.vocab_start, arch.vocab_size)
     task = DPOTask(mix, DPOObjective(config.align, log_probs), config.row_sequences * mix.seq_length)
     for name, splits in task.splits.items():
         for part, split in zip(("train", "valid"), splits):

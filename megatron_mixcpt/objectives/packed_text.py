@@ -16,6 +16,7 @@ from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.attention import document_mask
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.model.throughput import flops_per_token
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
@@ -105,7 +106,7 @@ def build_packed_text(
     config: Config,
     mix: Mix,
     arch: Architecture,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     empty_stage: Callable[[], MixGPTModel],
 ) -> PackedTextTask:
@@ -116,7 +117,7 @@ def build_packed_text(
             config.loss,
             teacher,
             group=state.tensor_group if state.tensor_size > 1 else None,
-            vocab_start=stage.vocab_start,
+            vocab_start=stage.model.vocab_start,
             vocab_size=arch.vocab_size,
             device=state.device,
         )

@@ -18,7 +18,7 @@ import xxhash
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Split
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.answers import AnswerSums
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs
 from megatron_mixcpt.objectives.pairs import PairRows, collate_pairs
@@ -37,7 +37,7 @@ def reference_log_probs(
     name: str,
     split: Split,
     rows: PairRows,
-    stage: MixGPTModel,
+    stage: Stage,
     state: ParallelState,
     log_probs: TokenLogProbs,
     beat: Callable[[str], None],
@@ -47,7 +47,7 @@ def reference_log_probs(
     Kept in `run_dir/reference/<name>`, with a hash, under a fingerprint of the weights, the pairs and the precision.
     """
     answers = AnswerSums(log_probs)
-    run = ForwardBackward(stage, answers, num_sources=1, contributes=False)
+    run = ForwardBackward(stage.model, answers, num_sources=1, contributes=False)
     contributes = state.is_last_stage and state.tensor_rank == 0
     size = config.train.micro_batch_size
     stride = size * state.data_size * MICRO_BATCHES
@@ -82,25 +82,25 @@ def reference_log_probs(
             told = now
             print(f"reference {name}: {share:.0%} in {now - began:.0f} s", file=sys.stderr, flush=True)
 
-    training = stage.training
-    stage.eval()
+    training = stage.model.training
+    stage.model.eval()
     parts = compute_parts(
         Path(config.run_dir) / FOLDER / name,
-        _fingerprint(config, stage, split, stride),
+        _fingerprint(config, stage.start, split, stride),
         -(-len(rows) // stride),
         compute,
         state,
         done,
     )
-    stage.train(training)
+    stage.model.train(training)
     reference = np.empty((len(rows.row_of), 2))
     reference[np.concatenate(rows.pairs_of)] = np.concatenate(parts)
     return reference
 
 
-def _fingerprint(config: Config, stage: MixGPTModel, split: Split, stride: int) -> str:
+def _fingerprint(config: Config, start: Start, split: Split, stride: int) -> str:
     """Of what the log-probabilities follow from. The layout is no part of it, but where it cuts the parts."""
-    adapter = [config.adapter.model_dump() if config.adapter else None, stage.adapter_start]
-    weights = [config.model.model_dump(), stage.start, config.train.seed if config.model.preset else None, adapter]
+    adapter = [config.adapter.model_dump() if config.adapter else None, start.adapter]
+    weights = [config.model.model_dump(), start.weights, config.train.seed if config.model.preset else None, adapter]
     parts = [weights, split.content, config.train.dtype, stride]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

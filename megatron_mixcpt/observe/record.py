@@ -17,18 +17,18 @@ class Record:
 
     Args:
         step: steps done so far.
-        saved: `checkpoint.json` of the checkpoint that is resumed, or its defaults.
+        wandb_id: of the checkpoint that is resumed.
     """
 
-    def __init__(self, config: Config, step: int, saved: dict[str, Any]) -> None:
+    def __init__(self, config: Config, step: int, wandb_id: str | None) -> None:
         self._run_dir = run_dir = Path(config.run_dir)
         self._file = MetricsFile(run_dir / "metrics.jsonl", step)
         self.console = TrainConsole(config.train.steps, step)
-        self.wandb_id: str | None = saved.get("wandb_id")
+        self.wandb_id = wandb_id
         self._wandb: WandbProcess | None = None
         mode = choose_mode(config.wandb)
         if mode != "disabled":
-            self.wandb_id = run_id_of(run_dir, saved)
+            self.wandb_id = run_id_of(run_dir, wandb_id)
             self._wandb = WandbProcess(
                 config.wandb,
                 run_dir,

@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
-from megatron_mixcpt.checkpoint.store import INFO, list_checkpoints, size_of, step_of
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.checkpoint.info import read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints, size_of, step_of
+from megatron_mixcpt.data.position import sources_of
+from megatron_mixcpt.errors import ConfigError, VerificationError
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def read_run(path: Path) -> Run:
         settings=_settings(path / "config.yaml"),
         written=datetime.fromtimestamp(metrics.stat().st_mtime),
         checkpoints=[SavedCheckpoint(step_of(folder), size_of(folder), folder) for folder in checkpoints],
-        shares=_shares(checkpoints[0] / INFO) if checkpoints else {},
+        shares=_shares(checkpoints[0]) if checkpoints else {},
     )
     tokens = 0
     for line in metrics.read_text(errors="replace").splitlines():
@@ -149,10 +151,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
-def _shares(path: Path) -> dict[str, Share]:
+def _shares(checkpoint: Path) -> dict[str, Share]:
     try:
-        sources = json.loads(path.read_text())["data"]["sources"]
-        total = sum(source["drawn"] for source in sources.values()) or 1
-        return {name: Share(source["weight"], source["drawn"] / total) for name, source in sources.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        training = read_info(checkpoint).training
+    except VerificationError:
         return {}
+    sources = sources_of(training.data) if training else []
+    total = sum(source.drawn for source in sources) or 1
+    return {source.name: Share(source.weight, source.drawn / total) for source in sources}

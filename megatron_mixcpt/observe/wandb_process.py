@@ -50,14 +50,14 @@ def _logged_in(environment: Mapping[str, str]) -> bool:
     return False
 
 
-def run_id_of(run_dir: Path, saved: Mapping[str, Any]) -> str:
+def run_id_of(run_dir: Path, saved: str | None) -> str:
     """The id under which wandb knows this run: of its directory, else of the checkpoint that is resumed, else new."""
     path = run_dir / FOLDER / RUN_ID
     with contextlib.suppress(OSError):
         known = path.read_text().strip()
         if known:
             return known
-    number = saved.get("wandb_id") or uuid.uuid4().hex[:8]
+    number = saved or uuid.uuid4().hex[:8]
     with contextlib.suppress(OSError):  # a full disk: the checkpoint will hold it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{number}\n")

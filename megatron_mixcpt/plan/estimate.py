@@ -39,7 +39,7 @@ class StagePlan:
     offloaded: int
     """Host memory: optimizer state that is not on the device (optimizer.offload)."""
     snapshot: int
-    """Host memory: copies of weights and optimizer state that a checkpoint is written from."""
+    """Host memory: copies of this rank's share of weights and optimizer state, which a checkpoint is written from."""
 
     @property
     def total(self) -> int:
@@ -122,7 +122,8 @@ def _stage(
         teacher=_teacher_bytes(config, arch, count, data_size, last),
         activations=activations,
         logits=logits,
-        snapshot=trained * size + optimizer if config.checkpoint.background else 0,
+        # Each rank copies what it writes: its share of what data-parallel ranks have between them.
+        snapshot=math.ceil((trained * size + state) / data_size) if config.checkpoint.background else 0,
     )
 
 

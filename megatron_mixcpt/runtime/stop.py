@@ -40,6 +40,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = self._ready = False
+        self.answer = ""
+        """What rank 0 says at once when a stop is asked for that has to wait."""
         self._previous: dict[int, object] = {}
         self._left = threading.Event()
 
@@ -124,9 +126,11 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        first, self.received = self.received is None, number
         if not self._deferred:
             raise stopped_early()
+        if first and self.answer and os.environ.get("RANK", "0") == "0":
+            os.write(2, f"\n{self.answer}\n".encode())  # print may be in the middle of a line of its own
 
     def agreed(self, device: torch.device) -> bool:
         """Collective: whether any rank was asked to stop."""

@@ -76,10 +76,9 @@ class SelectConfig(Section):
     def as_training(self) -> Config:
         """A training configuration of the same model, data and layout, which the model is built from."""
         from megatron_mixcpt.checkpoint import newest_checkpoint, read_info
-        from megatron_mixcpt.checkpoint.origin import adapter_in
 
         start = self.model.checkpoint
-        adapter = adapter_in(read_info(newest_checkpoint(Path(start)))) if start else None
+        adapter = read_info(newest_checkpoint(Path(start))).adapter if start else None
         values = {
             "model": self.model.model_dump(),
             "adapter": adapter and adapter.model_dump(),

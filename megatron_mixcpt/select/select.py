@@ -69,7 +69,7 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any, stop: StopR
     training = config.as_training()
     arch, _ = read_model_and_mix(training)
     stage = build_stage(training, arch)
-    model = [config.model.model_dump(), stage.start, config.select.dtype]
+    model: list[Any] = [config.model.model_dump(), stage.start.weights, config.select.dtype]
     if config.model.preset:
         model.append(config.select.seed)
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([candidates.fingerprint, model]).encode())
@@ -86,7 +86,7 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any, stop: StopR
             raise stopped
         return score_sequences(
             candidates.prefix,
-            stage,
+            stage.model,
             state,
             vocab_size=arch.vocab_size,
             micro_batch_tokens=config.select.micro_batch_tokens,

@@ -10,6 +10,7 @@ from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
 from megatron_mixcpt.teacher.cached import CachedTeacher, open_cache
@@ -29,7 +30,7 @@ def check_teacher(config: Config, arch: Architecture, mix: Mix) -> None:
 
 
 def build_teacher(
-    config: Config, state: ParallelState, mix: Mix, stage: MixGPTModel, empty_stage: Callable[[], MixGPTModel]
+    config: Config, state: ParallelState, mix: Mix, stage: Stage, empty_stage: Callable[[], MixGPTModel]
 ) -> Teacher | None:
     """The configuration's teacher; None where the loss needs none. Collective.
 
@@ -45,15 +46,15 @@ def build_teacher(
     if config.teacher.source == "cached":
         assert config.teacher.cache is not None
         cache = Path(config.teacher.cache)
-        identity = open_cache(config, stage.arch, mix)
-        refuse_other_weights(cache, identity, teacher_identity(config, stage.start))
+        identity = open_cache(config, stage.model.arch, mix)
+        refuse_other_weights(cache, identity, teacher_identity(config, stage.start.weights))
         return CachedTeacher(cache, identity, mix, reads=state.is_last_stage)
     if config.teacher.source == "deepspeed":
-        return build_hf_teacher(config, state, stage.arch)
+        return build_hf_teacher(config, state, stage.model.arch)
     if config.teacher.source == "adapter_off":
-        return AdapterOffTeacher(stage, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
+        return AdapterOffTeacher(stage.model, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
     copy = empty_stage()
-    copy.load_state_dict(stage.state_dict())
+    copy.load_state_dict(stage.model.state_dict())
     return InitialTeacher(copy, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
 
 

@@ -21,6 +21,8 @@ class StepTotals:
     """Sum of the samples' digests modulo 2^64: which samples these were, whatever rank read them."""
     stopping: bool
     """Some rank was asked to stop."""
+    saving: bool
+    """By some rank's clock a checkpoint is due."""
 
     @property
     def loss(self) -> float:
@@ -28,19 +30,20 @@ class StepTotals:
         return sum(row[LOSS] for row in self.rows) / max(sum(row[COUNT] for row in self.rows), 1.0)
 
 
-def agree(totals: torch.Tensor, digest: int, *, stop: bool) -> StepTotals:
+def agree(totals: torch.Tensor, digest: int, *, stop: bool, save: bool = False) -> StepTotals:
     """Collective.
 
     Args:
         totals: this rank's `[num_sources, columns]` fp64 sums, zeros where another rank counts.
         digest: of this rank's samples; 0 where another rank counts.
+        stop, save: whether this rank was asked to stop, or finds that a checkpoint is due.
     """
     lanes = [float(digest >> LANE_BITS * lane & (1 << LANE_BITS) - 1) for lane in range(LANES)]
-    extra = torch.tensor([*lanes, float(stop)], dtype=totals.dtype, device=totals.device)
+    extra = torch.tensor([*lanes, float(stop), float(save)], dtype=totals.dtype, device=totals.device)
     message = torch.cat([totals.flatten(), extra])
     torch.distributed.all_reduce(message)
     values = message.tolist()
     count = totals.numel()
     rows = [values[i : i + totals.shape[1]] for i in range(0, count, totals.shape[1])]
     total = sum(int(lane) << LANE_BITS * index for index, lane in enumerate(values[count : count + LANES]))
-    return StepTotals(rows, total % 2**64, values[-1] > 0)
+    return StepTotals(rows, total % 2**64, values[-2] > 0, values[-1] > 0)

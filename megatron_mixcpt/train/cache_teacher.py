@@ -34,8 +34,8 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -
             start, vocab_start = None, arch.padded_vocab_size(grid.tensor) // grid.tensor * state.tensor_rank
         else:
             stage = build_stage(config, arch)
-            start, vocab_start = stage.start, stage.vocab_start
-            teacher = InitialTeacher(stage, pipelined=state.pipeline_size > 1)
+            start, vocab_start = stage.start.weights, stage.model.vocab_start
+            teacher = InitialTeacher(stage.model, pipelined=state.pipeline_size > 1)
         identity = new_identity(config, arch, mix, teacher_identity(config, start), top_k=top_k, bits=bits)
         from_first(lambda: claim_cache(cache, identity))
         size = config.train.micro_batch_size

@@ -49,7 +49,7 @@ def conclude(config: Config, parts: Parts, progress: Progress, forgetting: Forge
         if alpha < 1.0:
             text = f"{alpha:g} x step {step_of(result)} + {1 - alpha:g} x the starting weights"
             described |= {"alpha": alpha, "within": True}
-            result = _save_average(parent, parts, progress, step_of(result), alpha)
+            result = _save_average(parent, parts, progress, step_of(result))
     from_first(lambda: choose_result(parent, result, described))
     progress.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
 
@@ -67,7 +67,7 @@ def _best_average(
     """The share of the result that learned most within the budget; the model then holds that average."""
     assert config.forget is not None
     stage = unwrap_model(parts.model)
-    start = build_stage(config, parts.arch)
+    start = build_stage(config, parts.arch).model
     load_model_weights(stage, result)
     ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
     best, most = 1.0, forgetting.best_gain if within else -math.inf
@@ -90,8 +90,8 @@ def _mix(ends: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], alpha: flo
         parameter.copy_(torch.lerp(start.float(), end.float(), alpha))
 
 
-def _save_average(parent: Path, parts: Parts, progress: Progress, step: int, alpha: float) -> Path:
+def _save_average(parent: Path, parts: Parts, progress: Progress, step: int) -> Path:
     """Weights alone; an earlier average is replaced."""
     folder = parent.parent / AVERAGES
     from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-    return save_checkpoint(folder, step, parts.model, parts.arch, info=progress.checkpoint_info() | {"alpha": alpha})
+    return save_checkpoint(folder, step, parts.model, training=progress.training_state())

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_mixcpt.checkpoint import TrainingState
 from megatron_mixcpt.config import Config, ForgetConfig
 from megatron_mixcpt.data.mix import Mix, Source
 from megatron_mixcpt.errors import ConfigError
@@ -26,12 +27,12 @@ class Forgetting:
 
     Args:
         objective: whose distillation weight is moved.
-        saved: `checkpoint.json` of the checkpoint that is resumed, if any.
+        saved: what the checkpoint that is resumed says, if any.
 
     Raises ConfigError where that checkpoint's measurements cannot be gone on from.
     """
 
-    def __init__(self, config: Config, mix: Mix, objective: Objective, saved: dict[str, Any] | None) -> None:
+    def __init__(self, config: Config, mix: Mix, objective: Objective, saved: TrainingState | None) -> None:
         self._settings, self._config, self._objective = config.forget, config, objective
         self._before: dict[str, list[list[float]]] = {}  # by source: each item's tokens and loss before training
         self._best_before: tuple[int, float] | None = None
@@ -220,12 +221,12 @@ def _by_kind(sources: dict[str, Source], kind: str, *, other: bool = False) -> l
 
 
 def _state_of(
-    config: Config, saved: dict[str, Any] | None, content: dict[str, str], needed: list[str]
+    config: Config, saved: TrainingState | None, content: dict[str, str], needed: list[str]
 ) -> dict[str, Any] | None:
     """What the run that is resumed has kept; None for one that begins."""
-    if saved is None or saved["step"] == 0:
+    if saved is None:
         return None
-    state = saved.get("forget")
+    state = saved.forget
     if state is None:
         raise ConfigError(
             f"forget: {config.run_dir} was trained without a budget, and what its model knew before was not measured "

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_mixcpt.config import Config, save_config
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.config.history import record_settings
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.observe.provenance import record_provenance
@@ -21,7 +22,7 @@ from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.resume import resume
+from megatron_mixcpt.train.resume import nothing_left, resume
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.validation import INDEX_CACHE, RunValidation
@@ -63,10 +64,16 @@ def _train(
     parts = build(config, state, watchdog.beat)
     watchdog.beat("resuming")
     step, position, guard, forgetting, saved, notes = resume(config, parts, trust=trust)
-    if state.rank == 0:  # not before: a run that refuses these settings keeps its own
-        save_config(config, run_dir / "config.yaml")
+    due = step in (0, settings.steps) or _due(step, config.eval.every)
+    due = due or forgetting.due(step, saves=_due(step, config.checkpoint.every))
+    validates = due and (saved is None or saved.validated is False)  # what a stop left out is made up
+    if step == settings.steps:
+        notes += nothing_left(config)
+    elif state.rank == 0:  # not before: a run that refuses these settings keeps its own
+        changed = record_settings(run_dir, step, config)
+        notes += [f"settings from step {step + 1} on: {', '.join(changed)}"] if changed else []
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, forgetting, saved))
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, forgetting, step, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
@@ -84,17 +91,17 @@ def _train(
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, parts, progress, forgetting, watchdog.beat)
+    saver = RunSaver(config, parts, progress, forgetting, step, watchdog.beat)
     evaluate = RunValidation(config, parts, state, progress, stop, watchdog.beat)
 
     progress.start_clock()
     stopping = stop.defer(state.device)
-    cut_short = saved is not None and not saved.get("validated", True)
-    if not stopping and (step == 0 or (cut_short and (step == settings.steps or forgetting.due(step)))):
-        stopping = evaluate(step)  # what the model knew before; or what a stop left out
+    if not stopping and validates:
+        stopping = evaluate(step)
     while step < settings.steps and not stopping and not forgetting.exhausted:
         watchdog.beat(f"step {step + 1}")
         progress.begin_step(step + 1)
+        stop.answer = saver.answer(step)
         with section("data"):
             step_batches = [next(batches) for _ in range(micro_batches)]
         parts.model.zero_grad_buffer()
@@ -104,7 +111,7 @@ def _train(
         sums = parts.run(step_batches)
         digest = sum(batch.digest for batch in step_batches) if parts.run.contributes else 0
         with section("communication"):
-            totals = agree(sums, digest % 2**64, stop=stop.received is not None)
+            totals = agree(sums, digest % 2**64, stop=stop.received is not None, save=saver.is_late)
         with section("optimizer"):
             admits = partial(guard.admits, forgetting.level(totals))
             grad_norm = optimizer_step(parts.optimizer, step, settings, admits, forgetting.rate_factor)
@@ -119,7 +126,7 @@ def _train(
         if not stopping and (last or _due(step, config.eval.every) or forgetting.due(step, saves=saves)):
             stopping = evaluate(step, saves=saves)
         last = last or forgetting.exhausted
-        if stopping or last or saves or forgetting.wants_saved(step):
+        if stopping or last or saves or totals.saving or forgetting.wants_saved(step):
             watchdog.beat(f"saving step {step}")
             saver.save(step, last=stopping or last)
     watchdog.beat("the end of the run")

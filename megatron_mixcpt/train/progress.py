@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_mixcpt.adapters.layout import describe_adapter
-from megatron_mixcpt.checkpoint import Outcome
+from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
@@ -36,7 +36,8 @@ class Progress:
         position: how much of the data has been drawn.
         guard: which steps are skipped.
         forgetting: the run's budget.
-        saved: `checkpoint.json` of the checkpoint that is resumed, if any.
+        step: steps done.
+        saved: what the checkpoint that is resumed says, if any.
     """
 
     def __init__(
@@ -47,20 +48,19 @@ class Progress:
         position: Position,
         guard: StepGuard,
         forgetting: Forgetting,
-        saved: dict[str, Any] | None,
+        step: int,
+        saved: TrainingState | None,
     ) -> None:
         self.config, self.state, self.parts, self.position, self.guard = config, state, parts, position, guard
         self.forgetting = forgetting
-        saved = saved or {"step": 0, "tokens_by_source": {}, "sample_stream": ""}
-        step = saved["step"]
         self._step, self._validated_step = step, -1
         self.sources = [source.name for source in parts.mix.train_sources]
-        self.tokens = dict.fromkeys(self.sources, 0) | saved["tokens_by_source"]
-        self.stream: str = saved["sample_stream"]
+        self.tokens = dict.fromkeys(self.sources, 0) | (saved.tokens_by_source if saved else {})
+        self.stream = saved.sample_stream if saved else ""
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
         self._tokens_column = parts.task.objective.statistics.index("tokens")
         self._peak = peak_flops(state.device, config.train.dtype)
-        self._before: dict[str, float] = saved.get("validation_before", {})
+        self._before = dict(saved.validation_before or {}) if saved else {}
         self._timer = StepTimer(state.device)
         self._profiler = StepProfiler(
             config.train.profile,
@@ -71,7 +71,7 @@ class Progress:
         )
         self._record: Record | None = None
         if state.rank == 0:
-            self._record = Record(config, step, saved)
+            self._record = Record(config, step, saved.wandb_id if saved else None)
             self._introduce(step)
 
     def __enter__(self) -> Progress:
@@ -153,30 +153,29 @@ class Progress:
         if self._record is not None:
             self._record.console.message(text)
 
-    def checkpoint_info(self) -> dict[str, Any]:
-        """What a later run, export or report needs to know, for `checkpoint.json`."""
-        config = self.config
-        return {
-            "config_hash": xxhash.xxh3_128_hexdigest(config.model_dump_json(by_alias=True).encode()),
-            "data_fingerprint": self.parts.mix.fingerprint,
-            "tokenizer_hash": self.parts.mix.tokenizer_hash,
-            "seq_length": self.parts.mix.seq_length,
-            "data": self.position.state(),
-            "validated": self._validated_step == self._step,
-            "tokens_by_source": self.tokens,
-            "sample_stream": self.stream,
-            "validation_before": self._before,
-            "wandb_id": self._record.wandb_id if self._record else None,
-            "guard": self.guard.state(),
-            "forget": self.forgetting.state(),
-            "start": self.parts.start,
-            "adapter_start": self.parts.adapter_start,
-            "dtype": config.train.dtype,
-            "kind": config.kind,
-            "steps": config.train.steps,
-            "global_batch_size": config.train.global_batch_size,
-            "layout": {"world_size": self.state.world_size, **config.parallel.model_dump()},
-        }
+    def training_state(self) -> TrainingState:
+        """What a later run, export or report needs to know."""
+        config, mix = self.config, self.parts.mix
+        return TrainingState(
+            config_hash=xxhash.xxh3_128_hexdigest(config.model_dump_json(by_alias=True).encode()),
+            data_fingerprint=mix.fingerprint,
+            tokenizer_hash=mix.tokenizer_hash,
+            seq_length=mix.seq_length,
+            data=self.position.state(),
+            validated=self._validated_step == self._step,
+            tokens_by_source=self.tokens,
+            sample_stream=self.stream,
+            validation_before=self._before,
+            wandb_id=self._record.wandb_id if self._record else None,
+            guard=self.guard.state(),
+            forget=self.forgetting.state(),
+            start=self.parts.start,
+            dtype=config.train.dtype,
+            kind=config.kind,
+            steps=config.train.steps,
+            global_batch_size=config.train.global_batch_size,
+            layout={"world_size": self.state.world_size, **config.parallel.model_dump()},
+        )
 
     def _tell(self, text: str | None) -> None:
         if text:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from megatron_mixcpt.checkpoint import load_checkpoint, newest_good, read_info
+from megatron_mixcpt.checkpoint import CheckpointInfo, TrainingState, load_checkpoint, newest_good, read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
-from megatron_mixcpt.checkpoint.origin import adapter_in
 from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
+from megatron_mixcpt.config.history import changes, flat, read_history
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.train.forgetting import Forgetting
@@ -20,11 +19,12 @@ from megatron_mixcpt.train.setup import Parts
 
 def resume(
     config: Config, parts: Parts, *, trust: bool
-) -> tuple[int, Position, StepGuard, Forgetting, dict[str, Any] | None, list[str]]:
+) -> tuple[int, Position, StepGuard, Forgetting, TrainingState | None, list[str]]:
     """Load what the run directory holds, or start. Collective.
 
     Returns:
-        steps done, position in the data, guard, budget, `checkpoint.json` or None, and what the user should know.
+        steps done, position in the data, guard, budget, what the checkpoint says of its run, and what the user should
+        know.
 
     Raises:
         VerificationError: there are checkpoints, but none verifies.
@@ -37,23 +37,23 @@ def resume(
         begun = Forgetting(config, parts.mix, parts.task.objective, None)
         return 0, Position.start(parts.mix, seed), StepGuard(config.train), begun, None, notes
     info = read_info(checkpoint)
-    _check(checkpoint, info, config, parts)
-    position, changes = Position.resume(info["data"], parts.mix, seed)
-    guard = StepGuard(config.train, info["guard"])
-    forgetting = Forgetting(config, parts.mix, parts.task.objective, info)
+    training = _checked(checkpoint, info, config, parts)
+    position, changes = Position.resume(training.data, parts.mix, seed)
+    guard = StepGuard(config.train, training.guard)
+    forgetting = Forgetting(config, parts.mix, parts.task.objective, training)
     if changes:
         guard.forget()
         forgetting.mixture_changed()
-        notes.append(f"mixture changed at step {info['step']}: " + ", ".join(changes))
-    before, now = info.get("steps", config.train.steps), config.train.steps
-    if before != now and config.train.schedule != "constant":
+        notes.append(f"mixture changed at step {info.step}: " + ", ".join(changes))
+    before, now = training.steps, config.train.steps
+    if before not in (None, now) and config.train.schedule != "constant":
         notes.append(
             f"train.steps {before} -> {now}: the schedule is laid over {now} steps, so the learning rate goes on at "
-            f"{learning_rate(info['step'], config.train):.1e}"
+            f"{learning_rate(info.step, config.train):.1e}"
         )
     load_checkpoint(checkpoint, parts.model, parts.optimizer)
     notes.append(f"resumed from {checkpoint}")
-    return info["step"], position, guard, forgetting, info, notes
+    return info.step, position, guard, forgetting, training, notes
 
 
 def finished(config: Config) -> bool:
@@ -65,13 +65,22 @@ def finished(config: Config) -> bool:
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     try:
         same = (run_dir / "config.yaml").read_text() == rendered(config)
-        info = read_info(checkpoints[0]) if checkpoints and same else {}
+        info = read_info(checkpoints[0]) if checkpoints and same else None
     except (OSError, VerificationError):
         return False
-    whole = info.get("step") == config.train.steps and info.get("validated", False)
+    if info is None or info.training is None:
+        return False
     if config.forget is not None and result_of(run_dir / "checkpoints") is None:
         return False
+    whole = info.step == config.train.steps and info.training.validated
     return bool(whole) and not find_damage(checkpoints[0])
+
+
+def nothing_left(config: Config) -> list[str]:
+    """What the user is told whose run is at its end but was asked to run with other settings: they were not used."""
+    entries = read_history(Path(config.run_dir))
+    other = changes(entries[-1]["settings"], flat(config.model_dump(mode="json", by_alias=True))) if entries else []
+    return [f"the run was at its end: nothing was done with {', '.join(other)}, and its record stays"] if other else []
 
 
 def ending(config: Config) -> str:
@@ -85,52 +94,56 @@ def following(config: Config) -> str:
     return f"curves in {config.run_dir}/report.html; next: mixcpt export {config.run_dir} --out DIR{keep}"
 
 
-def _check(checkpoint: Path, info: dict[str, Any], config: Config, parts: Parts) -> None:
-    if "data" not in info:
+def _checked(checkpoint: Path, info: CheckpointInfo, config: Config, parts: Parts) -> TrainingState:
+    """What a checkpoint says of its run. Raises ConfigError where that was another one."""
+    training = info.training
+    if training is None:
         raise ConfigError(f"{checkpoint} holds no position in the data: it was not written by `mixcpt train`")
-    if info.get("kind", config.kind) != config.kind:
+    if training.kind not in (None, config.kind):
         raise ConfigError(
-            f"{checkpoint} is of another kind of training ({info['kind']}, this is {config.kind}): set another "
+            f"{checkpoint} is of another kind of training ({training.kind}, this is {config.kind}): set another "
             f"run_dir; to start from it, model.checkpoint={config.run_dir}"
         )
-    if info["architecture"] != parts.arch.to_dict():
+    if info.architecture != parts.arch:
         raise ConfigError(f"{checkpoint} holds another model than `model` describes: set it back, or another run_dir")
-    trained = adapter_in(info)
+    trained = info.adapter
     if (trained and trained.shape) != (config.adapter and config.adapter.shape):
         raise ConfigError(f"{checkpoint} was trained with {_named(trained)}, not {_named(config.adapter)}: set it back")
-    if info["tokenizer_hash"] != parts.mix.tokenizer_hash:
+    if training.tokenizer_hash != parts.mix.tokenizer_hash:
         raise ConfigError(
             f"{checkpoint} was trained on data of another tokenizer than {parts.mix.path}: restore that data.mix, or "
             "set another run_dir"
         )
-    if parts.start != info.get("start", parts.start):
+    start = training.start or parts.start
+    if parts.start.weights != start.weights:
         raise ConfigError(
             f"{checkpoint} was trained from other weights than {config.model.source} holds now, and so with another "
             "teacher: put those back (of a run, name the folder of the checkpoint, step_...), or set another run_dir"
         )
-    if parts.adapter_start != info.get("adapter_start", parts.adapter_start):
+    if parts.start.adapter != start.adapter:
         raise ConfigError(
             f"{checkpoint} was trained from another adapter than adapter.init holds now: put that back, or set another "
             "run_dir"
         )
-    if info["step"] > config.train.steps:
+    if info.step > config.train.steps:
         raise ConfigError(
-            f"{checkpoint} has {info['step']} steps behind it, train.steps is {config.train.steps}: raise it, or set "
+            f"{checkpoint} has {info.step} steps behind it, train.steps is {config.train.steps}: raise it, or set "
             "another run_dir"
         )
-    if info["seq_length"] != parts.mix.seq_length:
+    if training.seq_length != parts.mix.seq_length:
         raise ConfigError(
-            f"{checkpoint} was trained on sequences of {info['seq_length']} tokens, {parts.mix.path} now holds "
-            f"sequences of {parts.mix.seq_length}: preprocess again with seq_length: {info['seq_length']}, or set "
+            f"{checkpoint} was trained on sequences of {training.seq_length} tokens, {parts.mix.path} now holds "
+            f"sequences of {parts.mix.seq_length}: preprocess again with seq_length: {training.seq_length}, or set "
             "another run_dir"
         )
     same = (
-        ("train.dtype", info["dtype"], config.train.dtype),
-        ("train.global_batch_size", info["global_batch_size"], config.train.global_batch_size),
+        ("train.dtype", training.dtype, config.train.dtype),
+        ("train.global_batch_size", training.global_batch_size, config.train.global_batch_size),
     )
     for key, before, now in same:
         if before != now:
             raise ConfigError(f"{checkpoint} was trained with {key}={before}, not {now}: set it back")
+    return training
 
 
 def _named(adapter: AdapterConfig | None) -> str:

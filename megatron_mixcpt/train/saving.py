@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from time import monotonic
 
+from megatron_mixcpt.adapters.files import write_adapter_of
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
@@ -20,18 +23,28 @@ class RunSaver:
     All methods are collective.
 
     Args:
+        step: that the run begins at.
         beat: told what goes on while a save gets on (see Watchdog).
     """
 
     def __init__(
-        self, config: Config, parts: Parts, progress: Progress, forgetting: Forgetting, beat: Callable[[str], None]
+        self,
+        config: Config,
+        parts: Parts,
+        progress: Progress,
+        forgetting: Forgetting,
+        step: int,
+        beat: Callable[[str], None],
     ) -> None:
         self._parts, self._progress, self._forgetting, self._beat = parts, progress, forgetting, beat
+        self._longest = 60.0 * config.checkpoint.every_minutes
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             background=config.checkpoint.background,
+            add_files=partial(write_adapter_of, arch=parts.arch, config=config.adapter) if config.adapter else _nothing,
         )
 
     @section("checkpoint")
@@ -39,10 +52,22 @@ class RunSaver:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
         parts = self._parts
+        self._saved_step, self._saved_at = step, monotonic()
         self._saver.spared = self._forgetting.best_step
-        self._saver.begin(step, parts.model, parts.arch, parts.optimizer, self._progress.checkpoint_info())
+        self._saver.begin(step, parts.model, parts.optimizer, self._progress.training_state())
         if last or not self._saver.background:
             self._finish(last=last)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is older than `checkpoint.every_minutes`, by this rank's clock."""
+        return 0.0 < self._longest < monotonic() - self._saved_at
+
+    def answer(self, step: int) -> str:
+        """What whoever asks to stop is told while the step after `step` is being taken."""
+        lost = step - self._saved_step
+        cost = f"loses {lost} step{'s' * (lost != 1)} since the last checkpoint" if lost else "loses this step"
+        return f"finishing step {step + 1}, then saving; ^C again stops now and {cost}"
 
     @section("checkpoint")
     def poll(self) -> None:
@@ -61,3 +86,7 @@ class RunSaver:
                 "intact: make room and run the same command again"
             )
         self._progress.saved(outcome)
+
+
+def _nothing(folder: Path) -> None:
+    pass

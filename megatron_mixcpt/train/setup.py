@@ -18,10 +18,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mixcpt.adapters.files import check_directory
 from megatron_mixcpt.adapters.layout import check_adapter_layout
-from megatron_mixcpt.adapters.start import start_adapters
+from megatron_mixcpt.adapters.start import load_model_weights, start_adapters
 from megatron_mixcpt.checkpoint.origin import find_origin
-from megatron_mixcpt.checkpoint.state import load_model_weights
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.dataset import check_files
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -30,6 +30,7 @@ from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.architecture import PRESETS, Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.objectives.task import Task
@@ -53,10 +54,7 @@ class Parts:
     task: Task
     run: ForwardBackward
     validation: ForwardBackward
-    start: str | None
-    """Of the starting weights, the teacher's: hash of a checkpoint's manifest, or a directory's fingerprint."""
-    adapter_start: str | None
-    """The fingerprint of `adapter.init`."""
+    start: Start
 
 
 def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
@@ -153,7 +151,9 @@ def check_batch(config: Config, world_size: int) -> None:
 
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError, naming the key to change, unless everything that a run needs fits together, disk included."""
-    arch, _ = check_settings(config, world_size)
+    arch, mix = check_settings(config, world_size)
+    if config.kind != "dpo":  # whose rows are packed from all pairs before anything is written
+        check_files(mix)
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         raise ConfigError(f"run_dir {config.run_dir} is a file: set another one")
     if config.adapter is not None and config.adapter.init:
@@ -176,19 +176,19 @@ def build(config: Config, state: ParallelState, beat: Callable[[str], None] = la
     """Build model, task (its teacher or reference) and optimizer at the starting weights. Collective."""
     arch, mix = read_model_and_mix(config)
     stage = build_stage(config, arch)
-    task = build_task(config, mix, arch, stage, state, lambda: build_stage(config, arch, weights=False), beat)
+    task = build_task(config, mix, arch, stage, state, lambda: empty_stage(config, arch), beat)
     model = DistributedDataParallel(
-        stage.config,
+        stage.model.config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=config.train.overlap_grad_reduce,
             use_distributed_optimizer=config.train.distributed_optimizer,
         ),
-        stage,
+        stage.model,
     )
-    stage.config.finalize_model_grads_func = finalize_model_grads
+    stage.model.config.finalize_model_grads_func = finalize_model_grads
     if config.train.overlap_grad_reduce:
-        stage.config.no_sync_func = model.no_sync
+        stage.model.config.no_sync_func = model.no_sync
     optimizer = build_optimizer(model, config.train, config.optimizer)
 
     contributes = state.is_last_stage and state.tensor_rank == 0
@@ -196,27 +196,32 @@ def build(config: Config, state: ParallelState, beat: Callable[[str], None] = la
     validation = ForwardBackward(
         model, task.validation, num_sources=config.train.micro_batch_size, contributes=contributes
     )
-    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start, stage.adapter_start)
+    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start)
 
 
-def build_stage(config: Config, arch: Architecture, *, weights: bool = True) -> MixGPTModel:
-    """This rank's pipeline stage at the starting weights (or, without `weights`, uninitialised)."""
-    stage = build_gpt(
+def build_stage(config: Config, arch: Architecture) -> Stage:
+    """This rank's pipeline stage at the starting weights. Collective."""
+    model = empty_stage(config, arch, seed=config.train.seed if config.model.preset else None)
+    weights = adapter = None
+    if config.adapter:
+        start_adapters(model, config.train.seed)
+        if config.adapter.init:
+            adapter = weights_fingerprint(config.adapter.init)
+    if config.model.hf:
+        load_hf(model, config.model.hf)
+        weights = weights_fingerprint(config.model.hf)
+    if config.model.checkpoint:
+        weights = load_model_weights(model, Path(config.model.checkpoint))
+    return Stage(model, Start(weights, adapter))
+
+
+def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) -> MixGPTModel:
+    """This rank's pipeline stage with random weights (see `build_gpt`), or without a seed uninitialised."""
+    return build_gpt(
         arch,
         sequence_parallel=config.parallel.sequence,
         params_dtype=DTYPES[config.train.dtype],
         recompute=config.train.recompute == "full",
-        seed=config.train.seed if weights and config.model.preset else None,
+        seed=seed,
         adapter=config.adapter,
     )
-    stage.start = stage.adapter_start = None
-    if weights and config.adapter:
-        start_adapters(stage, config.train.seed)
-        if config.adapter.init:
-            stage.adapter_start = weights_fingerprint(config.adapter.init)
-    if weights and config.model.hf:
-        load_hf(stage, config.model.hf)
-        stage.start = weights_fingerprint(config.model.hf)
-    if weights and config.model.checkpoint:
-        stage.start = load_model_weights(stage, Path(config.model.checkpoint))["start"]
-    return stage

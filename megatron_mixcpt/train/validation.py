@@ -90,7 +90,7 @@ def validate(
     """`{"val/<source>/<name>": value}`, names and values from `measure` of the sums; the same on every rank.
 
     Sources with nothing to learn in their validation split are left out. Asks `stop_requested` (collective) after each
-    micro-batch; where it says so, returns the sources that are complete, and True.
+    micro-batch; where it says so, returns nothing and True: a resumed run validates anew.
 
     Args:
         run: has at least as many rows of statistics as a micro-batch.
@@ -124,4 +124,4 @@ def validate(
         if items is not None:
             items[name] = sums[:num_items].cpu()
     run.model.train()
-    return metrics, stopping
+    return {} if stopping else metrics, stopping

@@ -38,7 +38,7 @@ def test_select_sft_and_dpo_go_on_with_the_adapters_of_stage_one(tmp_path, stage
     # The reference is the aligned model with its adapters, not the base: at the start nothing tells them apart.
     assert math.isclose(losses[0], math.log(2), rel_tol=1e-5) and losses[1] != losses[0]
     (checkpoint,) = list_checkpoints(tmp_path / "dpo/checkpoints")
-    assert read_info(checkpoint)["adapter"]["method"] == "alora"
+    assert read_info(checkpoint).adapter.method == "alora"
     settings = json.loads((checkpoint / "adapter/alora_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(model_dir.resolve())
     assert main(["export", str(tmp_path / "dpo"), "--adapter", "--out", str(tmp_path / "out")]) == 0

@@ -51,8 +51,8 @@ def chain(tmp_path_factory, stage1, model_dir):
 def test_fine_tuning_lowers_the_loss_of_held_out_answers(chain):
     losses = [row["val/asked/loss"] for row in rows_of(chain / "sft") if "val/asked/loss" in row]
     assert losses[-1] < losses[0]
-    info = read_info(list_checkpoints(chain / "sft" / "checkpoints")[0])
-    assert 0 < info["tokens_by_source"]["asked"] < 4 * 2 * 64  # answers alone count
+    training = read_info(list_checkpoints(chain / "sft" / "checkpoints")[0]).training
+    assert 0 < training.tokens_by_source["asked"] < 4 * 2 * 64  # answers alone count
 
 
 @pytest.mark.distributed

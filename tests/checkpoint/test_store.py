@@ -25,12 +25,13 @@ from megatron_mixcpt.checkpoint.store import (
     step_of,
 )
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
+from tests.helpers.checkpoints import checkpoint_info
 
 
 def save(parent, step, content=b"weights"):
     folder = new_directory(parent, step)
     (folder / "__0_0.distcp").write_bytes(content)
-    return commit(folder, {"step": step, "layout": {"tensor": 1}})
+    return commit(folder, checkpoint_info(step))
 
 
 @given(st.binary(max_size=10_000_000 // 512))
@@ -104,7 +105,7 @@ def test_a_result_may_lie_beside_the_checkpoints_and_one_that_is_gone_is_none(tm
 def test_the_manifest_says_what_wrote_it(tmp_path):
     checkpoint = save(tmp_path, 7)
     manifest = read_manifest(checkpoint)
-    assert manifest["step"] == 7 and manifest["layout"] == {"tensor": 1}
+    assert manifest["step"] == 7 and manifest["layout"] == {"world_size": 1, "tensor": 1}
     assert {"torch", "megatron-core", "python"} <= manifest["libraries"].keys()
     assert set(manifest["files"]) == {"__0_0.distcp", "checkpoint.json"}
 
@@ -115,7 +116,7 @@ def test_hashes_taken_while_writing_are_those_of_the_files(tmp_path):
     assert find_damage(tmp_path) == []
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c").write_bytes(b"in a folder")
-    seal(tmp_path, {})
+    seal(tmp_path, checkpoint_info(1))
     assert find_damage(tmp_path) == [] and "b/c" in read_manifest(tmp_path)["files"]
 
 
@@ -128,12 +129,15 @@ def test_another_spelling_of_a_manifest_is_refused(tmp_path):
         read_manifest(checkpoint)
 
 
-def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path):
+def test_a_reader_refuses_damage_passes_over_it_where_allowed_and_changes_nothing(tmp_path):
     older, newer = save(tmp_path / "checkpoints", 1), save(tmp_path / "checkpoints", 2)
     assert find_checkpoint(tmp_path) == newer
     (newer / "__0_0.distcp").write_bytes(b"weighty")
     told = []
-    assert find_checkpoint(tmp_path, tell=told.append) == older and newer.exists()
+    with pytest.raises(VerificationError, match=r"step_00000002/__0_0\.distcp: content.*step_00000001.*--allow-older"):
+        find_checkpoint(tmp_path, tell=told.append)
+    assert not told
+    assert find_checkpoint(tmp_path, allow_older=True, tell=told.append) == older and newer.exists()
     assert "step_00000002 is damaged, falling back to step_00000001" in told[0]
     with pytest.raises(VerificationError, match="content differs"):
         find_checkpoint(newer)

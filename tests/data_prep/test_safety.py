@@ -12,7 +12,7 @@ import pytest
 from megatron_mixcpt.data_prep import plan as plan_module
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.pipeline import preprocess
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import ConfigError, MixcptError
 from tests.data_prep.helpers import digests
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +203,14 @@ def test_worker_memory_does_not_grow_with_the_input(config_values, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, stdout=subprocess.PIPE, text=True)
     assert int(done.stdout.split()[-1]) < 250 * 1024
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer", "the last source's path"])
+def test_a_refusal_leaves_no_trace(config_values, wrong):
+    if wrong == "tokenizer":
+        config_values["tokenizer"] = "nowhere"
+    else:
+        config_values["sources"][-1]["paths"] = ["absent.jsonl"]
+    with pytest.raises(ConfigError):
+        preprocess(parse_config(config_values))
+    assert not Path(config_values["out"]).exists()

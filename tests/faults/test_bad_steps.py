@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info
+from megatron_mixcpt.checkpoint.info import read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints
 from megatron_mixcpt.config import TrainConfig
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.train.guard import StepGuard
@@ -59,7 +60,7 @@ def test_a_bad_step_on_one_rank_changes_no_weight_anywhere(tmp_path, mix, kind, 
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert any(not torch.equal(after[key], later[key]) for key in after)
     assert all(torch.isfinite(tensor).all() for tensor in later.values())
-    guard = read_info(list_checkpoints(run / "checkpoints")[0])["guard"]
+    guard = read_info(list_checkpoints(run / "checkpoints")[0]).training.guard
     assert guard["skipped"] == 1 and np.isfinite(guard["losses"] + guard["norms"]).all()
     record(f"{kind} in one step, 2 ranks", "no weight changes, counted, the run goes on", "1/1")
 

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
+from megatron_mixcpt.checkpoint.info import read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
-from megatron_mixcpt.checkpoint.store import list_checkpoints, read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import Fleet, finish, metrics, write_config
 
@@ -43,12 +44,12 @@ def test_training_goes_on_over_a_full_disk(small_disk, tmp_path, mix, straight, 
     fleet.until(lambda: max(metrics(run, "train/loss")) > failed + 1)  # it trains on
     assert ("GiB are free: free some space" if when == "before" else "No space left on device") in fleet.output()
     kept = list_checkpoints(run / "checkpoints")
-    assert [read_info(path)["step"] for path in kept] == [8, 4] and all(find_damage(path) == [] for path in kept)
+    assert [read_info(path).step for path in kept] == [8, 4] and all(find_damage(path) == [] for path in kept)
     assert "step_00000008" in (run / "checkpoints" / "latest.json").read_text()
     subprocess.run(["rm", "-rf", str(kept[1])], check=True)
     fleet.send(15)
     assert fleet.wait() == [75], fleet.output()
-    assert max(metrics(run, "train/loss")) == read_info(list_checkpoints(run / "checkpoints")[0])["step"]
+    assert max(metrics(run, "train/loss")) == read_info(list_checkpoints(run / "checkpoints")[0]).step
     if when == "during":
         record(
             f"disk full during a save ({'async' if background else 'sync'})",
@@ -90,7 +91,7 @@ def test_a_failure_on_one_rank_is_known_to_all_and_moves_nothing(tmp_path, mix, 
     output = finish(write_config(tmp_path / "train.yaml", values), ranks=2, faults={1: (break_writer, 2)})
     assert output.count("was not saved, training goes on") == 2 and "rank 1: [Errno 5]" in output
     assert sorted(metrics(run, "ckpt/failed")) == [3, 6]
-    assert [read_info(path)["step"] for path in list_checkpoints(run / "checkpoints")] == [12, 9]
+    assert [read_info(path).step for path in list_checkpoints(run / "checkpoints")] == [12, 9]
     assert not list((run / "checkpoints").glob("*.tmp.*"))
 
 

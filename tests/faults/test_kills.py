@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from megatron_mixcpt.checkpoint.info import read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
-from megatron_mixcpt.checkpoint.store import list_checkpoints, list_quarantined, read_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints, list_quarantined
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import Fleet, count, finish, metrics, write_config
 
@@ -50,7 +51,7 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing(tmp_path, mix, straight
         assert fleet.wait() == [-signal.SIGKILL], fleet.output()
         found = list_checkpoints(checkpoints)
         assert all(find_damage(path) == [] for path in found), f"kill {kill}"
-        newest = read_info(found[0])["step"] if found else 0
+        newest = read_info(found[0]).step if found else 0
         assert newest >= announced(checkpoints) >= before, f"kill {kill}: what was announced is gone"
         good += 1
     assert not list_quarantined(checkpoints)

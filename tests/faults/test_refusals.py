@@ -57,6 +57,7 @@ def test_a_truncated_data_file_is_refused(tmp_path):
     os.truncate(tmp_path / "data" / "facts-train.bin", 100)
     output = finish(write_config(tmp_path / "train.yaml", run_settings(mix, tmp_path / "run")), code=2)
     assert "facts-train.bin has 100 bytes" in output and "it is truncated" in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists() and "model" not in output.split("error:")[0]
 
 
 def test_another_tokenizer_than_the_models_is_refused(tmp_path, capsys):

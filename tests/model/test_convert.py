@@ -42,7 +42,7 @@ def test_convert_and_export_keep_every_bit(name, tmp_path, capsys):
 def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
-        from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.adapters.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.gpt import build_gpt
@@ -80,7 +80,7 @@ def save_random(rank, world_size, parent, archs, tensor, pipeline):
         from megatron_mixcpt.model.gpt import build_gpt
 
         for number, arch in enumerate(archs):
-            save_checkpoint(parent, number + 1, build_gpt(arch), arch)
+            save_checkpoint(parent, number + 1, build_gpt(arch))
 
 
 @pytest.mark.distributed

@@ -1,9 +1,9 @@
 """A trained run becomes a Hugging Face directory with its card; `eval` and `generate` look at it."""
 
-import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 
@@ -54,7 +54,7 @@ def test_export_holds_the_trained_weights(folder, exported):
     from megatron_mixcpt.model.layout import unshard
 
     with parallel_context():
-        from megatron_mixcpt.checkpoint import load_model_weights
+        from megatron_mixcpt.adapters.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 
@@ -93,17 +93,42 @@ def test_the_card_tells_data_training_gain_and_loss(folder, exported):
 def test_the_card_names_what_was_not_measured_and_has_no_empty_table(folder):
     origin = find_origin(folder / "run")
     assert f"A qwen2 of {origin.arch.num_parameters / 1e6:.2g}M parameters" in model_card(origin)
-    first, second = (source["name"] for source in origin.mix["sources"])
-    one, none = copy.deepcopy(origin.mix), copy.deepcopy(origin.mix)
-    for source in none["sources"]:
-        source["valid"] = None
-    one["sources"][1]["valid"] = None
-    one["sources"][1]["name"] = "rare"
+    first, second = origin.mix.sources
+    rare = dataclasses.replace(second, name="rare", valid=None)
+    one = dataclasses.replace(origin.mix, sources=(first, rare))
+    unmeasured = tuple(dataclasses.replace(source, valid=None) for source in origin.mix.sources)
+    none = dataclasses.replace(origin.mix, sources=unmeasured)
     card = model_card(dataclasses.replace(origin, mix=one))
-    assert f"| {first} | domain |" in card and "Not measured: rare (no validation split with target tokens)." in card
+    assert (
+        f"| {first.name} | domain |" in card and "Not measured: rare (no validation split with target tokens)." in card
+    )
     card = model_card(dataclasses.replace(origin, mix=none, run_dir=folder / "base"))  # without metrics
-    assert f"Not measured: {first}, {second} (" in card and "| before |" not in card
+    assert f"Not measured: {first.name}, {second.name} (" in card and "| before |" not in card
     assert "Gain and loss" not in model_card(dataclasses.replace(origin, run_dir=folder / "base"))
+
+
+def test_what_is_shipped_is_the_newest_checkpoint_or_what_was_allowed(folder, tmp_path, capsys):
+    """export, generate and eval refuse a damaged newest checkpoint by name; `--allow-older` takes the one before, and
+    the card says so."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    older = run / "checkpoints" / f"step_{STEPS:08d}"
+    newest = older.with_name(f"step_{STEPS + 7:08d}")
+    shutil.copytree(older, newest)
+    os.truncate(newest / "__0_0.distcp", 100)
+    for command in (
+        ["export", str(run), "--out", str(tmp_path / "out")],
+        ["generate", str(run), "--prompt", "a"],
+        ["eval", str(run), "--mix", str(folder / "data/mix.json"), "--out", str(tmp_path / "eval")],
+    ):
+        assert main(command) == 3
+        said = capsys.readouterr().err
+        assert f"{newest}/__0_0.distcp: 100 bytes" in said and "--allow-older" in said and str(older) in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "eval").exists()
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--allow-older"]) == 0
+    assert f"falling back to {older.name}" in capsys.readouterr().err
+    assert f"from step {STEPS}." in (tmp_path / "out/README.md").read_text()
+    assert main(["generate", str(run), "--prompt", "a", "--max-new-tokens", "1", "--allow-older"]) == 0
 
 
 def test_a_run_whose_base_is_gone_says_so(folder, tmp_path, capsys):

@@ -60,11 +60,11 @@ def next_tokens(rank, world_size, checkpoint, texts):
     with parallel_context(tensor=world_size):
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        from megatron_mixcpt.checkpoint import load_model_weights, read_info
-        from megatron_mixcpt.model.architecture import Architecture
+        from megatron_mixcpt.adapters.start import load_model_weights
+        from megatron_mixcpt.checkpoint import read_info
         from megatron_mixcpt.model.gpt import build_gpt
 
-        arch = Architecture.from_dict(read_info(checkpoint)["architecture"])
+        arch = read_info(checkpoint).architecture
         model = build_gpt(arch, seed=None)
         load_model_weights(model, checkpoint)
         result = []

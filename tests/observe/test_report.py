@@ -10,10 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mixcpt.checkpoint.info import render_info
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.observe.line_chart import MAX_POINTS, Series, line_chart, number, thin, tick_labels, ticks
 from megatron_mixcpt.observe.report_page import page
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
+from tests.helpers.checkpoints import checkpoint_info
 from tests.observe.browser import open_page
 
 SOURCES = {"facts": (2.9, 1.8), "general <text>": (2.2, 2.3)}
@@ -52,8 +54,9 @@ def write_run(folder, *, steps=120, total=120, validate=True, lr=1e-4, kd=1.0, t
     if steps > 40:
         checkpoint = folder / "checkpoints" / "step_00000040"
         checkpoint.mkdir(parents=True)
-        sources = {name: {"weight": 0.5, "drawn": 160} for name in SOURCES}
-        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 40, "data": {"sources": sources}}))
+        drawn = {"content": "", "sequences": 100, "weight": 0.5, "drawn": 160, "since": 160}
+        info = checkpoint_info(40, data={"seed": 1, "sources": dict.fromkeys(SOURCES, drawn)})
+        (checkpoint / "checkpoint.json").write_text(json.dumps(render_info(info)))
     return folder
 
 

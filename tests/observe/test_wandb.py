@@ -112,7 +112,7 @@ def test_a_run_and_its_resume_are_one_offline_run_that_wandb_can_read(tmp_path, 
     (run_dir / "wandb" / "run_id").unlink()  # then the checkpoint knows it
     train(config(mix, run_dir, wandb=wandb_settings, train={"schedule": "constant"}))
     assert (run_dir / "wandb" / "run_id").read_text().strip() == number
-    assert read_info(list_checkpoints(run_dir / "checkpoints")[0])["wandb_id"] == number
+    assert read_info(list_checkpoints(run_dir / "checkpoints")[0]).training.wandb_id == number
 
     first, second = offline_folders(run_dir)
     logged = {}
@@ -241,9 +241,9 @@ def test_offline_unless_logged_in_or_told(tmp_path, monkeypatch):
 
 
 def test_the_id_is_the_directorys_then_the_checkpoints_then_new(tmp_path):
-    assert run_id_of(tmp_path / "a", {"wandb_id": "old"}) == "old"
-    new = run_id_of(tmp_path / "b", {})
-    assert len(new) == 8 and run_id_of(tmp_path / "b", {"wandb_id": "old"}) == new != run_id_of(tmp_path / "c", {})
+    assert run_id_of(tmp_path / "a", "old") == "old"
+    new = run_id_of(tmp_path / "b", None)
+    assert len(new) == 8 and run_id_of(tmp_path / "b", "old") == new != run_id_of(tmp_path / "c", None)
 
 
 def test_the_real_library_takes_our_settings():

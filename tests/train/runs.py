@@ -115,6 +115,7 @@ def run_steps(values):
             dict(valid_datasets(parts.mix, 1234, _cache(config))),
             parts.validation,
             collate,
+            parts.task.validation_metrics,
             state=state,
             micro_batch_size=micro,
             max_samples=None,
