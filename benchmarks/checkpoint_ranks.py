@@ -26,10 +26,10 @@ except ImportError:  # an older version
     from megatron_mixcpt.parallel import parallel_context  # type: ignore[import-not-found, no-redef]
 
 
-def counted(name: str) -> int:
-    """Bytes that this process has read (rchar) or written (wchar)."""
+def read_so_far() -> int:
+    """Bytes that this process has read from files; gloo's sockets do not count."""
     rows = Path("/proc/self/io").read_text().splitlines()
-    return next(int(row.split()[1]) for row in rows if row.startswith(name))
+    return next(int(row.split()[1]) for row in rows if row.startswith("rchar"))
 
 
 def resident(name: str) -> int:
@@ -39,21 +39,20 @@ def resident(name: str) -> int:
 
 
 class Measured:
-    """What a rank does in a `with` block: seconds, bytes read and written, and memory above what it had."""
+    """What a rank does in a `with` block: seconds, bytes read, and memory above what it had."""
 
     def __enter__(self) -> Measured:
         gc.collect()
         torch.distributed.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        self._read, self._written, self._before = counted("rchar"), counted("wchar"), resident("VmRSS")
+        self._read, self._before = read_so_far(), resident("VmRSS")
         self._began = time.monotonic()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.values = {
             "seconds": time.monotonic() - self._began,
-            "read": counted("rchar") - self._read,
-            "written": counted("wchar") - self._written,
+            "read": read_so_far() - self._read,
             "memory": resident("VmHWM") - self._before,
         }
 
@@ -77,7 +76,9 @@ def main() -> None:
                     standstill = time.monotonic() - save._began
                     outcome = outcome or saver.finish()
                 assert outcome is not None and outcome.path is not None, outcome
-                found[f"{name} {step}"] = save.values | {"standstill": standstill}
+                share = outcome.path / f"__{state.rank}_0.distcp"
+                written = share.stat().st_size if share.exists() else 0
+                found[f"{name} {step}"] = save.values | {"standstill": standstill, "written": written}
         checkpoint = list_checkpoints(out / "foreground")[0]
         load_checkpoint(checkpoint, parts.model, parts.optimizer)  # brings the libraries' pages in
         with Measured() as resumed:

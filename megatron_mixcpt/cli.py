@@ -6,6 +6,7 @@ Each subcommand is a module of `commands/` with NAME, HELP, `add_arguments(parse
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -68,6 +69,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"mixcpt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
+    if wanted is not None and wanted not in COMMANDS:
+        near = difflib.get_close_matches(wanted, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`mixcpt --help` lists them"
+        parser.error(f"{wanted} is no command; {hint}")
     for name, summary in COMMANDS.items():
         if name == wanted:
             module = importlib.import_module(f"megatron_mixcpt.commands.{name.replace('-', '_')}")
@@ -76,6 +81,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.set_defaults(run=module.run)
         else:
             commands.add_parser(name, help=summary)
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     args, rest = parser.parse_known_args(argv)
     # argparse (before 3.12.7) gives up on key=value after an option: `train train.yaml --nproc 2 train.lr=1e-5`.
     if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):

@@ -41,17 +41,74 @@ def test_every_command_has_help(capsys, command):
     assert f"mixcpt {command}" in capsys.readouterr().out
 
 
-def test_help_lists_every_command_without_importing_torch():
-    code = "import sys, megatron_mixcpt.cli as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert all(command in result.stdout for command in COMMANDS)
+# Importing one of these takes longer than anyone waits for an answer.
+LIBRARIES = ["torch", "transformers", "megatron", "deepspeed", "matplotlib", "datasets", "pandas", "triton"]
+ANSWERS = """
+import json, sys
+from megatron_mixcpt.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    print(json.dumps([code, [name for name in json.loads(sys.argv[2]) if name in sys.modules]]))
+"""
 
 
-def test_a_wrong_command_is_a_usage_error():
+def answers(*command_lines):
+    """`(exit codes, standard error)` of commands; fails where one of them has imported a library."""
+    arguments = [json.dumps(command_lines), json.dumps(LIBRARIES)]
+    done = subprocess.run([sys.executable, "-c", ANSWERS, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(found) == len(command_lines)
+    assert [line for line, (_, libraries) in zip(command_lines, found) if libraries] == []
+    return [code for code, _ in found], done.stderr
+
+
+def test_help_comes_without_importing_a_library():
+    codes, _ = answers(["--help"], *([command, "--help"] for command in COMMANDS))
+    assert set(codes) == {0}
+
+
+def test_mistakes_are_told_without_importing_a_library(values, tmp_path):
+    config, nothing = tmp_path / "train.yaml", str(tmp_path / "nothing")
+    config.write_text(yaml.safe_dump(values))
+    start = ["train", str(config)]
+    cached = ["cache-teacher", str(config), "teacher.source=cached", f"teacher.cache={tmp_path}/cache"]
+    codes, errors = answers(
+        ["trian"],
+        [*start, f"data.mix={nothing}"],
+        [*start, "model.preset=null", f"model.hf={nothing}"],
+        [*start, "model.preset=null", f"model.checkpoint={nothing}"],
+        [*start, "--nproc", "0"],
+        [*cached, "--nproc", "0"],
+        [*cached, f"data.mix={nothing}"],
+    )
+    assert set(codes) == {2}
+    assert "trian is no command; did you mean train?" in errors
+    assert "error: data.mix: " in errors and f"error: model.hf: {nothing} is not a directory" in errors
+    assert f"error: model.checkpoint: {nothing}: no such directory; `mixcpt train`" in errors
+    assert errors.count("error: --nproc 0: at least 1") == 2
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_without_a_command_the_help_is_shown(capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["trian"])
-    assert exit_.value.code == 2
+        main([])
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 2 and all(command in shown for command in COMMANDS)
+
+
+def test_a_file_of_another_command_is_named_as_such(capsys, tmp_path, values):
+    theirs = tmp_path / "preprocess.yaml"
+    theirs.write_text("tokenizer: models/base\nseq_length: 128\nout: data\nsources:\n  - name: docs\n")
+    assert main(["train", str(theirs)]) == 2
+    assert f"{theirs}:4: sources: this file is for `mixcpt preprocess`" in capsys.readouterr().err
+    ours = tmp_path / "train.yaml"
+    ours.write_text(yaml.safe_dump(values))
+    assert main(["preprocess", str(ours)]) == 2
+    assert "this file is for `mixcpt train`" in capsys.readouterr().err
 
 
 def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
@@ -174,7 +231,7 @@ def test_an_error_of_a_rank_is_told_once_with_its_exit_code(tmp_path, values):
         [sys.executable, "-m", "megatron_mixcpt.cli", "train", str(path), "--nproc", "2"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode in (1, 2, 3), result.stderr

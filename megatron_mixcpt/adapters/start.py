@@ -76,16 +76,16 @@ def _load_adapted(stage: MixGPTModel, checkpoint: Path, info: CheckpointInfo, tr
             f"adapter.init: model.checkpoint {checkpoint} has adapters to go on with: remove one of the two"
         )
     config = run_config(checkpoint)
-    model = config["model"]
+    model = config.model
     check_start(checkpoint, info, model)
-    if model.get("hf"):
-        load_hf(stage, model["hf"])
-    elif model.get("checkpoint"):
-        load_model_weights(stage, Path(model["checkpoint"]))
+    if model.hf:
+        load_hf(stage, model.hf)
+    elif model.checkpoint:
+        load_model_weights(stage, Path(model.checkpoint))
     else:
         rank = parallel_state.get_tensor_model_parallel_rank()
         size = parallel_state.get_tensor_model_parallel_world_size()
-        initialize(stage.slots(), stage.arch, config["train"]["seed"], rank, size)
+        initialize(stage.slots(), stage.arch, config.train.seed, rank, size)
     if same:
         load_adapters(stage.adapters(), checkpoint)
     else:

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from megatron_mixcpt.checkpoint import CheckpointInfo, find_checkpoint, newest_checkpoint, read_info
 from megatron_mixcpt.checkpoint.manifest import fingerprint
-from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.config import AdapterConfig, Config, ModelConfig, load_config
 from megatron_mixcpt.data_prep.mix import Mix, read_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -23,7 +20,7 @@ class Origin:
     checkpoint: Path
     info: CheckpointInfo
     run_dir: Path | None
-    config: dict[str, Any]  # the run's configuration; empty for a converted checkpoint
+    config: Config | None  # the run's; None for a converted checkpoint
     mix: Mix | None  # the run's; None if it is gone
     base: Path | None  # the model that the run started from: a Hugging Face directory, a checkpoint or a run
     source_dir: Path | None  # config.json and generation_config.json
@@ -53,17 +50,17 @@ def find_origin(path: Path, *, verify: bool = True, allow_older: bool = False) -
     checkpoint = find_checkpoint(path, allow_older=allow_older) if verify else newest_checkpoint(path)
     info = read_info(checkpoint)
     if (checkpoint / "hf").is_dir():
-        return Origin(checkpoint, info, None, {}, None, None, checkpoint / "hf", checkpoint / "hf")
+        return Origin(checkpoint, info, None, None, None, None, checkpoint / "hf", checkpoint / "hf")
     run_dir = checkpoint.parent.parent
     config = run_config(checkpoint)
-    mix_path = Path(config["data"]["mix"])
+    mix_path = Path(config.data.mix)
     mix = read_mix(mix_path) if mix_path.exists() else None
     tokenizer = mix.tokenizer.path if mix else None
-    start = config["model"].get("checkpoint")
+    start = config.model.checkpoint
     if start:
         source = find_origin(Path(start), verify=False).source_dir
         return Origin(checkpoint, info, run_dir, config, mix, Path(start), source, tokenizer)
-    base = config["model"].get("hf")
+    base = config.model.hf
     if base and not Path(base).is_dir():
         raise ConfigError(
             f"{run_dir}/config.yaml: model.hf is {base}, which is not there; its config.json and tokenizer are "
@@ -73,13 +70,15 @@ def find_origin(path: Path, *, verify: bool = True, allow_older: bool = False) -
     return Origin(checkpoint, info, run_dir, config, mix, source, source, tokenizer)
 
 
-def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) -> Path | None:
+def hf_base(config: Config | None, arch: Architecture, adapter: AdapterConfig) -> Path | None:
     """The Hugging Face directory whose weights a run's adapter stands beside, where transformers loads just those.
 
     Args:
-        config: the run's configuration.
+        config: the run's; None where there was no run.
     """
-    hf, start = config["model"].get("hf"), config["model"].get("checkpoint")
+    if config is None:
+        return None
+    hf, start = config.model.hf, config.model.checkpoint
     if hf:
         # Rows that the run added for new tokens are not in it, and a GGUF file needs to be named.
         whole = architecture_from_hf(hf).vocab_size == arch.vocab_size and (Path(hf) / "config.json").is_file()
@@ -91,7 +90,7 @@ def hf_base(config: dict[str, Any], arch: Architecture, adapter: AdapterConfig) 
     return None
 
 
-def check_start(checkpoint: Path, info: CheckpointInfo, model: dict[str, Any]) -> None:
+def check_start(checkpoint: Path, info: CheckpointInfo, model: ModelConfig) -> None:
     """Raise VerificationError unless the weights that an adapter was trained beside are still where it found them.
 
     Args:
@@ -99,10 +98,10 @@ def check_start(checkpoint: Path, info: CheckpointInfo, model: dict[str, Any]) -
         model: section of the run's configuration.
     """
     now: str | None
-    if model.get("hf"):
-        now, where = weights_fingerprint(model["hf"]), model["hf"]
-    elif model.get("checkpoint"):
-        now, where = fingerprint(newest_checkpoint(Path(model["checkpoint"]))), model["checkpoint"]
+    if model.hf:
+        now, where = weights_fingerprint(model.hf), model.hf
+    elif model.checkpoint:
+        now, where = fingerprint(newest_checkpoint(Path(model.checkpoint))), model.checkpoint
     else:
         return
     start = info.training.start if info.training else None
@@ -118,9 +117,9 @@ def goes_on(start: AdapterConfig | None, adapter: AdapterConfig | None) -> bool:
     return start is not None and adapter is not None and start.shape == adapter.shape
 
 
-def run_config(checkpoint: Path) -> dict[str, Any]:
+def run_config(checkpoint: Path) -> Config:
     """The configuration of the run that a checkpoint stands in. Raises ConfigError where it stands in none."""
-    try:
-        return yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{checkpoint} stands in no run directory: {error}") from error
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint} stands in no run directory: there is no {path}")
+    return load_config(Config, path, literal=True)

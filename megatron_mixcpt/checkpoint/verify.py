@@ -74,7 +74,9 @@ def _candidates(path: Path) -> list[Path]:
     candidates = list_checkpoints(path / "checkpoints")
     if not candidates:
         if not path.is_dir():
-            raise ConfigError(f"{path}: no such directory")
+            raise ConfigError(
+                f"{path}: no such directory; `mixcpt train` and `align` write runs, `mixcpt convert` checkpoints"
+            )
         raise ConfigError(f"{path}: neither a checkpoint nor a run directory that has saved one")
     result = result_of(path / "checkpoints")
     return candidates if result is None else [result, *(other for other in candidates if other != result)]

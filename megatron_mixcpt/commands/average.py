@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if args.allow_older:
             tuned = origin.checkpoint
         base = base or origin.base
-        mix_path = mix_path or (Path(origin.config["data"]["mix"]) if origin.config else None)
+        mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
     if base is None:
         raise ConfigError(f"--base: {tuned} does not say what it started from: name that model")
     what = None if args.no_eval else measure.read_arguments(args, mix_path)

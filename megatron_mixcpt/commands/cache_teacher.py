@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
                 "cache-teacher needs teacher.source=cached, teacher.cache=DIR and a loss.target: the configuration "
                 "that will train on it"
             )
+        from megatron_mixcpt.train.early import check_early
+
+        check_early(config, args.nproc)
         from megatron_mixcpt.runtime.parallel import integer_variable
         from megatron_mixcpt.teacher.cache_fill import check_space, new_identity
         from megatron_mixcpt.train.setup import check_layout

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if args.allow_older:
             model = origin.checkpoint
         base = base or origin.base
-        mix_path = mix_path or (Path(origin.config["data"]["mix"]) if origin.config else None)
+        mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
     what = measure.read_arguments(args, mix_path)
     quiet_libraries()
     measured = {"model": measure.measure_model(model, what)}

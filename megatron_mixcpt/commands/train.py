@@ -39,6 +39,9 @@ def start(command: str, args: argparse.Namespace) -> int:
 
         config = load_config(Config, args.config, args.overrides)
         config.check_command(command, args.config)
+        from megatron_mixcpt.train.early import check_early
+
+        check_early(config, args.nproc)
         from megatron_mixcpt.runtime.launcher import is_distributed, launch
         from megatron_mixcpt.runtime.parallel import integer_variable
         from megatron_mixcpt.train.loop import train

@@ -19,6 +19,9 @@ from pydantic import BaseModel, ValidationError
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.errors import ConfigError
 
+# Keys that only one command's files have: who gives a file to another command is told which it is for.
+COMMAND_OF = {"sources": "preprocess", "stages": "launch", "select": "select", "align": "align", "train": "train"}
+
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str | int, ...]
 
@@ -94,6 +97,11 @@ def validate_document(schema: type[C], document: Document) -> C:
     try:
         return schema.model_validate(document.values)
     except ValidationError as error:
+        for key, command in COMMAND_OF.items():
+            if key in document.values and key not in schema.model_fields and (key,) not in document.overrides:
+                raise ConfigError(
+                    f"{document.where((key,))}: {key}: this file is for `mixcpt {command}`, another command than this"
+                ) from None
         problems = [f"{document.where(problem['loc'])}: {_explain(schema, problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from None
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mixcpt import __version__
 from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint.origin import Origin
+from megatron_mixcpt.config import Config
 from megatron_mixcpt.config.history import told
 
 
@@ -22,8 +23,8 @@ def model_card(origin: Origin) -> str:
         f"{arch.hidden_size}), exported by Megatron-MixCPT {__version__} from step {origin.info.step}.",
         "",
     ]
-    if origin.config:
-        lines += _training(origin) + _sources(origin) + _measured(origin)
+    if origin.config is not None:
+        lines += _training(origin, origin.config) + _sources(origin) + _measured(origin, origin.config)
     else:
         lines += [f"Converted from `{origin.info.source}` without training.", ""]
     return "\n".join(lines)
@@ -38,23 +39,21 @@ def _title(origin: Origin) -> str:
     return origin.run_dir.resolve().name if origin.run_dir else origin.checkpoint.resolve().name
 
 
-def _training(origin: Origin) -> list[str]:
-    config = origin.config
-    train, loss = config["train"], config["loss"]
-    base = origin.base or f"a random initialisation (preset {config['model']['preset']})"
-    answers = config.get("teacher", {})
-    teacher = "the base model" if answers.get("source") == "adapter_off" else "the frozen starting weights"
-    if answers.get("hf"):
-        teacher = f"`{answers['hf']}`"
-    align = config.get("align") or {}
-    if align.get("method") == "dpo":
-        objective = f"DPO (`{align['loss']}`, beta {align['beta']}) on preference pairs, against the starting weights"
-    elif loss["target"] == "none":
+def _training(origin: Origin, config: Config) -> list[str]:
+    train, loss = config.train, config.loss
+    base = origin.base or f"a random initialisation (preset {config.model.preset})"
+    teacher = "the base model" if config.teacher.source == "adapter_off" else "the frozen starting weights"
+    if config.teacher.hf:
+        teacher = f"`{config.teacher.hf}`"
+    align = config.align
+    if align is not None and align.method == "dpo":
+        objective = f"DPO (`{align.loss}`, beta {align.beta}) on preference pairs, against the starting weights"
+    elif loss.target == "none":
         objective = "cross-entropy alone"
     else:
         objective = (
-            f"{loss['ce_weight']} x cross-entropy + {loss['kd_weight']} x KL to {teacher} with "
-            f"target `{loss['target']}`, temperature {loss['temperature']}"
+            f"{loss.ce_weight} x cross-entropy + {loss.kd_weight} x KL to {teacher} with "
+            f"target `{loss.target}`, temperature {loss.temperature}"
         )
     return [
         "## Training",
@@ -62,8 +61,8 @@ def _training(origin: Origin) -> list[str]:
         f"- started from: {base}",
         f"- objective: {objective}",
         *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
-        f"- {origin.info.step} of {train['steps']} steps of {train['global_batch_size']} sequences, "
-        f"learning rate {train['lr']} ({train['schedule']}), {train['dtype']}, seed {train['seed']}",
+        f"- {origin.info.step} of {train.steps} steps of {train.global_batch_size} sequences, "
+        f"learning rate {train.lr} ({train.schedule}), {train.dtype}, seed {train.seed}",
         *(f"- {change}" for change in (told(origin.run_dir) if origin.run_dir else [])),
         "",
     ]
@@ -110,8 +109,8 @@ def not_measured(sources: Sequence[str]) -> list[str]:
     return [f"Not measured: {', '.join(sources)} (no validation split with target tokens).", ""] if sources else []
 
 
-def _measured(origin: Origin) -> list[str]:
-    pairs = (origin.config.get("align") or {}).get("method") == "dpo"
+def _measured(origin: Origin, config: Config) -> list[str]:
+    pairs = config.kind == "dpo"
     metric, table = ("accuracy", _pair_table) if pairs else ("ppl", _perplexity_table)
     history = validation_history(origin)
     first, last = (history[0], history[-1]) if len(history) > 1 else ({}, {})
@@ -119,7 +118,7 @@ def _measured(origin: Origin) -> list[str]:
     names = sorted(
         match[1] for key in last if None not in (first.get(key), last[key]) and (match := found.fullmatch(key))
     )
-    splits = _validation_splits(origin, pairs)
+    splits = _validation_splits(origin, config)
     # Without any validation, only what could not be measured is told.
     missing = [name for name in splits if name not in names] if names or not any(splits.values()) else []
     kinds = {source.name: source.kind for source in origin.mix.sources} if origin.mix else {}
@@ -128,12 +127,12 @@ def _measured(origin: Origin) -> list[str]:
     return ["## Gain and loss", "", *lines] if lines else []
 
 
-def _validation_splits(origin: Origin, pairs: bool) -> dict[str, bool]:
+def _validation_splits(origin: Origin, config: Config) -> dict[str, bool]:
     """Sources that the run trained on or that are only held out -> whether they have a validation split."""
-    weights = origin.config["data"].get("weights") or {}
+    weights = config.data.weights or {}
     found = {}
     for source in origin.mix.sources if origin.mix else ():
-        train, valid = source.pairs if pairs else (source.train, source.valid)
+        train, valid = source.pairs if config.kind == "dpo" else (source.train, source.valid)
         if weights.get(source.name, source.weight) > 0 if train else valid:
             found[source.name] = valid is not None
     return found

@@ -44,16 +44,17 @@ def open_weights(origin: Origin) -> WholeTensors:
 
 def open_base(origin: Origin) -> WholeTensors:
     """The weights that the adapter of a run was trained beside."""
-    model, dtype = origin.config["model"], DTYPES[origin.config["train"]["dtype"]]
+    assert origin.config is not None  # only runs train adapters
+    model, dtype = origin.config.model, DTYPES[origin.config.train.dtype]
     check_start(origin.checkpoint, origin.info, model)
-    if model.get("hf"):
-        return HFWeights(Path(model["hf"]), origin.arch, dtype)
-    if model.get("checkpoint"):
-        start = find_origin(Path(model["checkpoint"]))
+    if model.hf:
+        return HFWeights(Path(model.hf), origin.arch, dtype)
+    if model.checkpoint:
+        start = find_origin(Path(model.checkpoint))
         if goes_on(start.adapter, origin.adapter):
             return open_base(start)
         return open_weights(start)
-    return InitialWeights(origin.arch, origin.config["train"]["seed"], dtype)
+    return InitialWeights(origin.arch, origin.config.train.seed, dtype)
 
 
 class HFWeights:

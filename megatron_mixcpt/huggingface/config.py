@@ -27,20 +27,26 @@ def gguf_file(hf_dir: Path) -> Path | None:
     return files[0]
 
 
+def check_directory(hf_dir: str | Path) -> None:
+    """Raise ConfigError where there is no model to read; needs no library."""
+    path = Path(hf_dir)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory: give the path of a downloaded Hugging Face model")
+    if gguf_file(path) is None and not (path / "config.json").exists():
+        raise ConfigError(f"{path} has no config.json: it is not a Hugging Face model directory")
+
+
 def load_config(hf_dir: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a local model directory.
 
     Raises:
         ConfigError: no such directory, no configuration in it, or transformers cannot read it.
     """
-    from transformers import AutoConfig
+    check_directory(hf_dir)
+    from transformers import AutoConfig  # takes seconds
 
     path = Path(hf_dir)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory: give the path of a downloaded Hugging Face model")
     gguf = gguf_file(path)
-    if gguf is None and not (path / "config.json").exists():
-        raise ConfigError(f"{path} has no config.json: it is not a Hugging Face model directory")
     extra = {"gguf_file": gguf.name} if gguf else {}
     try:
         return AutoConfig.from_pretrained(
