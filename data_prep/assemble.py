@@ -40,6 +40,7 @@ class Corpus:
     documents: np.ndarray  # DOCUMENT_DTYPE [D]
     block: np.ndarray  # int64 [D], block a document is in
     start: np.ndarray  # int64 [D], its first token in that block
+    offset: np.ndarray  # int64 [D], its first token in its record: 0 unless texts were cut (see holdout)
     receipts: list[dict[str, Any]]
 
     @property
@@ -63,15 +64,9 @@ def load_corpus(plan: Plan, folder: Path, dtype: np.dtype) -> Corpus:
         documents=documents,
         block=np.repeat(np.arange(len(blocks)), [len(table) for table in tables]),
         start=np.concatenate(starts) if starts else np.zeros(0, np.int64),
+        offset=np.zeros(len(documents), np.int64),
         receipts=receipts,
     )
-
-
-def is_validation(documents: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are for validation: by content, so equal records always fall on the same side. bool [D]."""
-    mixed = documents["hash_low"] ^ np.uint64(xxhash.xxh3_64_intdigest(f"validation {seed}".encode()))
-    mixed = mixed * np.uint64(0x9E3779B97F4A7C15)  # spread: neighbouring hashes must not stay neighbours
-    return mixed < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
 @dataclass(frozen=True)

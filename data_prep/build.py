@@ -15,14 +15,15 @@ from megatron_mixcpt.data_prep.assemble import (
     Corpus,
     Placement,
     flags_prefix,
-    is_validation,
     place,
     trained_rows,
     write_pairs,
     write_prefix,
 )
 from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.explain import explain_mixture
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
+from megatron_mixcpt.data_prep.holdout import hold_out
 from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
 from megatron_mixcpt.data_prep.mix import (
     FILE_NAME,
@@ -39,6 +40,7 @@ from megatron_mixcpt.data_prep.mix import Source as MixSource
 from megatron_mixcpt.data_prep.mixing import weighted
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
+from megatron_mixcpt.data_prep.quarantine import is_too_long
 from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
@@ -71,17 +73,21 @@ def build(
     """Write everything that follows from the parts. Returns the path of mix.json, which is written last."""
     builder = Builder(out, config, tokenizer, dtype, receipts, {})
     tokenizer.copy_to(out / "tokenizer")
-    statuses = select(config, corpora)
+    statuses = select(config, plans, corpora)
     sources, counts = [], []
     for source, plan, corpus, status in zip(config.sources, plans, corpora, statuses):
         sources.append(_build_source(builder, source, plan, corpus, status))
         counts.append(_count(source, corpus, status))
         _say(counts[-1])
-        if sources[-1].valid is None and config.valid_fraction > 0:
-            print(
-                f"note: none of the few documents of {source.name} fell into its validation split, so nothing will "
-                "tell what is forgotten of it; raise valid_fraction to get one",
-                file=sys.stderr,
+        if sources[-1].valid is None and (source.heldout or config.valid_fraction > 0):
+            none = (
+                f"none of the held-out documents of {source.name} is left"
+                if source.heldout
+                else f"none of the few documents of {source.name} fell into its validation split"
+            )
+            _note(
+                f"{none}, so nothing will tell what is forgotten of it; raise valid_fraction or name other files as "
+                "heldout"
             )
     mix = Mix(
         path=out / FILE_NAME,
@@ -99,6 +105,8 @@ def build(
     ):
         builder.files[name] = describe_file(out / name)
     write_manifest(out, config, plans, builder.files, counts)
+    for line in explain_mixture(mix):
+        print(f"mixture: {line}", file=sys.stderr)
     return write_mix(out / FILE_NAME, mix).path
 
 
@@ -115,9 +123,23 @@ def _tokenizer_entry(tokenizer: Tokenizer, path: Path) -> TokenizerEntry:
 
 
 def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, status: np.ndarray) -> MixSource:
-    config, documents = builder.config, corpus.documents
+    config, num_documents = builder.config, len(corpus.documents)
     keep = status == KEPT
-    valid = is_validation(documents, config.valid_fraction, config.seed)
+    corpus, origin, valid = hold_out(
+        source,
+        plan,
+        corpus,
+        keep,
+        fraction=config.valid_fraction,
+        seed=config.seed,
+        piece_tokens=config.seq_length,
+    )
+    documents, status, keep = corpus.documents, status[origin], keep[origin]
+    if len(documents) > num_documents:
+        _note(
+            f"{source.name} has too few texts to hold any out: pieces of {config.seq_length} tokens are, "
+            f"{np.count_nonzero(keep & valid)} of {np.count_nonzero(keep)}"
+        )
     sides = dict(zip(SPLITS, (keep & ~valid, keep & valid)))
     splits: dict[str, Split | None] = {}
     placements: dict[str, Placement | None] = {}
@@ -125,7 +147,7 @@ def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, 
     for name, side in sides.items():
         rows = np.flatnonzero(trained_rows(documents, side, source.responses))
         splits[name], placements[name] = _text_prefix(builder, source, corpus, rows, name)
-    if splits["train"] is None:
+    if splits["train"] is None and source.paths:
         raise MixcptError(f"source {source.name} has no training documents; give it more data or leave it out")
     pairs: list[Split | None] = [None, None]
     if source.kind == "preference":
@@ -212,10 +234,16 @@ def _finished(
     return split
 
 
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _say(count: dict[str, Any]) -> None:
     dropped = ", ".join(f"{number} {name}" for name, number in count["documents"].items() if number and name != "kept")
     kept = f"{count['documents']['kept']} documents of {count['records']} records"
     bad = f"; {count['quarantined']} records quarantined" if count["quarantined"] else ""
+    if long := count["longer than seq_length"]:
+        bad += f"; {long} do not fit into seq_length"
     print(f"source {count['name']}: {kept}" + (f"; left out: {dropped}" if dropped else "") + bad, file=sys.stderr)
 
 
@@ -225,7 +253,8 @@ def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]
     return {
         "name": source.name,
         "records": corpus.num_records,
-        "quarantined": sum(len(receipt["bad"]) for receipt in corpus.receipts),
+        "quarantined": sum(not is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
+        "longer than seq_length": sum(is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
         "documents": documents,
         "flagged as contaminated": int(np.count_nonzero(corpus.documents["contaminated"])),
         "control strings in text": sum(receipt["literals"] for receipt in corpus.receipts),

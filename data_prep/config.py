@@ -19,7 +19,8 @@ class Source(Section):
 
     name: str
     kind: Literal["domain", "general", "instruction", "preference"]
-    paths: list[str] = Field(min_length=1)  # files, directories or globs, relative to the working directory
+    paths: list[str] = Field(default=[])  # files, directories or globs, relative to the working directory
+    heldout: list[str] = Field(default=[])  # the same for validation alone, in place of valid_fraction
 
     # What becomes text; which keys go with which kind is checked below.
     text: Template | None = None
@@ -44,6 +45,7 @@ class Source(Section):
     min_tokens: int = Field(default=0, ge=0)
     max_tokens: int | None = Field(default=None, gt=0)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    too_long: Literal["drop", "truncate", "error"] = "drop"  # conversations of more than seq_length tokens
 
     @field_validator("name")
     @classmethod
@@ -76,10 +78,16 @@ class Source(Section):
             choices = " or ".join(" + ".join(sorted(keys)) for keys in wanted)
             raise ValueError(f"a {self.kind} source takes {choices}; given: {', '.join(sorted(given)) or 'none'}")
         shares = [key for key in SHARE_KEYS if getattr(self, key) is not None]
-        if len(shares) != 1:
+        if not self.paths and not self.heldout:
+            raise ValueError("give paths, or heldout for a source that is only measured")
+        if not self.paths:
+            shares += ["max_epochs"] if self.max_epochs is not None else []
+            if shares:
+                raise ValueError(f"a source without paths is only measured and takes no {shares[0]}")
+        elif len(shares) != 1:
             raise ValueError(f"give exactly one of weight, tokens, epochs; given: {', '.join(shares) or 'none'}")
         if self.is_text:
-            for key, default in (("format", "plain"), ("loss", "all")):
+            for key, default in (("format", "plain"), ("loss", "all"), ("too_long", "drop")):
                 if getattr(self, key) != default:
                     raise ValueError(f"{key}: {getattr(self, key)} makes no sense for a {self.kind} source")
         if not self.is_text and self.layout == "concat":

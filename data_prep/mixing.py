@@ -37,25 +37,29 @@ def requested(request: Request) -> dict[str, float]:
 
 
 def weighted(config: Config, sources: list[Source]) -> list[Source]:
-    """The sources with their weights (shares of the tokens, summing to 1), and what each asked for and gets."""
+    """The sources with their weights (shares of the tokens, summing to 1), and what each asked for and gets. Those that
+    are only held out have weight 0."""
     requests = [
         Request(asked.name, count(source, config.share_of), asked.weight, asked.tokens, asked.epochs, asked.max_epochs)
         for asked, source in zip(config.sources, sources)
+        if source.train is not None
     ]
+    trained = [source for source in sources if source.train is not None]
     shares = resolve_shares(requests, config.total_tokens)
     # The trainer counts tokens: a share of targets becomes the share of the tokens they come with.
     amounts = [
         share.share / request.available * count(source, "tokens")
-        for share, request, source in zip(shares, requests, sources)
+        for share, request, source in zip(shares, requests, trained)
     ]
-    return [
-        replace(
+    given = {
+        source.name: replace(
             source,
             weight=share.share if config.share_of == "tokens" else amount / sum(amounts),
             share=SourceShare(config.share_of, requested(request), share.share, share.tokens, share.epochs),
         )
-        for source, request, share, amount in zip(sources, requests, shares, amounts)
-    ]
+        for source, request, share, amount in zip(trained, requests, shares, amounts)
+    }
+    return [given.get(source.name, source) for source in sources]
 
 
 def count(source: Source, what: str) -> int:

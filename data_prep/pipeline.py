@@ -27,7 +27,13 @@ from megatron_mixcpt.data_prep.parts import part_is_good, read_receipt
 from megatron_mixcpt.data_prep.plan import Plan, make_plan, plan_to_json
 from megatron_mixcpt.data_prep.pool import Pool
 from megatron_mixcpt.data_prep.progress import Progress
-from megatron_mixcpt.data_prep.quarantine import BadRecordWatch, check_budget, write_quarantine
+from megatron_mixcpt.data_prep.quarantine import (
+    BadRecordWatch,
+    check_budget,
+    check_lengths,
+    is_too_long,
+    write_quarantine,
+)
 from megatron_mixcpt.data_prep.records import make_renderer
 from megatron_mixcpt.data_prep.sampling import sample_texts
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -268,7 +274,8 @@ def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tupl
     """Make the part of a chunk; returns source, chunk and how many tokens, records and bad records it has."""
     receipt = process_chunk(bench.job(number, fast), chunk)
     tokens = sum(block["tokens"] for block in receipt["blocks"])
-    return number, chunk, {"tokens": tokens, "records": receipt["records"], "bad": len(receipt["bad"])}
+    num_bad = sum(not is_too_long(item) for item in receipt["bad"])
+    return number, chunk, {"tokens": tokens, "records": receipt["records"], "bad": num_bad}
 
 
 def _refuse_bad_records(out: Path, stage: Stage) -> None:
@@ -303,6 +310,7 @@ def _check_records(out: Path, prepared: Prepared, corpora: list[Corpus]) -> None
     ]
     path = write_quarantine(out, bad)
     for stage, corpus, (_, items) in zip(prepared.stages, corpora, bad):
+        check_lengths(stage.source, items, stage.plan, path)
         check_budget(stage.source, corpus.num_records, items, stage.plan, path)
 
 

@@ -34,6 +34,7 @@ class InputFile:
     size: int
     mtime_ns: int
     hash: str
+    heldout: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,20 @@ def make_plan(
 
     `evaluation` is decontaminate.evaluation_key, so that other evaluation files lead to other parts.
     """
-    paths = resolve_paths(source.paths, source.name)
+    heldout = resolve_paths(source.heldout, source.name)
+    train = resolve_paths(source.paths, source.name)
+    if both := sorted(set(train) & set(heldout)):
+        raise ConfigError(
+            f"source {source.name}: {both[0]} is in paths and in heldout; what is trained on measures nothing"
+        )
+    paths = [*train, *heldout]
     total = sum(path.stat().st_size for path in paths)
     target = max(CHUNK_BYTES, -(-total // MAX_CHUNKS))
     files: list[InputFile] = []
     spans: list[Span] = []
     for index, path in enumerate(paths):
         file, cuts = scan_file(path, index, target, text_allowed=source.is_text)
-        files.append(file)
+        files.append(dataclasses.replace(file, heldout=index >= len(train)))
         spans.extend(cuts)
     # What shapes the tokens of a document, and nothing that only shapes the mixture.
     shaping: dict[str, Any] = source.model_dump(
@@ -100,6 +107,8 @@ def make_plan(
     ]
     shaping["decontaminate"] = evaluation
     shaping["max_tokens"] = None if source.is_text else config.seq_length
+    if source.too_long == "truncate":
+        shaping["too_long"] = source.too_long
     key = xxhash.xxh3_128_hexdigest(
         orjson.dumps(
             [PLAN_VERSION, shaping, tokenizer_hash, add_bos, eos_id, config.max_record_bytes]

@@ -1,6 +1,7 @@
 """Where every document came from and where it went: one parquet file a source.
 
-Columns: file, line, hash (16 bytes), kind, status, split, tokens, targets, contaminated, sequences and positions (where
+Columns: file, line, offset (first token in the record; 0 unless a text was cut to hold out a part), hash (16 bytes),
+kind, status, split, tokens, targets, contaminated, sequences and positions (where
 each piece of the document lies in its split's prefix; two lists of one length), pair (its number in the pair prefix).
 """
 
@@ -63,6 +64,7 @@ def write_provenance(
             columns: dict[str, Any] = {
                 "file": pa.DictionaryArray.from_arrays(_column(rows["file"].astype(np.int32)), names),
                 "line": _column(rows["line"]),
+                "offset": _column(corpus.offset[part]),
                 "hash": pa.Array.from_buffers(
                     pa.binary(16), len(rows), [None, pa.py_buffer(np.ascontiguousarray(hashes[part]).tobytes())]
                 ),

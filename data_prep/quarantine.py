@@ -12,6 +12,7 @@ from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.errors import BadRecordsError
 
 FILE_NAME = "quarantine.jsonl"
+TOO_LONG = "too long"  # reason of a conversation that does not fit into seq_length: not bad, and counted apart
 
 
 def write_quarantine(out: Path, bad: list[tuple[Plan, list[dict[str, Any]]]]) -> Path:
@@ -52,8 +53,26 @@ class BadRecordWatch:
         return self._bad >= self.MANY and self._bad > 2 * self._fraction * expected
 
 
+def is_too_long(item: dict[str, Any]) -> bool:
+    """Whether a record was left out for its length alone."""
+    return item["reason"] == TOO_LONG
+
+
+def check_lengths(source: Source, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
+    """Raises BadRecordsError (exit code 4) for a record that does not fit where `too_long: error` stands."""
+    long = [item for item in items if is_too_long(item)]
+    if long and source.too_long == "error":
+        first = long[0]
+        raise BadRecordsError(
+            f"source {source.name}: {len(long)} records do not fit into seq_length (too_long: error), for example "
+            f"{plan.files[first['file']].path}:{first['line']}: {first['detail']}. All of them are in {path}; raise "
+            "seq_length, or set too_long: drop or truncate"
+        )
+
+
 def check_budget(source: Source, num_records: int, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) if more than `max_bad_fraction` of the records are bad."""
+    items = [item for item in items if not is_too_long(item)]
     if len(items) <= source.max_bad_fraction * num_records:
         return
     reason, count = Counter(item["reason"] for item in items).most_common(1)[0]

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus
 from megatron_mixcpt.data_prep.charts import bar_chart, short
+from megatron_mixcpt.data_prep.explain import seen
 from megatron_mixcpt.data_prep.mix import SPLITS
 from megatron_mixcpt.data_prep.plan import Plan
 
@@ -73,10 +74,11 @@ def _sequence_table(mix: dict[str, Any]) -> Table:
 
 
 def _mixture_table(mix: dict[str, Any]) -> Table:
-    head = ["source", "asked for", "share of the text", "share of the mixture", "amount", "epochs"]
-    total = sum(source["train"]["tokens"] for source in mix["sources"])
+    head = ["source", "asked for", "share of the text", "share of the mixture", "amount", "of its text"]
+    sources = [source for source in mix["sources"] if source["train"] is not None]
+    total = sum(source["train"]["tokens"] for source in sources)
     rows = []
-    for source in mix["sources"]:
+    for source in sources:
         share = source["share"]
         asked = ", ".join(f"{key} {value:g}" for key, value in share["requested"].items())
         rows.append(
@@ -86,7 +88,7 @@ def _mixture_table(mix: dict[str, Any]) -> Table:
                 f"{source['train']['tokens'] / total:.2%}",
                 f"{source['weight']:.2%}",
                 f"{share['tokens']} {share['of']}",
-                f"{share['epochs']:.3f}",
+                seen(share["epochs"]),
             ]
         )
     return head, rows
@@ -105,19 +107,17 @@ def _quarantine_table(plans: list[Plan], corpora: list[Corpus]) -> Table:
 
 def _charts(mix: dict[str, Any], corpora: list[Corpus]) -> dict[str, str]:
     charts = {}
-    names = [source["name"] for source in mix["sources"]]
-    total = sum(source["train"]["tokens"] for source in mix["sources"])
+    sources = [source for source in mix["sources"] if source["train"] is not None]
+    names = [source["name"] for source in sources]
+    total = sum(source["train"]["tokens"] for source in sources)
     shares = {
-        "in the text": [100 * source["train"]["tokens"] / total for source in mix["sources"]],
-        "in the mixture": [100 * source["weight"] for source in mix["sources"]],
+        "in the text": [100 * source["train"]["tokens"] / total for source in sources],
+        "in the mixture": [100 * source["weight"] for source in sources],
     }
     charts["mixture"] = bar_chart("Share of tokens", names, shares, "%")
-    fill = [
-        100 * source["train"]["tokens"] / (source["train"]["sequences"] * mix["seq_length"])
-        for source in mix["sources"]
-    ]
+    fill = [100 * source["train"]["tokens"] / (source["train"]["sequences"] * mix["seq_length"]) for source in sources]
     charts["fill"] = bar_chart("Sequences filled with text", names, {"filled": fill}, "%")
-    for name, corpus in zip(names, corpora):
+    for name, corpus in zip([source["name"] for source in mix["sources"]], corpora):
         lengths = corpus.documents["tokens"]
         top = max(4, int(lengths.max(initial=1)).bit_length())
         edges = 2 ** np.arange(top + 1)

@@ -5,17 +5,19 @@ import numpy as np
 from megatron_mixcpt.data_prep.assemble import Corpus
 from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.format import KIND_REJECTED
+from megatron_mixcpt.data_prep.holdout import in_held_out_files
 from megatron_mixcpt.data_prep.neardup import near_duplicates
+from megatron_mixcpt.data_prep.plan import Plan
 
 KEPT, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE, NEAR_DUPLICATE = range(6)
 STATUS_NAMES = ("kept", "too short", "too long", "contaminated", "duplicate", "near-duplicate")
 
 
-def select(config: Config, corpora: list[Corpus]) -> list[np.ndarray]:
+def select(config: Config, plans: list[Plan], corpora: list[Corpus]) -> list[np.ndarray]:
     """The status of every document: one uint8 [D] array for each source.
 
-    Of equal or similar records the first stays, in the order of the sources, their files and lines. Both answers of a
-    preference pair share one fate.
+    Of equal or similar records the first stays, in the order of the sources, their files and lines; of equal ones the
+    first of those that are held out, if any is. Both answers of a preference pair share one fate.
     """
     heads = [np.flatnonzero(corpus.documents["kind"] != KIND_REJECTED) for corpus in corpora]
     statuses = [_by_length(source, corpus, rows) for source, corpus, rows in zip(config.sources, corpora, heads)]
@@ -23,7 +25,7 @@ def select(config: Config, corpora: list[Corpus]) -> list[np.ndarray]:
         for status, corpus, rows in zip(statuses, corpora, heads):
             status[(status == KEPT) & (corpus.documents["contaminated"][rows] != 0)] = CONTAMINATED
     if config.exact_duplicates == "drop":
-        _mark_duplicates(statuses, corpora, heads)
+        _mark_duplicates(statuses, plans, corpora, heads)
     if config.near_duplicates is not None:
         _mark_near_duplicates(config.near_duplicates.threshold, statuses, corpora, heads)
     return [_for_all_documents(status, corpus, rows) for status, corpus, rows in zip(statuses, corpora, heads)]
@@ -40,11 +42,16 @@ def _by_length(source: Source, corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     return status
 
 
-def _mark_duplicates(statuses: list[np.ndarray], corpora: list[Corpus], heads: list[np.ndarray]) -> None:
+def _mark_duplicates(
+    statuses: list[np.ndarray], plans: list[Plan], corpora: list[Corpus], heads: list[np.ndarray]
+) -> None:
     status = np.concatenate(statuses)
     hashes = np.concatenate([corpus.documents[["hash_high", "hash_low"]][rows] for corpus, rows in zip(corpora, heads)])
+    held_out = np.concatenate(
+        [in_held_out_files(plan, corpus.documents[rows]) for plan, corpus, rows in zip(plans, corpora, heads)]
+    )
     kept = np.flatnonzero(status == KEPT)
-    order = kept[np.lexsort((kept, hashes["hash_low"][kept], hashes["hash_high"][kept]))]
+    order = kept[np.lexsort((kept, ~held_out[kept], hashes["hash_low"][kept], hashes["hash_high"][kept]))]
     repeated = hashes[order][1:] == hashes[order][:-1]
     status[order[1:][repeated]] = DUPLICATE
     _give_back(status, statuses)

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import Config, parse_config
-from megatron_mixcpt.data_prep.documents import Batch
+from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, TARGET, open_indexed
 from megatron_mixcpt.data_prep.mix import SPLITS, Mix
 from megatron_mixcpt.data_prep.plan import InputFile, Span, scan_file
@@ -74,27 +74,45 @@ def _trace_source(
         if split is not None
     }
     for path in sorted({row["file"] for row in rows}):
-        wanted = {row["line"]: row for row in rows if row["file"] == path}
+        wanted: dict[int, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["file"] == path:
+                wanted.setdefault(row["line"], []).append(row)
         file, spans = scan_file(Path(path), 0, 1 << 22, text_allowed=True)
         for line, record in _lines(file, spans, set(wanted), config, source.keys):
-            row = wanted[line]
-            kind = KIND_NAMES.index(row["kind"])
-            where = f"{path}:{line}"
-            if isinstance(record, BadRecord):
-                findings.problems.append(f"{where}: is in the data, but cannot be read any more: {record}")
-                continue
-            document = next(each for each in render(record) if each.kind == kind)
-            batch = Batch(tokenizer.joining)
-            batch.add(document.pieces)
-            tokens, flags, _ = batch.encode(tokenizer.engine)
-            stored_tokens, stored_flags = _stored(row, *opened[row["split"]], mix.seq_length)
-            starts = np.flatnonzero(stored_flags & DOC_START)  # every piece is a document start
-            flags[starts] = (flags[starts] | DOC_START) & ~np.uint8(TARGET)
-            findings.num_records += 1
-            if not np.array_equal(tokens, stored_tokens):
-                findings.problems.append(f"{where}: its tokens are not those in the data")
-            elif not np.array_equal(flags, stored_flags):
-                findings.problems.append(f"{where}: its flags are not those in the data")
+            for row in wanted[line]:
+                where = f"{path}:{line}"
+                if isinstance(record, BadRecord):
+                    findings.problems.append(f"{where}: is in the data, but cannot be read any more: {record}")
+                    continue
+                stored = _stored(row, *opened[row["split"]], mix.seq_length)
+                problem = _difference(row, render(record), tokenizer, stored, mix.seq_length)
+                findings.num_records += 1
+                if problem:
+                    findings.problems.append(f"{where}: {problem}")
+
+
+def _difference(
+    row: dict[str, Any],
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    stored: tuple[np.ndarray, np.ndarray],
+    seq_length: int,
+) -> str | None:
+    """How a document made again differs from its `stored` tokens and flags."""
+    kind = KIND_NAMES.index(row["kind"])
+    batch = Batch(tokenizer.joining)
+    batch.add(next(each for each in documents if each.kind == kind).pieces)
+    tokens, flags, _ = batch.encode(tokenizer.engine)
+    stored_tokens, stored_flags = stored
+    begin = row.get("offset") or 0  # older data has no such column
+    if begin or row["tokens"] == seq_length:  # a piece of a text, or a conversation cut to fit
+        tokens, flags = (values[begin : begin + row["tokens"]] for values in (tokens, flags))
+    if not np.array_equal(tokens, stored_tokens):
+        return "its tokens are not those in the data"
+    starts = np.flatnonzero(stored_flags & DOC_START)  # every piece is a document start
+    flags[starts] = (flags[starts] | DOC_START) & ~np.uint8(TARGET)
+    return None if np.array_equal(flags, stored_flags) else "its flags are not those in the data"
 
 
 def _lines(file: InputFile, spans: list[Span], wanted: set[int], config: Config, keys: list[str]) -> Any:

@@ -58,13 +58,19 @@ def remix(
     if out.exists() and any(out.iterdir()):
         raise MixcptError(f"{out} is not empty; give a new folder")
     chosen = [source for source in mix.sources if wanted.get(source.name, ShareRequest()) is not None]
-    requests = [_request(source, wanted.get(source.name), share_of, max_epochs) for source in chosen]
+    trained = [source for source in chosen if source.train is not None]
+    only_held_out = [source.name for source in chosen if source.train is None and source.name in wanted]
+    if only_held_out:
+        raise ConfigError(
+            f"source {only_held_out[0]} of {mix.folder} is only held out: it can be dropped, not weighted"
+        )
+    requests = [_request(source, wanted.get(source.name), share_of, max_epochs) for source in trained]
     shares = resolve_shares(requests, total_tokens)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(mix.tokenizer.path, out / "tokenizer")
     files: dict[str, dict[str, Any]] = {}
-    sources = []
-    for source, request, share in zip(chosen, requests, shares):
+    views: dict[str, Source] = {}
+    for source, request, share in zip(trained, requests, shares):
         rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(f"view {source.name}".encode())]))
         train = source.train
         assert train is not None
@@ -72,12 +78,15 @@ def remix(
         view = replace(source, train=_write_view(out, train, source.name, num_sequences, rng, files))
         epochs = num_sequences / train.sequences
         reached = SourceShare(share_of, requested(request), share.share, count(view, share_of), epochs)
+        views[source.name] = replace(view, share=reached)
+    for source in chosen:
         for name, split in source.splits:
             if name != "train":
                 _link(split.prefix, out, files)
-        sources.append(replace(view, share=reached))
-    total = sum(count(source, "tokens") for source in sources)
-    weighted = tuple(replace(source, weight=count(source, "tokens") / total) for source in sources)
+    total = sum(count(view, "tokens") for view in views.values())
+    for name, view in views.items():
+        views[name] = replace(view, weight=count(view, "tokens") / total)
+    weighted = tuple(views.get(source.name, source) for source in chosen)
     write_view_manifest(out, files, mix.fingerprint)
     remixed = replace(mix, path=out / FILE_NAME, seed=seed, sources=weighted, view_of=mix.fingerprint)
     return write_mix(remixed.path, remixed).path

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_mixcpt.data_prep.assemble import last_answer
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.decontaminate import Detector
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.engines import Engine
-from megatron_mixcpt.data_prep.format import ROLE_MASK, TARGET, TEXT_KINDS
+from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET, TEXT_KINDS
 from megatron_mixcpt.data_prep.joining import Joining
 from megatron_mixcpt.data_prep.neardup import Signer
 from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
 from megatron_mixcpt.data_prep.plan import Plan
+from megatron_mixcpt.data_prep.quarantine import TOO_LONG
 from megatron_mixcpt.data_prep.readers import read_span
 from megatron_mixcpt.data_prep.records import Renderer
 from megatron_mixcpt.data_prep.template import BadRecord
@@ -119,6 +121,9 @@ class _Part:
             return
         self._num_literals += self._job.count_literals(self._batch.texts)
         tokens, flags, lengths = self._batch.encode(self._job.engine)
+        if self._job.source.too_long == "truncate" and self._job.max_tokens is not None:
+            pairs = self._job.source.kind == "preference"
+            tokens, flags, lengths = truncated(tokens, flags, lengths, self._job.max_tokens, whole_prompt=pairs)
         documents = np.zeros(len(lengths), dtype=DOCUMENT_DTYPE)
         for name, column in zip(COLUMNS, zip(*self._rows)):
             documents[name] = np.array(column, dtype=DOCUMENT_DTYPE[name])
@@ -154,7 +159,7 @@ class _Part:
             if shortest == 0:
                 bad = BadRecord("no tokens", "the tokenizer leaves nothing of the text")
             elif limit is not None and longest > limit:
-                bad = BadRecord("too long", f"{longest} tokens; seq_length is {limit}")
+                bad = BadRecord(TOO_LONG, f"{longest} tokens; seq_length is {limit}")
             if bad is not None:
                 keep[start : start + count] = False
                 self._quarantine(int(rows["file"][0]), int(rows["line"][0]), bad)
@@ -169,6 +174,25 @@ class _Part:
         signatures = np.concatenate(self._signatures) if self._signatures else None
         self._blocks.append(write_block(self._job.folder, name, tokens, flags, documents, signatures))
         self._tokens, self._flags, self._documents, self._signatures, self._num_tokens = [], [], [], [], 0
+
+
+def truncated(
+    tokens: np.ndarray, flags: np.ndarray, lengths: np.ndarray, limit: int, *, whole_prompt: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Conversations without what lies beyond `limit` tokens.
+
+    One that would keep nothing of an answer (of its last one, with `whole_prompt`) stays as it is: too long.
+    """
+    ends = np.cumsum(lengths)
+    cut = lengths.copy()
+    for index in np.flatnonzero(lengths > limit).tolist():
+        marks = flags[ends[index] - lengths[index] : ends[index]]
+        answer = np.flatnonzero((marks & ROLE_MASK) == ROLE_ASSISTANT << ROLE_SHIFT)
+        if len(answer) and (last_answer(marks).start if whole_prompt else max(1, answer[0])) < limit:
+            cut[index] = limit
+    position = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    inside = position < np.repeat(cut, lengths)
+    return tokens[inside], flags[inside], cut
 
 
 def _plain_text(documents: list[Document]) -> str:

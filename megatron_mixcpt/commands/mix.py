@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     )
     for source in read_mix(path).sources:
         share = source.share
-        assert share is not None
+        if share is None:
+            print(f"{source.name}: only held out")
+            continue
         print(
             f"{source.name}: asked {share.requested}, share {share.share:.4f}; "
             f"got {source.weight:.4f}, {share.tokens} {share.of}, {share.epochs:.3f} epochs"

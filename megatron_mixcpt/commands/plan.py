@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
+    from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.model.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan.estimate import make_plan
@@ -75,11 +76,8 @@ def run(args: argparse.Namespace) -> int:
         frozen=frozen,
     )
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
-    total = sum(source.weight for source in mix.train_sources)
-    for source, share in zip(mix.train_sources, mix.sample_shares()):
-        assert source.train is not None
-        passes = train.steps * train.global_batch_size * share / source.train.sequences
-        print(f"            {source.name}: {source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens")
+    for line in explain_passes(mix, train.steps, train.global_batch_size):
+        print(f"            {line}")
     print(
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
         "with recomputation, padding and masked attention"

@@ -263,8 +263,13 @@ class EvalConfig(Section):
 
     every: NonNegative = 0
     """Steps between validations; 0 validates only at the end."""
-    max_samples: Positive | None = None
-    """Samples a source; None takes the whole validation split."""
+    max_samples: Positive | Literal["all"] | None = 64
+    """Samples a source; all, or None, takes the whole validation split."""
+
+    @property
+    def limit(self) -> int | None:
+        """Samples a source, None without a limit."""
+        return None if self.max_samples == "all" else self.max_samples
 
 
 class CheckpointConfig(Section):

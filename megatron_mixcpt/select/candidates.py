@@ -35,6 +35,7 @@ from megatron_mixcpt.select.config import SelectConfig
 
 FOLDER, PREFIX, RECORDS, RECEIPT, LEFT_OUT = "candidates", "variants", "records.jsonl", "receipt.json", "left_out.jsonl"
 PLAIN, CHAT, REJECTED = "plain", "chat", "rejected"
+REJECTED_CHAT = "rejected, chat"  # not scored: training takes both answers, so both must fit
 SPAN_BYTES = 1 << 22
 ENCODE_CHARACTERS = 1 << 19
 
@@ -158,6 +159,8 @@ def _render(variants: dict[str, Renderer], record: dict[str, Any]) -> dict[str, 
                 documents[name] = document
             elif name == PLAIN:
                 documents[REJECTED] = document
+            else:
+                documents[REJECTED_CHAT] = document
     return documents
 
 
@@ -230,12 +233,13 @@ class _Writer:
                 shown = {key: value for key, value in head.items() if key != "record"}
                 left_out.write(json.dumps({**shown, "reason": bad.reason, "detail": bad.detail}) + "\n")
                 continue
-            for part in parts:
+            scored = [(name, part) for name, part in zip(names, parts) if name != REJECTED_CHAT]
+            for _, part in scored:
                 self._tokens.add(tokens[part])
                 self._flags.add(_response(flags[part], head))
-            sequences = {name: self._num_sequences + i for i, name in enumerate(names)}
+            sequences = {name: self._num_sequences + i for i, (name, _) in enumerate(scored)}
             records.write(json.dumps({**head, "sequences": sequences}, default=str) + "\n")
-            self._num_sequences += len(names)
+            self._num_sequences += len(scored)
             self.num_records += 1
         self._batch, self._waiting = Batch(self._tokenizer.joining), []
 

@@ -66,7 +66,7 @@ class RunValidation:
             self._parts.task.validation_metrics,
             state=self._state,
             micro_batch_size=self._config.train.micro_batch_size,
-            max_samples=self._config.eval.max_samples,
+            max_samples=self._config.eval.limit,
             stop_requested=stop_requested,
             items=items,
         )

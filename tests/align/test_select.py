@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron_mixcpt.config import validate
+from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
 from megatron_mixcpt.data_prep.mix import read_mix
+from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import ConfigError, VerificationError
@@ -190,6 +192,34 @@ def test_a_tokenizer_without_template_needs_the_plain_format(tmp_path, stage1):
         prepare_candidates(config(copy, tmp_path))
     candidates = prepare_candidates(config(copy, tmp_path, format="plain"))
     assert {tuple(record["sequences"]) for record in candidates.records()} == {("plain",), ("plain", "rejected")}
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_a_pair_is_a_candidate_only_if_both_answers_fit_in_the_format(tmp_path, tokenizer_dir, form):
+    """Rejected answers of which the last two fit without the template's turns, and not with them."""
+    engine = load_tokenizer(tokenizer_dir).engine
+
+    def length(*texts):
+        return sum(len(engine.encode([text])[0]) for text in texts) + 1
+
+    fits = max(n for n in range(60) if length("Why, 10?\n", "no. " * n) <= 64)
+    pairs = [
+        {"prompt": f"Why, {i}?", "chosen": "yes", "rejected": "no. " * (fits if i >= 28 else fits // 3)}
+        for i in range(10, 30)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sides = {"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}"}
+    source = {"name": "pairs", "kind": "preference", "paths": [str(path)], **sides, "weight": 1, "format": "plain"}
+    values = {"tokenizer": str(tokenizer_dir), "out": str(tmp_path / "data"), "seq_length": 64, "valid_fraction": 0}
+    preprocess(parse_config({**values, "sources": [source]}))
+    found = prepare_candidates(config(tmp_path / "data", tmp_path, format=form))
+    assert found.num_records == (20 if form == "plain" else 18)
+    chosen = [record["record"] for record in found.records()]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in chosen))
+    values["out"] = str(tmp_path / "chosen")
+    mix = read_mix(preprocess(parse_config({**values, "sources": [{**source, "format": form}]})))
+    assert mix.sources[0].pairs[0].documents == found.num_records
 
 
 @pytest.mark.parametrize(("n", "notes"), [(60, 1), (1000, 1), (5, 0)])

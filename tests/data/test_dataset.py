@@ -112,6 +112,14 @@ def test_positions_restart_with_every_document(blend):
         assert batch.position_ids[row].tolist() == expected
 
 
+def test_a_source_that_is_only_held_out_is_measured_and_not_drawn(mix, tmp_path):
+    facts, tasks = mix.sources
+    apart = replace(mix, sources=(facts, replace(tasks, train=None, weight=0.0)))
+    assert set(valid_datasets(apart, 7, tmp_path)) == {"facts", "tasks"}
+    assert {draw.source for draw in Position.start(apart, 7).draw(50)} == {0}
+    assert len(train_dataset(apart, 7, tmp_path).datasets) == 1
+
+
 def test_padding_samples_hold_no_target(mix, tmp_path):
     batch = collate([next(iter(valid_datasets(mix, 7, tmp_path).values()))[None]])
     assert (batch.labels == IGNORE_INDEX).all()

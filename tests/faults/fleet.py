@@ -141,7 +141,7 @@ def timed():
 
 def at_step(number, action, *arguments):
     """Do something in the middle of the `number`-th training step of this process."""
-    from megatron_mixcpt.train.step import ForwardBackward
+    from megatron_mixcpt.objectives.step import ForwardBackward
 
     original, seen = ForwardBackward._forward_step, 0
 
