@@ -28,9 +28,10 @@ setup(
         "megatron_mixcpt.evaluate": ["tasks/*"],
         "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*", "configs/*/*"],
         "megatron_mixcpt.observe": ["page/*"],
+        "megatron_mixcpt.recall": ["data/*"],
     },
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.11",
         "triton>=3.2; platform_system == 'Linux'",
         "megatron-core>=0.16.1,<0.17",
         "deepspeed>=0.16",

@@ -27,6 +27,7 @@ from megatron_mixcpt.config import AlignSettings, LossConfig
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import PRESETS
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.dpo import DPOObjective
@@ -51,12 +52,13 @@ def answer_batch() -> AnswerBatch:
     tokens = random_tokens(ROWS, LENGTH + 1)
     labels = torch.where(torch.arange(LENGTH) >= LENGTH // 2, tokens[:, 1:], IGNORE_INDEX)
     place, row = torch.nonzero(labels.t() != IGNORE_INDEX, as_tuple=True)
+    packing = Documents.whole(ROWS, LENGTH)
     return AnswerBatch(
         tokens=tokens[:, :-1].contiguous(),
         labels=labels,
         kinds=torch.zeros_like(labels),
-        position_ids=torch.arange(LENGTH).expand(ROWS, -1).contiguous(),
-        attention_mask=None,
+        position_ids=packing.position_ids(),
+        packing=packing,
         source=torch.zeros(ROWS, dtype=torch.int64),
         targets=place * ROWS + row,
         documents=row,
@@ -82,7 +84,7 @@ def contenders(state: ParallelState) -> tuple[Steps, Steps]:
 
     @torch.no_grad()
     def forward() -> None:
-        stage(answers.tokens, answers.position_ids, None)
+        stage(answers.tokens, answers.position_ids, answers.packing)
 
     @torch.no_grad()
     def scoring() -> None:
@@ -107,7 +109,7 @@ def contenders(state: ParallelState) -> tuple[Steps, Steps]:
 
     @torch.no_grad()
     def reference() -> None:
-        stage(pairs.tokens, pairs.position_ids, pairs.attention_mask)
+        stage(pairs.tokens, pairs.position_ids, pairs.packing)
 
     scored: Steps = {"forward pass": forward, "scoring": scoring}
     trained: Steps = {"policy passes": step(plain), "reference passes": reference, "DPO step": step(dpo)}

@@ -25,7 +25,7 @@ from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.load import load_hf
-from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
@@ -56,13 +56,13 @@ def batch_of(seq_length: int, documents: int) -> Batch:
     tokens = torch.randint(0, 49152, (1, seq_length + 1), generator=torch.Generator().manual_seed(0))
     doc_start = torch.zeros(1, seq_length, dtype=torch.bool)
     doc_start[0, :: seq_length // documents] = True
-    position_ids, attention_mask = document_mask(doc_start)
+    packing = Documents.of(doc_start)
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         kinds=torch.zeros(1, seq_length, dtype=torch.int64),
-        position_ids=position_ids,
-        attention_mask=attention_mask,
+        position_ids=packing.position_ids(),
+        packing=packing,
         source=torch.zeros(1, dtype=torch.int64),
     )
 

@@ -9,6 +9,16 @@ from pydantic_core import PydanticUndefined
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config.reader import section_of
+from megatron_mixcpt.recall.config import (
+    Amounts,
+    Filters,
+    OpenAIEngine,
+    Overlap,
+    RecallModel,
+    SamplingSettings,
+    TextSettings,
+    TransformersEngine,
+)
 from megatron_mixcpt.select.config import SelectSettings
 
 INTRODUCTION = """# Configuration of `mixcpt train` and `mixcpt align`
@@ -20,6 +30,19 @@ The resolved configuration is written to `<run_dir>/config.yaml`. This page is m
 """
 
 SELECT = "`model` and `parallel` as above, `data.mix`, `out` (folder of the result), and"
+
+
+RECALL = "`out` (folder of the result), and the following; [recall.md](recall.md) explains them."
+RECALL_SECTIONS = {
+    "model": RecallModel,
+    "n": Amounts,
+    "engine.transformers": TransformersEngine,
+    "engine.openai": OpenAIEngine,
+    "text": TextSettings,
+    "sampling": SamplingSettings,
+    "filters": Filters,
+    "overlap.<name>": Overlap,
+}
 
 
 def page() -> str:
@@ -36,6 +59,8 @@ def page() -> str:
     parts.append("## Top level\n\n" + _head() + "\n".join(own))
     select = _section("select", SelectSettings)
     parts.append(f"# Configuration of `mixcpt select`\n\n{SELECT}\n\n## `select`\n\n{select}")
+    parts.append(f"# Configuration of `mixcpt recall`\n\n{RECALL}")
+    parts += [f"## `{name}`\n\n{_section(name, section)}" for name, section in RECALL_SECTIONS.items()]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -74,6 +99,8 @@ def _row(key: str, field) -> str:
 
 def _plain(field) -> str:
     value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -86,7 +113,9 @@ def _values(field) -> str:
         word
         for name, word in (
             ("Config", "mapping"),
+            ("Settings", "mapping"),
             ("dict", "mapping"),
+            ("list", "list"),
             ("bool", "true, false"),
             ("float", "number"),
             ("int", "integer"),

@@ -26,6 +26,7 @@ COMMANDS = {
     "rehearse": "a run in small on this CPU: same grid, same code",
     "launch": "submit a run or a chain of stages to SLURM",
     "train": "train on a mixture, or resume the run",
+    "recall": "let the model write its own rehearsal data",
     "cache-teacher": "compute the teacher's answers once, before training",
     "select": "choose samples for alignment by their score under a model",
     "align": "teach the format with a few samples: SFT or DPO",

@@ -41,7 +41,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mixcpt.adapters.layout import AdaptedLinear, shard
-from megatron_mixcpt.model.attention import causal_attention
+from megatron_mixcpt.model.attention import attention
+from megatron_mixcpt.model.documents import Documents
 
 
 class Adapter(nn.Module):
@@ -51,7 +52,7 @@ class Adapter(nn.Module):
 
     Attributes:
         enabled: off, the layer is the base model's own.
-        mask: of the packed documents of the micro-batch (see attention.document_mask); the layer's hook sets it.
+        packing: the documents of the micro-batch; the layer's hook sets it.
     """
 
     down: nn.Parameter
@@ -61,11 +62,12 @@ class Adapter(nn.Module):
     rows: Tensor | None  # of the layer's output that are adapted; None: all
     member: Tensor | None  # [rows, P] 1 where a row belongs to a projection; None: there is one only
 
-    def __init__(self, layout: AdaptedLinear, config: TransformerConfig) -> None:
+    def __init__(self, layout: AdaptedLinear, config: TransformerConfig, window: int | None = None) -> None:
         super().__init__()
         self.layout, self.settings = layout, layout.config
         self.enabled = True
-        self.mask: Tensor | None = None
+        self.window = window
+        self.packing: Documents | None = None
         self.sequence_parallel = config.sequence_parallel
         rank = parallel_state.get_tensor_model_parallel_rank()
         size = parallel_state.get_tensor_model_parallel_world_size()
@@ -140,10 +142,11 @@ class Adapter(nn.Module):
         count, rank, heads = len(self.layout.targets), self.settings.rank, self.settings.num_heads
         flat = z.view(s * b, count, rank).transpose(0, 1)  # [P, s * b, r]
         qkv = torch.bmm(flat, self.attention_in.transpose(1, 2))  # [P, s * b, 3 * r]
-        qkv = qkv.view(count, s, b, 3, heads, rank // heads).permute(3, 2, 0, 4, 1, 5)  # [3, b, P, n, s, r / n]
-        query, key, value = qkv.reshape(3, b, count * heads, s, rank // heads)
-        mixed = causal_attention(query, key, value, self.mask)
-        mixed = mixed.view(b, count, heads, s, rank // heads).permute(1, 3, 0, 2, 4).reshape(count, s * b, rank)
+        qkv = qkv.view(count, s, b, 3, heads, rank // heads).permute(3, 1, 2, 0, 4, 5)  # [3, s, b, P, n, r / n]
+        query, key, value = qkv.reshape(3, s, b, count * heads, rank // heads)
+        assert self.packing is not None
+        mixed = attention(query, key, value, self.packing, window=self.window)
+        mixed = mixed.reshape(s * b, count, rank).transpose(0, 1)
         a = torch.bmm(mixed, self.attention_out.transpose(1, 2))
         if self.settings.residual:
             a = a + flat
@@ -186,13 +189,14 @@ def _with_adapter(adapter: Adapter | None, x: Tensor, output: Tensor) -> Tensor:
     return output + adapter(x) if adapter is not None and adapter.enabled else output
 
 
-def attach(model: nn.Module, linears: list[AdaptedLinear], first_layer: int) -> None:
+def attach(model: nn.Module, linears: list[AdaptedLinear], first_layer: int, window: int | None) -> None:
     """Put the adapters of this stage beside its layers and freeze everything else.
 
     Args:
         model: a stage whose layers are `model.decoder.layers`, with base weights or yet without.
         linears: of the whole model.
         first_layer: number of layers on earlier stages.
+        window: the model's sliding window, which ALoRA's attention keeps to.
     """
     model.requires_grad_(False)
     layers: Any = model.get_submodule("decoder.layers")
@@ -201,24 +205,24 @@ def attach(model: nn.Module, linears: list[AdaptedLinear], first_layer: int) -> 
         _, _, number, rest = layout.linear.split(".", 3)
         index = int(number) - first_layer
         if 0 <= index < len(layers):
-            adapter = Adapter(layout, model.config)  # type: ignore[arg-type]
+            adapter = Adapter(layout, model.config, window)  # type: ignore[arg-type]
             layers[index].get_submodule(rest).adapter = adapter
             by_layer.setdefault(index, []).append(adapter)
     for index, adapters in by_layer.items():
         if adapters[0].settings.method == "alora":
-            layers[index].register_forward_pre_hook(_MaskHook(adapters), with_kwargs=True)
+            layers[index].register_forward_pre_hook(_PackingHook(adapters), with_kwargs=True)
 
 
-class _MaskHook:
-    """Hands each layer's mask to its adapters. The layer's, not the model's: under recomputation a layer runs again
-    when the model has gone on to other micro-batches."""
+class _PackingHook:
+    """Hands each layer's documents to its adapters. The layer's, not the model's: under recomputation a layer runs
+    again when the model has gone on to other micro-batches."""
 
     def __init__(self, adapters: list[Adapter]) -> None:
         self.adapters = adapters
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for adapter in self.adapters:
-            adapter.mask = kwargs["attention_mask"]
+            adapter.packing = kwargs["packed_seq_params"]
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 NAME = "plan"
 HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
-what is saved where. Checks the configuration as `mixcpt train` or `mixcpt align` would."""
+what is saved where. Checks the configuration as `mixcpt train`, `mixcpt align` or `mixcpt recall` would."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes")
+    parser.add_argument("config", help="the YAML file that `mixcpt train`, `mixcpt align` or `mixcpt recall` takes")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
@@ -22,17 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config
+    from megatron_mixcpt.config.reader import read_document, validate_document
 
+    document = read_document(args.config, args.overrides)
+    if "n" in document.values:  # which of all configurations `mixcpt recall`'s has alone
+        from megatron_mixcpt.recall.config import RecallConfig
+        from megatron_mixcpt.recall.cost import described
+
+        print("\n".join(described(validate_document(RecallConfig, document), args.nproc or 1, args.gpu, args.mfu)))
+        return 0
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
     from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.model.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
+    from megatron_mixcpt.plan.documents import document_length
     from megatron_mixcpt.plan.estimate import make_plan
     from megatron_mixcpt.train.setup import check_settings, existing_parent
 
     grid, train = config.parallel, config.train
-    world_size = args.nproc or grid.tensor * grid.pipeline
+    world_size = args.nproc or grid.replica
     arch, mix = check_settings(config, world_size)
     if args.gpu is not None and args.gpu not in PEAK_BF16:
         raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
@@ -48,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
         f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
-        f"x data {plan.data_size}; "
+        + f"x context {grid.context} " * (grid.context > 1)
+        + f"x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
     )
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
@@ -68,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
-        row_length,
+        document_length(mix),
         with_teacher=config.runs_teacher,
         recompute=train.recompute == "full",
         fuse_lm_head=config.fuses_lm_head,
@@ -80,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"            {line}")
     print(
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
-        "with recomputation, padding and masked attention"
+        "with recomputation, padding and attention within documents"
     )
     if train.dtype == "fp32" and not args.peak_tflops:
         print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
         # Mistakes are told before any process starts.
         world_size = integer_variable("WORLD_SIZE", args.nproc)
-        check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
+        check_grid(world_size, config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
         read_model_and_mix(config.as_training())
         if not is_distributed():
             prepare_candidates(config)

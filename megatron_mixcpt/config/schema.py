@@ -52,14 +52,21 @@ class DataConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How the model is spread: data-parallel size = number of processes / (tensor * pipeline)."""
+    """How the model is spread: data-parallel size = number of processes / (tensor * pipeline * context)."""
 
     tensor: Positive = 1
     """Ranks that share every layer; must divide heads and FFN."""
     pipeline: Positive = 1
     """Stages the layers are dealt to; must divide their number."""
+    context: Positive = 1
+    """Ranks that share every row: each computes a part of its tokens, so that activations of long rows fit."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals sharded over the tensor-parallel group."""
+
+    @property
+    def replica(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor * self.pipeline * self.context
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> LayoutConfig:

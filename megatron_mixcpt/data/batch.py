@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, kind_of
-from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.model.context import cut
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 IGNORE_INDEX = -100
@@ -32,13 +33,28 @@ class Batch:
     labels: torch.Tensor  # [b, s] int64, IGNORE_INDEX where nothing is to be predicted
     kinds: torch.Tensor  # [b, s] int64, kind of data of each label (data_prep.format)
     position_ids: torch.Tensor  # [b, s] int64, counted within each packed document
-    attention_mask: torch.Tensor | None  # [b, 1, s, s] bool, true = may attend; None: causal
+    packing: Documents  # where the documents lie, to which attention is limited
     source: torch.Tensor  # [b] int64, index of the source each sample came from
     digest: int = 0  # sum of the samples' digests (see data.dataset.Mixture), modulo 2^64
     keys: tuple[SampleKey, ...] = ()  # of each training sample; made-up ones have none
+    places: torch.Tensor | None = None  # [b, s] int64: of a part of longer rows, where its tokens are in them
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def here(self, device: torch.device) -> Batch:
+        """What this rank computes of it, on its device: with context parallelism its part of every row."""
+        from megatron.core import parallel_state
+
+        size = parallel_state.get_context_parallel_world_size()
+        batch = self.part(parallel_state.get_context_parallel_rank(), size) if size > 1 else self
+        return batch.to(device)
+
+    def part(self, rank: int, size: int) -> Batch:
+        """The tokens of every row that `rank` of `size` has."""
+        packing, places = cut(self.packing, rank, size)
+        rows = {name: getattr(self, name).gather(1, places) for name in ("tokens", "labels", "kinds", "position_ids")}
+        return replace(self, packing=packing, places=places, **rows)
 
     def pin_memory(self) -> Batch:
         """Called by the data loader."""
@@ -47,7 +63,15 @@ class Batch:
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **changed)
+        return replace(self, packing=self.packing.map_tensors(function), **changed)
+
+
+def of_part(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """x `[b, s, ...]` of whole rows -> what belongs to the tokens of `batch`, a part of them or all."""
+    if batch.places is None:
+        return x
+    places = batch.places.to(x.device)
+    return x[torch.arange(len(places), device=x.device).unsqueeze(1), places]
 
 
 def collate(samples: list[dict]) -> Batch:
@@ -56,13 +80,13 @@ def collate(samples: list[dict]) -> Batch:
     flags = torch.stack([sample["flags"] for sample in samples])
     target = (flags[:, 1:] & TARGET).bool()
     doc_start = (flags[:, :-1] & DOC_START).bool()
-    position_ids, attention_mask = document_mask(doc_start)
+    packing = Documents.of(doc_start)
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=torch.where(target, tokens[:, 1:], IGNORE_INDEX),
         kinds=kind_of(flags[:, 1:]).long(),
-        position_ids=position_ids,
-        attention_mask=attention_mask,
+        position_ids=packing.position_ids(),
+        packing=packing,
         source=torch.tensor([sample.get("source", 0) for sample in samples]),
         digest=sum(sample.get("digest", 0) for sample in samples) % 2**64,
         keys=tuple(sample["key"] for sample in samples if "key" in sample),
@@ -98,7 +122,10 @@ def train_batches(
     num_workers: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from `position` on, which is left as it is: drawing is the trainer's to count."""
+    """This rank's micro-batches from `position` on, which is left as it is: drawing is the trainer's to count.
+
+    They are on the CPU, where they stay until they are used; `device` is where that will be.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=RankSampler(position, micro_batch_size, data_rank, data_size),  # type: ignore[arg-type]
@@ -110,8 +137,7 @@ def train_batches(
     )
     with _without_stop_signals():
         micro_batches = iter(loader)
-    for batch in micro_batches:
-        yield batch.to(device)
+    yield from micro_batches
 
 
 @contextlib.contextmanager

@@ -21,8 +21,10 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
-    """The fp32 model in evaluation mode and its tokenizer; `hf_dir` may also hold an ALoRA adapter (hf_alora.py).
+def load_directory(hf_dir: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
+    """The model in evaluation mode and its tokenizer; `hf_dir` may also hold an ALoRA adapter (hf_alora.py).
+
+    `dtype`: torch's; fp32 when not given.
 
     Raises ConfigError if `hf_dir` holds no model or no tokenizer that transformers can open.
     """
@@ -37,7 +39,7 @@ def load_directory(hf_dir: str | Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_dir)
         load = load_alora if alora else AutoModelForCausalLM.from_pretrained
-        model = load(hf_dir, dtype=torch.float32)
+        model = load(hf_dir, dtype=dtype or torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{hf_dir}: transformers cannot open it: {error}") from error
     return model.eval(), tokenizer

@@ -1,9 +1,16 @@
-"""Attention on `scaled_dot_product_attention`: causal, grouped queries, block-diagonal over packed documents.
+"""Causal attention within packed documents, with grouped queries and sliding windows, at the price of the documents.
 
-Runs without Transformer Engine on CPU and GPU and never materialises scores where PyTorch has a fused kernel.
+No scores of whole rows exist anywhere: a GPU runs PyTorch's variable-length flash attention, the CPU its flash kernel
+on groups of documents. Neither needs Transformer Engine.
 
-Shapes: s sequence, b batch, n query heads of this rank, g key/value heads of this rank, d head dimension.
+Shapes: s tokens of a row (on this rank), b rows, n query heads, g key/value heads, d head dimension.
 """
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,69 +19,130 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8  # of causal_attention
+from megatron_mixcpt.model.attention_cpu import attention_on_cpu
+from megatron_mixcpt.model.context import gathered_rows
+from megatron_mixcpt.model.documents import Documents
+
+MULTIPLE = 8  # of the head dimension that flash kernels take
+QUERY_BLOCK = 512  # of attention_in_blocks
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def document_mask(doc_start: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Positions within, and attention limited to, the documents packed into each row.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the keys that each query may see: those before it, in its document and the window.
 
     Args:
-        doc_start: bool `[b, s]`, true at the first token of every document; a row's first token always starts one.
+        query: `[s, b, n, d]`; key, value: `[s, b, g, d]`, where g divides n. With context parallelism those of this
+            rank's tokens, and collective.
+        window: a token sees itself and the `window` - 1 before it (Mistral, https://arxiv.org/abs/2310.06825).
+        scale: None is 1 / sqrt(d).
 
-    Returns:
-        position_ids int64 `[b, s]`, counting from 0 in each document, and a bool mask `[b, 1, s, s]`, true where
-        query (third dimension) may attend to key (fourth), or None when every row is a single document, for which
-        plain causal attention is the same and faster. Compute it on CPU tensors: it would wait for a GPU.
+    Returns `[s, b, n, d]`.
     """
-    steps = torch.arange(doc_start.shape[1], device=doc_start.device)
-    inner = doc_start.clone()
-    inner[:, 0] = False
-    if not inner.any():
-        return steps.expand(doc_start.shape).contiguous(), None
-    starts = torch.where(inner, steps, 0).cummax(dim=1).values  # [b, s] where the token's document begins
-    mask = (starts.unsqueeze(2) == starts.unsqueeze(1)) & (steps.unsqueeze(1) >= steps)
-    return steps - starts, mask.unsqueeze(1)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if window is not None and documents.max_keys <= window:
+        window = None
+    if documents.are_rows and window is None:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+        return out.permute(2, 0, 1, 3)
+    if query.is_cuda and documents.cut is not None:
+        key, value = gathered_rows(torch.stack([key, value], dim=2), documents).unbind(2)
+    if query.is_cuda and query.dtype in FLASH_DTYPES:
+        return attention_on_cuda(query, key, value, documents, window, scale)
+    if query.is_cuda:
+        return attention_in_blocks(query, key, value, documents, window, scale)
+    return attention_on_cpu(query, key, value, documents, window, scale)
 
 
-def window_mask(mask: Tensor | None, length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`mask` of `document_mask`, narrowed to a sliding window: a token sees itself and the `window` - 1 before it.
+def attention_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scale: float
+) -> Tensor:
+    """`attention` by `torch.nn.attention.varlen`, in half precision. No GPU has confirmed it yet."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    Rows no longer than the window need nothing (Mistral, https://arxiv.org/abs/2310.06825).
+    s, b, n, d = query.shape
+    options: dict[str, Any] = {}
+    if key.shape[2] != n and _takes_groups():
+        options["enable_gqa"] = True
+    elif key.shape[2] != n:
+        key, value = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (key, value))
+    padding = -d % MULTIPLE
+    query, key, value = (F.pad(x, (0, padding)).transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    if documents.key_order is not None:
+        key, value = (x.index_select(0, documents.key_order) for x in (key, value))
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        documents.cu_queries,
+        documents.cu_keys,
+        documents.max_queries,
+        documents.max_keys,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    assert isinstance(out, Tensor)  # [b * s, n, d]
+    return out[..., :d].unflatten(0, (b, s)).transpose(0, 1)
+
+
+@cache
+def _takes_groups() -> bool:
+    """torch 2.11 has no `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def attention_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attention` in plain PyTorch, on any device and in any type: for fp32 on a GPU, which no flash kernel takes, and
+    for scores x that become softcap tanh(x / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118).
+
+    Blocks of queries meet their keys, so that memory grows with the row and not with its square.
     """
-    if window is None or length <= window:
-        return mask
-    steps = torch.arange(length, device=device)
-    distance = steps.unsqueeze(1) - steps
-    near = (distance < window) & (distance >= 0)
-    return near[None, None] if mask is None else mask & near
+    n = query.shape[2]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    key, value = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (key, value))
+    parts = []
+    for row, first, queries, first_key, keys in documents.spans.tolist():
+        for begin in range(0, queries, QUERY_BLOCK):
+            count = min(QUERY_BLOCK, queries - begin)
+            end = keys - queries + begin + count  # of the keys, counted within the span
+            start = 0 if window is None else max(0, end - count - window + 1)
+            q = query[first + begin : first + begin + count, row].transpose(0, 1)  # [n, L, d]
+            k, v = (x[first_key + start : first_key + end, row].transpose(0, 1) for x in (key, value))
+            steps = torch.arange(end - start, device=query.device)
+            distance = steps[-count:].unsqueeze(1) - steps
+            near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            if softcap is None:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=scale)
+            else:
+                scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(1, 2)).float())
+                out = scores.masked_fill(~near, -torch.inf).softmax(-1).to(v.dtype) @ v
+            parts.append(out.transpose(0, 1))
+    # Spans are sorted by row and query.
+    return torch.cat(parts).unflatten(0, (query.shape[1], query.shape[0])).transpose(0, 1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention of many small heads: `[b, n, s, d]` each -> `[b, n, s, d]`; mask from `document_mask`.
-
-    A masked kernel computes all scores, and with heads of a few channels they are what takes the time. Here blocks of
-    queries meet the keys up to their own end, which leaves out almost half of them.
-    """
-    s = query.shape[2]
-    # GPU kernels leave them out by themselves where there is no mask.
-    if mask is None and (query.is_cuda or s <= QUERY_BLOCK):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    size = max(QUERY_BLOCK, -(-s // MAX_QUERY_BLOCKS))
-    blocks = []
-    for begin in range(0, s, size):
-        end = min(begin + size, s)
-        if mask is None:
-            rows = torch.ones(end - begin, end, dtype=torch.bool, device=query.device).tril(begin)
-        else:
-            rows = mask[:, :, begin:end, :end]
-        blocks.append(
-            F.scaled_dot_product_attention(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], attn_mask=rows)
-        )
-    return torch.cat(blocks, dim=2)
-
-
-class SDPAttention(MegatronModule):
-    """The core attention of a megatron-core layer (softmax(q k^T / sqrt(d)) v)."""
+class DocumentAttention(MegatronModule):
+    """The core attention of a megatron-core layer."""
 
     def __init__(
         self,
@@ -82,39 +150,26 @@ class SDPAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        window: int | None = None,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
     ) -> None:
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
+        self.window, self.softmax_scale = window, softmax_scale
 
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: None,
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: object = None,
+        packed_seq_params: Documents,
     ) -> Tensor:
-        """query `[s, b, n, d]`, key and value `[s, b, g, d]`, mask from `document_mask` -> `[s, b, n * d]`."""
-        s, b, n, d = query.shape
-        grouped = key.shape[2] != n
-        if grouped and attention_mask is not None:
-            # No fused kernel takes grouped heads together with a mask; repeated heads keep the fused path.
-            key = key.repeat_interleave(n // key.shape[2], dim=2)
-            value = value.repeat_interleave(n // value.shape[2], dim=2)
-            grouped = False
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=grouped,
-        )  # [b, n, s, d]
-        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+        """query `[s, b, n, d]`, key and value `[s, b, g, d]` -> `[s, b, n * d]`."""
+        value = value.contiguous()  # a part of the layer's projection, all of which would be kept for backward
+        out = attention(query, key, value, packed_seq_params, window=self.window, scale=self.softmax_scale)
+        return out.flatten(2)

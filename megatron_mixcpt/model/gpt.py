@@ -17,7 +17,7 @@ from megatron_mixcpt.adapters.layout import adapted_linears, check_adapter_layou
 from megatron_mixcpt.adapters.state import PREFIX, adapter_sharded_state, load_adapter_state
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.attention import window_mask
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.init import initialize
 from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
@@ -31,9 +31,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class MixGPTModel(GPTModel):
     """This rank's pipeline stage.
 
-    `forward(tokens [b, s], position_ids [b, s], attention_mask, labels=None)`, the middle two from `document_mask`:
-    on the last stage what `loss` makes of the hidden states, or without labels the logits `[b, s, v/tp]`;
-    on other stages the hidden states for the next one.
+    `forward(tokens [b, s], position_ids [b, s], packing, labels=None)`: on the last stage what `loss` makes of the
+    hidden states, or without labels the logits `[b, s, v/tp]`; on other stages the hidden states for the next one.
 
     Attributes:
         arch: the whole model's architecture.
@@ -63,7 +62,7 @@ class MixGPTModel(GPTModel):
         self.rotary = Rotary(arch)
         self.adapter = adapter
         if adapter is not None:
-            attach(self, adapted_linears(arch, adapter), get_transformer_layer_offset(settings))
+            attach(self, adapted_linears(arch, adapter), get_transformer_layer_offset(settings), arch.sliding_window)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
@@ -75,14 +74,8 @@ class MixGPTModel(GPTModel):
                 embedded.requires_grad_()
         return embedded, self.rotary(position_ids), *rest
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        mask = self._windowed(attention_mask, input_ids)
-        return super().forward(input_ids, position_ids, mask, *args, **kwargs)
-
-    def _windowed(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-        return window_mask(attention_mask, tokens.shape[1], self.arch.sliding_window, tokens.device)
+    def forward(self, input_ids: Tensor, position_ids: Tensor, packing: Documents, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(input_ids, position_ids, None, *args, packed_seq_params=packing, **kwargs)
 
     def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor:
         if not self.post_process or labels is None:
@@ -97,11 +90,12 @@ class MixGPTModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def hidden(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def hidden(self, tokens: Tensor, position_ids: Tensor, packing: Documents) -> Tensor:
         """What `output_logits` takes on the last stage (after the final norm), `[s(/tp), b, h]`; no output head."""
         embedded, angles, *_ = self._preprocess(tokens, position_ids)
-        mask = self._windowed(attention_mask, tokens)
-        return self.decoder(hidden_states=embedded, attention_mask=mask, rotary_pos_emb=angles)
+        return self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing
+        )
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Last stage only: hidden `[s(/tp), b, h]` -> logits `[s, b, v/tp]` through the output head, tied or not."""

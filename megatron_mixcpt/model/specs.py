@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mixcpt.adapters.layers import AdaptableColumnLinear, AdaptableRowLinear
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.attention import SDPAttention
+from megatron_mixcpt.model.attention import DocumentAttention
 from megatron_mixcpt.model.norm import RMSNorm
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 
@@ -82,7 +82,7 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptableColumnLinear,
-                    core_attention=SDPAttention,
+                    core_attention=ModuleSpec(module=DocumentAttention, params={"window": arch.sliding_window}),
                     linear_proj=AdaptableRowLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,

@@ -35,7 +35,7 @@ def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool, 
 
 def executed_flops_per_token(
     arch: Architecture,
-    seq_length: int,
+    document_length: float,
     *,
     with_teacher: bool,
     recompute: bool = False,
@@ -46,15 +46,16 @@ def executed_flops_per_token(
     """FLOPs of all matrix products that training on one token runs, over all ranks of a replica.
 
     Beyond `flops_per_token`: layers computed again in backward, heads computed twice by the fused loss, rows that pad
-    the vocabulary, and attention as the full square that a mask over packed documents takes.
+    the vocabulary, and attention as the full square of each document.
 
     Args:
+        document_length: of the document that a token is in, on average over the tokens.
         recompute: `train.recompute: full`.
         fuse_lm_head: `loss.fuse_lm_head`.
         tensor: tensor-parallel ranks, which decide on the padding.
         frozen: as in `flops_per_token`.
     """
-    layers = 2.0 * _layer_matrices(arch) + _attention(arch, seq_length)
+    layers = 2.0 * _layer_matrices(arch) + _attention(arch, document_length)
     head = 2.0 * arch.padded_vocab_size(tensor) * arch.hidden_size
     passes = 4.0 if with_teacher else 3.0
     executed = layers * (passes + recompute) + head * (passes + (2.0 if fuse_lm_head else 0.0))
@@ -68,7 +69,7 @@ def _layer_matrices(arch: Architecture) -> int:
     return arch.num_layers * layer
 
 
-def _attention(arch: Architecture, seq_length: int) -> float:
+def _attention(arch: Architecture, seq_length: float) -> float:
     """FLOPs a token of one forward pass for q k^T and a v without a causal saving."""
     return 4.0 * arch.num_layers * arch.num_attention_heads * arch.head_dim * seq_length
 

@@ -5,13 +5,14 @@ Shapes: b micro-batch, s sequence, t tokens that count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.model.context import context_sum
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by
 
@@ -23,6 +24,18 @@ class AnswerBatch(Batch):
     targets: torch.Tensor  # [t] int64, places of the answers' tokens in [s, b], flat
     documents: torch.Tensor  # [t] int64, document of each
     num_documents: int
+
+    def part(self, rank: int, size: int) -> Batch:
+        part = super().part(rank, size)
+        assert isinstance(part, AnswerBatch) and part.places is not None
+        b, s = self.tokens.shape
+        local = torch.full((b, s), -1).scatter_(1, part.places, torch.arange(part.places.shape[1]).expand(b, -1))
+        steps = local[self.targets % b, self.targets // b]
+        here = steps >= 0
+        targets, documents = (steps * b + self.targets % b)[here], self.documents[here]
+        if len(targets) == 0:  # every rank takes part in the loss, here with a token of no document
+            targets, documents = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
+        return replace(part, targets=targets, documents=documents)
 
 
 class AnswerSums:
@@ -43,7 +56,7 @@ class AnswerSums:
 
         def keep(hidden: Tensor, labels: Tensor) -> Tensor:
             token = self._log_probs(hidden, stage.head_weight(), labels, answers.targets)
-            self.found[index] = sums_by(answers.documents, answers.num_documents, token)
+            self.found[index] = context_sum(sums_by(answers.documents, answers.num_documents, token))
             return token
 
         stage.loss = keep

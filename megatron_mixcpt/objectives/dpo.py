@@ -21,6 +21,7 @@ from megatron_mixcpt.data.dataset import Mixture
 from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.model.context import context_sum, speaks_for_context
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by
@@ -62,8 +63,8 @@ class DPOObjective:
         def pair_loss(hidden: Tensor, labels: Tensor) -> Tensor:
             with section("loss"):
                 token = self._log_probs(hidden, stage.head_weight(), labels, pairs.targets)  # [t]
-                policy = sums_by(pairs.documents, 2 * n, token).view(n, 2)
-                num_tokens = sums_by(pairs.documents, 2 * n, torch.ones_like(token)).view(n, 2)
+                policy = context_sum(sums_by(pairs.documents, 2 * n, token)).view(n, 2)
+                num_tokens = context_sum(sums_by(pairs.documents, 2 * n, torch.ones_like(token))).view(n, 2)
                 loss, rewards = preference_loss(policy, pairs.reference, num_tokens, self.settings)
                 answers = policy.detach()
                 columns = (
@@ -79,13 +80,15 @@ class DPOObjective:
                     (answers - pairs.reference).sum(1),
                 )
                 table = torch.stack([column.double() for column in columns], dim=1)  # [n, columns]
-                statistics.copy_(sums_by(pairs.rows, len(statistics), table))
+                if speaks_for_context():  # all of its ranks know the whole pairs
+                    statistics.copy_(sums_by(pairs.rows, len(statistics), table))
                 return loss
 
         stage.loss = pair_loss
 
     def count(self, batch: Batch) -> Tensor:
-        return torch.tensor(len(cast(PairBatch, batch).rows), dtype=torch.int32, device=batch.tokens.device)
+        pairs = len(cast(PairBatch, batch).rows) if speaks_for_context() else 0
+        return torch.tensor(pairs, dtype=torch.int32, device=batch.tokens.device)
 
 
 class DPOTask:

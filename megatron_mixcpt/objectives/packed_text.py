@@ -14,7 +14,7 @@ from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset, valid_datasets
 from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
 from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.model.throughput import flops_per_token
@@ -54,13 +54,11 @@ class PackedTextTask:
         return collate(samples)
 
     def fullest_batch(self, size: int) -> Batch:
-        """Every token a target, and two documents a row, so that there is an attention mask."""
+        """Every token a target, and each row one document, for which attention takes the most."""
         tokens = torch.zeros(size, self.row_length, dtype=torch.int64)
-        doc_start = torch.zeros(size, self.row_length, dtype=torch.bool)
-        doc_start[:, [0, self.row_length // 2]] = True
-        position_ids, attention_mask = document_mask(doc_start)
+        packing = Documents.whole(size, self.row_length)
         kinds, source = torch.zeros_like(tokens), torch.zeros(size, dtype=torch.int64)
-        return Batch(tokens, tokens.clone(), kinds, position_ids, attention_mask, source)
+        return Batch(tokens, tokens.clone(), kinds, packing.position_ids(), packing, source)
 
     def metrics(self, total: Sequence[float], by_source: Mapping[str, Sequence[float]]) -> dict[str, float]:
         means = {}

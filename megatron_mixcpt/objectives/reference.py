@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.mix import Split
 from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.answers import AnswerSums
@@ -48,7 +49,7 @@ def reference_log_probs(
     """
     answers = AnswerSums(log_probs)
     run = ForwardBackward(stage.model, answers, num_sources=1, contributes=False)
-    contributes = state.is_last_stage and state.tensor_rank == 0
+    contributes = state.speaks_for_replica
     size = config.train.micro_batch_size
     stride = size * state.data_size * MICRO_BATCHES
     began = told = time.monotonic()
@@ -59,9 +60,8 @@ def reference_log_probs(
             for m in range(MICRO_BATCHES)
             if part * stride + m * state.data_size * size < len(rows)
         ]
-        batches = [
-            collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]).to(state.device)
-            for indices in mine
+        batches: list[Batch] = [
+            collate_pairs([rows[i] if i < len(rows) else rows[None] for i in indices]) for indices in mine
         ]
         run(batches, forward_only=True)
         first = part * stride

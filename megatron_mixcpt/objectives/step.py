@@ -25,22 +25,23 @@ class ForwardBackward:
         model: this rank's stage, wrapped in Megatron's DistributedDataParallel or bare (forward only).
         objective: what is minimised.
         num_sources: rows of the returned statistics, one for each value of a batch's `source`.
-        contributes: whether this rank's statistics count: one rank a data-parallel replica, on the last stage.
+        contributes: whether this rank's statistics count: one tensor-parallel rank, on the last stage.
     """
 
     def __init__(self, model: torch.nn.Module, objective: Objective, *, num_sources: int, contributes: bool) -> None:
         self.model, self.objective = model, objective
         self.num_sources, self.contributes = num_sources, contributes
+        self._device = next(model.parameters()).device
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
-        """Accumulate the gradients of the mean loss over what the objective counts, globally.
+        """Accumulate the gradients of the mean loss over what the objective counts, globally. `batches` are on the CPU.
 
         Returns:
             `[num_sources, columns]` fp64 sums of this rank (columns: `objective.statistics`); all zeros where
             `contributes` is false. Summing them over all ranks gives the global batch's.
         """
         columns = len(self.objective.statistics)
-        totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=batches[0].tokens.device)
+        totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=self._device)
         self.objective.begin_step(batches)
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, totals=totals),
@@ -57,13 +58,14 @@ class ForwardBackward:
         self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor
     ) -> tuple[Tensor, Any]:
         index, batch = next(batches)
+        batch = batch.here(self._device)  # no sooner: the others of the step take no room there
         stage = unwrap_model(model)
         shape = len(batch.source), len(self.objective.statistics)
         statistics = torch.zeros(shape, dtype=torch.float64, device=batch.tokens.device)
         if stage.post_process:
             self.objective.bind(stage, index, batch, statistics)
         # Last stage: the losses whose sum counts, as [b, s]; others: hidden states.
-        output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        output = model(batch.tokens, batch.position_ids, batch.packing, labels=batch.labels)
         return output, partial(self._reduce, batch=batch, statistics=statistics, totals=totals)
 
     def _reduce(

@@ -1,7 +1,7 @@
 """What a run will take, computed from its configuration alone: memory of each rank by part, tokens, hours, disk.
 
 The activation terms are a count of the tensors that autograd keeps for each token of this model (norms in fp32, gated
-MLP, masked attention with repeated heads); tests compare them with the peak of real runs.
+MLP, attention by documents); tests compare them with the peak of real runs.
 
 Symbols: h hidden, f FFN, q and kv channels of queries and of keys, d head dimension, n heads, v vocabulary, s sequence.
 """
@@ -64,7 +64,7 @@ class RunPlan:
 def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> RunPlan:
     """`world_size` and the configuration fit together (train.setup.check)."""
     grid, train = config.parallel, config.train
-    data_size = world_size // (grid.tensor * grid.pipeline)
+    data_size = world_size // grid.replica
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
     row_length = config.row_sequences * mix.seq_length
     stages = [_stage(config, arch, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
@@ -95,12 +95,12 @@ def _stage(
         trained = _adapter_parameters(arch, config.adapter, tensor, pipeline, index)
         count += trained
     state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
-    optimizer = math.ceil(state / data_size) if train.distributed_optimizer else state
+    optimizer = math.ceil(state / (data_size * config.parallel.context)) if train.distributed_optimizer else state
     offloaded = config.optimizer.offload == "cpu"
-    tokens = train.micro_batch_size * row_length
+    tokens = train.micro_batch_size * row_length // config.parallel.context
     in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
     layers = arch.num_layers // pipeline
-    layer = tokens * _layer_bytes(arch, config, row_length)
+    layer = tokens * _layer_bytes(arch, config)
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
     head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens) if last else 0
@@ -140,7 +140,7 @@ def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: in
     grid = config.parallel
     hidden = next(source.shape(name)[-1] for name in source.names() if numbers[name] == max(numbers.values()))
     head = arch.padded_vocab_size(grid.tensor) // grid.tensor * hidden
-    pieces = sum(numbers.values()) // (data_size * grid.tensor * grid.pipeline)
+    pieces = sum(numbers.values()) // (data_size * grid.replica)
     here = pieces if config.teacher.offload == "none" else 0
     return size * (here + head + max(numbers.values()))
 
@@ -184,13 +184,13 @@ def _adapter_bytes(arch: Architecture, config: Config) -> int:
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 
-def _layer_bytes(arch: Architecture, config: Config, row_length: int) -> int:
-    """Kept by one layer for each token of a micro-batch, with several documents in a row."""
+def _layer_bytes(arch: Architecture, config: Config) -> int:
+    """Kept by one layer for each token of a micro-batch."""
     tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
     sequence = tensor if config.parallel.sequence else 1
-    queries = arch.num_attention_heads * arch.head_dim // tensor
+    queries, keys = (heads * arch.head_dim // tensor for heads in (arch.num_attention_heads, arch.num_query_groups))
     norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
-    attention = 4 * queries * size + row_length * size  # q, k, v, output; the mask's row in the weights' type
+    attention = 2 * (queries + keys) * size  # q, output, k, v
     rotary = 4 * arch.head_dim * size
     mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
     return (

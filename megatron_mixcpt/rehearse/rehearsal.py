@@ -38,7 +38,7 @@ def rehearse(config: Config, nproc: int | None) -> int:
 
     Raises ConfigError for what `mixcpt train` would refuse, and where this machine has no memory for one replica.
     """
-    replica = config.parallel.tensor * config.parallel.pipeline
+    replica = config.parallel.replica
     data_size = nproc // replica if nproc else _default_data_size(config)
     arch, mix = check_settings(config, nproc or replica * data_size)
     seq_length = min(mix.seq_length, SEQ_LENGTH)
@@ -72,17 +72,18 @@ def _default_data_size(config: Config) -> int:
 
 def _grid(config: Config, data_size: int, small: Architecture, mix: Mix) -> Grid:
     """Tensor and pipeline as they are, data as far as memory goes."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
     free, gib = psutil.virtual_memory().available / 2**30, 0.0
     for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
-        grid = Grid(tensor, pipeline, data)
+        grid = Grid(tensor, pipeline, data, context)
         run = validate(Config, small_run(config, data_size, grid, Path("model"), mix.path, Path("run")), "rehearsal")
         stages = make_plan(run, small, mix, grid.world_size).stages
         gib = LIBRARIES_GIB + max(stage.total + stage.snapshot for stage in stages) / 2**30
         if grid.world_size * gib <= free:
             return grid
     raise ConfigError(
-        f"parallel.tensor={tensor} x parallel.pipeline={pipeline} takes {tensor * pipeline} processes of about "
+        f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.context={context} takes "
+        f"{tensor * pipeline * context} processes of about "
         f"{gib:.1f} GiB, but {free:.1f} GiB are free: rehearse on a larger machine, for example a compute node"
     )
 
@@ -93,7 +94,9 @@ def _program(
     """What is going to be rehearsed, and what is not."""
     data = f"data {grid.data}" + (f" in place of {data_size}" if grid.data < data_size else "")
     lines = [
-        f"rehearsal: tensor {grid.tensor} x pipeline {grid.pipeline} x {data} = {grid.world_size} processes, gloo",
+        f"rehearsal: tensor {grid.tensor} x pipeline {grid.pipeline} "
+        + f"x context {grid.context} " * (grid.context > 1)
+        + f"x {data} = {grid.world_size} processes, gloo",
         f"model      {small.num_layers} of {arch.num_layers} layers, hidden {small.hidden_size} of {arch.hidden_size}, "
         f"{small.num_attention_heads} heads in {small.num_query_groups} groups of {arch.num_attention_heads} in "
         f"{arch.num_query_groups}, random weights, {config.train.dtype}",

@@ -29,10 +29,11 @@ class Grid:
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 def small_architecture(arch: Architecture, tensor: int, pipeline: int, seq_length: int) -> Architecture:

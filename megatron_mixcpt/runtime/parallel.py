@@ -1,4 +1,4 @@
-"""Process groups, device and seeds of this process: the tensor x pipeline x data grid."""
+"""Process groups, device and seeds of this process: the tensor x context x data x pipeline grid."""
 
 import contextlib
 import functools
@@ -35,9 +35,14 @@ class ParallelState:
     pipeline_rank: int
     pipeline_size: int
     pipeline_group: dist.ProcessGroup
+    context_rank: int
+    context_size: int
+    context_group: dist.ProcessGroup
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    """The ranks that share one model replica: tensor x context x pipeline."""
     store: dist.Store
 
     @property
@@ -47,6 +52,15 @@ class ParallelState:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def replica_size(self) -> int:
+        return self.tensor_size * self.context_size * self.pipeline_size
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """Whether what all ranks of the replica know is counted here: one of them, on the last stage."""
+        return self.is_last_stage and self.tensor_rank == self.context_rank == 0
 
 
 def _launch() -> tuple[int, int, int] | None:
@@ -87,11 +101,13 @@ def _store(launched: bool, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"mixcpt-{next(_contexts)}", shared)
 
 
-def check_grid(world_size: int, tensor: int, pipeline: int) -> None:
+def check_grid(world_size: int, tensor: int, pipeline: int, context: int = 1) -> None:
     """Raise ConfigError unless the processes divide into whole model replicas."""
-    if tensor < 1 or pipeline < 1 or world_size % (tensor * pipeline):
+    replica = tensor * pipeline * context
+    if min(tensor, pipeline, context) < 1 or world_size % replica:
+        also = f" x parallel.context={context}" if context != 1 else ""
         raise ConfigError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a multiple of {tensor * pipeline} "
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline}{also} needs a multiple of {replica} "
             f"processes, not {world_size}: change the layout or the number of processes (--nproc, or nodes x GPUs a "
             "node)"
         )
@@ -99,9 +115,9 @@ def check_grid(world_size: int, tensor: int, pipeline: int) -> None:
 
 @contextlib.contextmanager
 def parallel_context(
-    tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_minutes: float = 10
+    tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_minutes: float = 10, *, context: int = 1
 ) -> Iterator[ParallelState]:
-    """Join the processes into a tensor x pipeline x data grid for the duration of the context.
+    """Join the processes into a tensor x context x data x pipeline grid for the duration of the context.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none set this is a grid of one process. With
     CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU backend.
@@ -112,7 +128,7 @@ def parallel_context(
     """
     launch = _launch()
     rank, world_size, local_rank = launch or (0, 1, 0)
-    check_grid(world_size, tensor, pipeline)
+    check_grid(world_size, tensor, pipeline, context)
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
         if cuda_is_wanted():
@@ -132,7 +148,9 @@ def parallel_context(
             device_id=device if backend == "nccl" else None,
         )
         stack.callback(dist.destroy_process_group)
-        yield _join_grid(stack, store, rank, world_size, local_rank, device, tensor, pipeline, seed, timeout_minutes)
+        yield _join_grid(
+            stack, store, rank, world_size, local_rank, device, tensor, pipeline, context, seed, timeout_minutes
+        )
 
 
 def seed_step(state: ParallelState, seed: int, step: int) -> None:
@@ -140,7 +158,7 @@ def seed_step(state: ParallelState, seed: int, step: int) -> None:
     saved. Tensor ranks share one stream of torch's generator, and have one each in megatron-core's tracker."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    place = (seed, step, state.data_rank, state.pipeline_rank)
+    place = (seed, step, state.data_rank * state.context_size + state.context_rank, state.pipeline_rank)
     drawn = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 2  # room for megatron-core's offsets
     torch.manual_seed(drawn)
     model_parallel_cuda_manual_seed(drawn)
@@ -155,6 +173,7 @@ def _join_grid(
     device: torch.device,
     tensor: int,
     pipeline: int,
+    context: int,
     seed: int,
     timeout_minutes: float,
 ) -> ParallelState:
@@ -165,6 +184,7 @@ def _join_grid(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         distributed_timeout_minutes=timeout_minutes,
     )
     stack.callback(parallel_state.destroy_model_parallel)
@@ -185,8 +205,26 @@ def _join_grid(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=pipeline,
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=context,
+        context_group=parallel_state.get_context_parallel_group(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=world_size // (tensor * pipeline),
+        data_size=world_size // (tensor * pipeline * context),
         data_group=parallel_state.get_data_parallel_group(),
+        replica_group=_replica_group(world_size, tensor, pipeline, context),
         store=store,
     )
+
+
+def _replica_group(world_size: int, tensor: int, pipeline: int, context: int) -> dist.ProcessGroup:
+    """Collective. megatron-core has a group of tensor x pipeline only."""
+    from megatron.core import parallel_state
+
+    if context == 1:
+        return parallel_state.get_model_parallel_group()
+    inner, stage = tensor * context, world_size // pipeline  # ranks are counted tensor first, pipeline last
+    replicas = [
+        [first + s * stage + i for s in range(pipeline) for i in range(inner)] for first in range(0, stage, inner)
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(replicas)
+    return group

@@ -8,6 +8,7 @@ Shapes: b micro-batch, s sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, Indexed, open_indexed
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs
@@ -39,7 +41,7 @@ class Round:
 
 
 def plan_rounds(lengths: np.ndarray, micro_batch_tokens: int, data_size: int, multiple: int = MULTIPLE) -> list[Round]:
-    """Rounds over all sequences, longest first; `multiple` is one of the tensor-parallel size."""
+    """Rounds over all sequences, longest first; `multiple` is one of the ranks that share a row."""
     order = np.argsort(-lengths, kind="stable")
     rounds, begin = [], 0
     while begin < len(order):
@@ -71,16 +73,16 @@ def score_sequences(
         done: called with each finished round's tokens and sequences, and whether it was computed now.
     """
     tokens, flags = open_indexed(prefix), open_indexed(flags_prefix(prefix))
-    multiple = MULTIPLE * state.tensor_size if MULTIPLE % state.tensor_size else MULTIPLE
+    multiple = math.lcm(MULTIPLE, state.tensor_size * state.context_size)
     rounds = plan_rounds(tokens.lengths.astype(np.int64), micro_batch_tokens, state.data_size, multiple)
     answers = AnswerSums(TokenLogProbs(state, stage.vocab_start, vocab_size))
     run = ForwardBackward(stage.eval(), answers, num_sources=1, contributes=False)
-    contributes = state.is_last_stage and state.tensor_rank == 0
+    contributes = state.speaks_for_replica
 
     def compute(number: int) -> np.ndarray:
         work = rounds[number]
         mine = _share(work, state)
-        run([_batch(tokens, flags, part, work).to(state.device) for part in mine], forward_only=True)
+        run([_batch(tokens, flags, part, work) for part in mine], forward_only=True)
         values = torch.zeros(len(work.sequences), dtype=torch.float64, device=state.device)
         if contributes:
             for index, part in enumerate(mine):
@@ -119,13 +121,13 @@ def _batch(tokens: Indexed, flags: Indexed, sequences: np.ndarray, work: Round) 
     place, row_of = np.nonzero(labels.T != IGNORE_INDEX)
     if len(place) == 0:  # every rank takes part in the loss, also with padding alone
         place, row_of = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    position_ids = torch.arange(work.length).expand(work.rows, -1).contiguous()
+    packing = Documents.whole(work.rows, work.length)
     return AnswerBatch(
         tokens=torch.from_numpy(rows),
         labels=torch.from_numpy(labels),
         kinds=torch.zeros(work.rows, work.length, dtype=torch.int64),
-        position_ids=position_ids,
-        attention_mask=None,
+        position_ids=packing.position_ids(),
+        packing=packing,
         source=torch.zeros(work.rows, dtype=torch.int64),
         targets=torch.from_numpy(place * work.rows + row_of),
         documents=torch.from_numpy(row_of),

@@ -51,7 +51,7 @@ def select(config: SelectConfig) -> None:
 
     with StopRequest() as stop, explained(stop):
         grid, seed = config.parallel, config.select.seed
-        with parallel_context(grid.tensor, grid.pipeline, seed) as state:
+        with parallel_context(grid.tensor, grid.pipeline, seed, context=grid.context) as state:
             candidates = on_first("prepare", lambda: prepare_candidates(config), state)
             scores = _score(config, candidates, state, stop)
 

@@ -12,6 +12,7 @@ from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.recall.config import RecallConfig
 from megatron_mixcpt.runtime.parallel import check_grid
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.train.setup import check_batch
@@ -39,10 +40,12 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
     args = _arguments(words)
     if words[0] == "preprocess":
         load_config(PreprocessConfig, args.config, literal=True)
+    elif words[0] == "recall":
+        return [Path(load_config(RecallConfig, args.config, args.overrides).out).resolve()]
     elif words[0] in SCHEMAS:
         config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
         grid = config.parallel
-        check_grid(world_size, grid.tensor, grid.pipeline)
+        check_grid(world_size, grid.tensor, grid.pipeline, grid.context)
         if isinstance(config, Config) and words[0] != "cache-teacher":
             config.check_command(words[0], args.config)
             check_batch(config, world_size)

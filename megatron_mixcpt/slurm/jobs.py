@@ -14,7 +14,7 @@ from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import SAVE_MARGIN, Resources
 from megatron_mixcpt.slurm.submit import Job, job_name
 
-DISTRIBUTED = ("train", "align", "select", "cache-teacher")
+DISTRIBUTED = ("train", "align", "select", "cache-teacher", "recall")
 """Commands that share their work among ranks; all others get one process."""
 PREPROCESS_GRACE = "B:TERM@60"
 

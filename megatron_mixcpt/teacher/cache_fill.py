@@ -144,11 +144,10 @@ def fill_cache(
             if stop.agreed(state.device):
                 raise StoppedError("stopped as asked; complete shards are kept: run the same command to go on")
             batches, places = next(work)
-            batches = [batch.to(state.device) for batch in batches]
             teacher.begin_step(batches)
             for index, (batch, place) in enumerate(zip(batches, places)):
                 if state.is_last_stage:
-                    _answer(teacher, index, batch, place, identity, state, vocab_start, keep=writes)
+                    _answer(teacher, index, batch.to(state.device), place, identity, state, vocab_start, keep=writes)
                 if place is not None and place.done and writes:
                     _write(cache, place)
             if progress is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_mixcpt.config import Config
-from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.data.batch import Batch, of_part
 from megatron_mixcpt.data.dataset import SampleKey
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
@@ -84,7 +84,7 @@ class CachedTeacher:
             columns = self._made_up(batch)
         else:
             try:
-                columns = self._coming[index].result()
+                columns = tuple(of_part(column, batch) for column in self._coming[index].result())
             except MixcptError as error:  # the peers read other records
                 raise tell_alone(error) from None
         device = batch.tokens.device

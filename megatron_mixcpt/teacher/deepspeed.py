@@ -1,7 +1,7 @@
 """A frozen Hugging Face model of any size as teacher, in pieces over all ranks: DeepSpeed ZeRO-3 inference.
 
 No rank holds the model: its weights are sharded over all processes (on the device, in host memory or on NVMe) and
-gathered one module at a time while it runs. What a replica's tensor- and pipeline-parallel ranks would compute alike
+gathered one module at a time while it runs. What a replica's ranks would compute alike
 they share: each runs other micro-batches, and hidden states, not logits, travel between them. Each rank keeps its
 vocabulary shard of the output head, so logits exist only where and when the loss reads them.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mixcpt.config import TeacherConfig
-from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.data.batch import Batch, of_part
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
@@ -71,20 +71,17 @@ class DeepSpeedTeacher:
     def __init__(
         self, config: TeacherConfig, state: ParallelState, *, vocab_start: int, width: int, dtype: torch.dtype
     ) -> None:
-        from megatron.core import parallel_state
+        from megatron_mixcpt.teacher.hf_parts import DocumentsInside, LogitsShard, check_body
 
-        from megatron_mixcpt.teacher.hf_parts import LogitsShard, check_body, hf_masks
-
-        self._state, self._dtype, self._masks = state, dtype, hf_masks
+        self._state = state
         # The ranks of this replica: whatever one of them computes, all of them would.
-        self._group = parallel_state.get_model_parallel_group() if state.tensor_size * state.pipeline_size > 1 else None
-        self._size = state.tensor_size * state.pipeline_size
+        self._group = state.replica_group if state.replica_size > 1 else None
+        self._size = state.replica_size
         self._rank = torch.distributed.get_rank(self._group) if self._group is not None else 0
         self._batches: list[Batch] = []
         self._hidden: dict[int, Tensor] = {}
         model, settings = _load_in_pieces(config, dtype, state)
         check_body(model.base_model, type(model).__name__)
-        self._config = model.config.get_text_config()
         weight, bias = _head_rows(model, vocab_start, width)
         body = model.base_model
         self._shard = LogitsShard(model, weight.to(state.device), bias, width)
@@ -92,6 +89,7 @@ class DeepSpeedTeacher:
 
         self._engine = deepspeed.initialize(model=body, config=settings)[0]
         self._engine.eval()
+        self._answers = DocumentsInside(self._engine, model.config.get_text_config(), type(model).__name__)
 
     def begin_step(self, batches: list[Batch]) -> None:
         """With pipeline parallelism everything is computed here, since the stages are not in step afterwards."""
@@ -104,17 +102,17 @@ class DeepSpeedTeacher:
     def target(self, index: int, batch: Batch) -> DenseTarget:
         if index not in self._hidden:
             self._run(index)
-        logits = self._shard(self._hidden.pop(index), batch.tokens)  # [b, s, v/tp]
+        hidden = of_part(self._hidden.pop(index), batch)
+        logits = self._shard(hidden, batch.tokens)  # [b, s, v/tp]
         return DenseTarget(logits.transpose(0, 1).contiguous())
 
     @torch.no_grad()
     def _run(self, first: int) -> None:
         """The micro-batches from `first` on, one on each rank of the replica."""
         mine = self._batches[min(first + self._rank, len(self._batches) - 1)]  # all ranks have to run something
-        tokens = mine.tokens
-        mask = self._masks(mine.attention_mask, self._config, tokens.shape[1], self._dtype, tokens.device)
-        output = self._engine(
-            input_ids=tokens, position_ids=mine.position_ids, attention_mask=mask, use_cache=False, return_dict=True
+        mine = mine.to(self._state.device)  # whole rows, also with context parallelism
+        output = self._answers(
+            mine.packing, input_ids=mine.tokens, position_ids=mine.position_ids, use_cache=False, return_dict=True
         )
         hidden = all_gather(output.last_hidden_state.unsqueeze(0), self._group)  # [ranks, b, s, h]
         if self._state.is_last_stage:
@@ -131,6 +129,8 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from megatron_mixcpt.teacher.hf_parts import ATTENTION
+
     logger.setLevel("ERROR")
     os.environ.setdefault("LOCAL_RANK", str(state.local_rank))  # deepspeed asks for it, one process or many
     if not deepspeed.comm.is_initialized():
@@ -141,7 +141,9 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     # transformers loads in pieces for as long as this object lives.
     pieces = HfDeepSpeedConfig(settings)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.hf, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.hf, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.hf: {config.hf}: transformers cannot open it: {error}") from error
     del pieces

@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.attention import window_mask
+from megatron_mixcpt.model.attention import attention, attention_in_blocks
+from megatron_mixcpt.model.documents import Documents
+
+ATTENTION = "megatron_mixcpt"  # what transformers calls our attention function
 
 
 class _HiddenOnly(BaseModelOutputWithPast):
@@ -82,22 +86,76 @@ def check_body(body: nn.Module, name: str) -> None:
         )
 
 
-def hf_masks(mask: Tensor | None, config: Any, length: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The `attention_mask` for a body: None, an additive mask `[b, 1, s, s]`, or one for each type of layer.
+class DocumentsInside:
+    """Lets a Hugging Face body attend within packed documents, without a mask: its layers call a function of ours.
 
-    `mask` is `document_mask`'s, true where a query may attend. A mask given in four dimensions replaces the one that
-    the architecture would make, so sliding windows are put in here.
+    Args:
+        config: of the body, loaded with `attn_implementation=ATTENTION`.
+
+    Raises ConfigError for an architecture whose attention is no function of queries, keys and values alone.
     """
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if mask is None:
-        return None  # one document a row: the architecture's own mask is right
-    narrow = window_mask(mask, length, window, device)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if {"full_attention", "sliding_attention"} <= kinds:
-        return {"full_attention": _additive(mask, dtype), "sliding_attention": _additive(narrow, dtype)}
-    return _additive(mask if kinds == {"full_attention"} else narrow, dtype)
+
+    def __init__(self, body: Any, config: Any, name: str) -> None:
+        kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise ConfigError(
+                f"teacher.hf: {name} has layers of {', '.join(sorted(kinds))}, in which packed documents would see "
+                "each other: choose another architecture"
+            )
+        self._body, self._name = body, name
+
+    def __call__(self, packing: Documents, **inputs: Any) -> Any:
+        """What the body returns for `inputs`."""
+        _Current.packing, _Current.calls, _Current.name = packing, 0, self._name
+        try:
+            output = self._body(attention_mask=None, **inputs)
+            if _Current.calls == 0:
+                raise ConfigError(
+                    f"teacher.hf: {self._name} has an attention of its own, in which packed documents would see each "
+                    "other: choose another architecture"
+                )
+            return output
+        finally:
+            _Current.packing = None
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert mask is not None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+class _Current:
+    """Of the pass that is running: transformers calls attention functions by name, and not every architecture hands
+    them what its body was given."""
+
+    packing: Documents | None = None
+    calls = 0
+    name = ""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query `[b, n, s, d]`, key and value `[b, g, s, d]` -> `[b, s, n, d]`, as transformers calls attention."""
+    assert _Current.packing is not None
+    _Current.calls += 1
+    if s_aux is not None or position_bias is not None:
+        raise ConfigError(
+            f"teacher.hf: {_Current.name} adds {'sinks' if s_aux is not None else 'a bias'} to its attention scores, "
+            "which is not implemented: choose another architecture"
+        )
+    query, key, value = (x.permute(2, 0, 1, 3) for x in (query, key, value))  # [s, b, n, d]
+    options: dict[str, Any] = {"window": sliding_window, "scale": scaling}
+    if softcap is not None:
+        out = attention_in_blocks(query, key, value, _Current.packing, **options, softcap=softcap)
+    else:
+        out = attention(query, key, value, _Current.packing, **options)
+    return out.transpose(0, 1), None
+
+
+AttentionInterface.register(ATTENTION, _attention)

@@ -70,12 +70,12 @@ class ModelTeacher:
         if self._pipelined:
             hidden, self._hidden[index] = self._hidden[index], None  # type: ignore[call-overload]
             return hidden
-        return self.model.hidden(batch.tokens, batch.position_ids, batch.attention_mask)
+        return self.model.hidden(batch.tokens, batch.position_ids, batch.packing)
 
     @staticmethod
     def _keep_hidden(batches: Iterator[Batch], model: MixGPTModel) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        hidden = model.hidden(batch.tokens, batch.position_ids, batch.attention_mask)  # [s(/tp), b, h]
+        batch = next(batches).here(next(model.parameters()).device)
+        hidden = model.hidden(batch.tokens, batch.position_ids, batch.packing)  # [s(/tp), b, h]
         return hidden, lambda output, non_loss_data: output
 
 

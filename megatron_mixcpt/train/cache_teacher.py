@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.failures import explained
 from megatron_mixcpt.runtime.first_rank import from_first
 from megatron_mixcpt.runtime.parallel import parallel_context
@@ -26,6 +27,11 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -
     """
     assert config.teacher.cache is not None
     cache, grid = Path(config.teacher.cache), config.parallel
+    if grid.context > 1:
+        raise ConfigError(
+            f"parallel.context {grid.context}: `mixcpt cache-teacher` keeps the answers of whole rows: set it to 1, "
+            "the run that reads the cache may have any"
+        )
     with explained(stop), parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed) as state:
         arch, mix = read_model_and_mix(config)
         teacher: Teacher

@@ -22,7 +22,7 @@ def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
     try:
         allocate_state(parts.optimizer)
         parts.model.zero_grad_buffer()
-        parts.run([parts.task.fullest_batch(size).to(state.device) for _ in range(count)])
+        parts.run([parts.task.fullest_batch(size) for _ in range(count)])
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

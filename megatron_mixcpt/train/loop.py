@@ -42,7 +42,11 @@ def train(config: Config, *, trust: bool = False) -> None:
     grid, minutes = config.parallel, config.train.timeout_minutes
     with StopRequest() as stop, explained(stop):
         with parallel_context(
-            grid.tensor, grid.pipeline, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
+            grid.tensor,
+            grid.pipeline,
+            seed=config.train.seed,
+            timeout_minutes=minutes + GROUP_EXTRA_MINUTES,
+            context=grid.context,
         ) as state:
             with (
                 Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,
@@ -109,7 +113,7 @@ def _train(
         if config.adapter is not None and config.adapter.dropout > 0.0:
             seed_step(state, settings.seed, step)
         sums = parts.run(step_batches)
-        digest = sum(batch.digest for batch in step_batches) if parts.run.contributes else 0
+        digest = sum(batch.digest for batch in step_batches) if state.speaks_for_replica else 0
         with section("communication"):
             totals = agree(sums, digest % 2**64, stop=stop.received is not None, save=saver.is_late)
         with section("optimizer"):

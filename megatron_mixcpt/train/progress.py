@@ -66,7 +66,7 @@ class Progress:
             config.train.profile,
             Path(config.run_dir) / "profile",
             state.rank,
-            traces=state.data_rank == state.tensor_rank == 0,
+            traces=state.data_rank == state.tensor_rank == state.context_rank == 0,
             timer=self._timer,
         )
         self._record: Record | None = None
@@ -224,7 +224,9 @@ class Progress:
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
         lines = [
             f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
-            f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} x data {state.data_size} "
+            f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} "
+            + f"x context {state.context_size} " * (state.context_size > 1)
+            + f"x data {state.data_size} "
             f"on {state.device.type}" + (", sequence parallel" if config.parallel.sequence else ""),
             f"data    {mix.path}: {shares}",
             f"batch   {config.train.global_batch_size} x {self.parts.task.row_length} = {batch_tokens} tokens; "

@@ -118,7 +118,15 @@ def check_layout(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     arch, mix = read_model_and_mix(config)
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
-    check_grid(world_size, config.parallel.tensor, config.parallel.pipeline)
+    grid = config.parallel
+    check_grid(world_size, grid.tensor, grid.pipeline, grid.context)
+    row_length = config.row_sequences * mix.seq_length
+    if row_length % grid.context or (grid.sequence and row_length // grid.context % grid.tensor and grid.context > 1):
+        also = f" x parallel.tensor {grid.tensor}, which parallel.sequence needs" if grid.sequence else ""
+        raise ConfigError(
+            f"data.seq_length: rows of {row_length} tokens do not divide by parallel.context {grid.context}{also}: "
+            "change one of them"
+        )
     if config.parallel.sequence and mix.seq_length % config.parallel.tensor:
         raise ConfigError(
             f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
@@ -140,7 +148,7 @@ def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
 
 def check_batch(config: Config, world_size: int) -> None:
     """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
-    data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    data_size = world_size // config.parallel.replica
     stride = config.train.micro_batch_size * data_size
     if config.train.global_batch_size % stride:
         raise ConfigError(

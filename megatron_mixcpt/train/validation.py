@@ -109,10 +109,10 @@ def validate(
             data_rank=state.data_rank,
             data_size=state.data_size,
         ):
-            batch = collate([dataset[index] for index in indices]).to(state.device)
-            rows = torch.arange(len(batch.source), device=state.device)
+            batch = collate([dataset[index] for index in indices])
             places = torch.tensor([num_items if index is None else index for index in indices], device=state.device)
-            sums[places] += run([replace(batch, source=rows)], forward_only=True)[: len(places)]
+            batch = replace(batch, source=torch.arange(len(batch.source)))
+            sums[places] += run([batch], forward_only=True)[: len(places)]
             stopping = stop_requested()
             if stopping:
                 break

@@ -6,19 +6,18 @@ import numpy as np
 import torch
 
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.select.select import select
 from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.loop import train
 from megatron_mixcpt.train.setup import build
-from tests.train.runs import whole_tensors
+from tests.train.runs import grid_of, whole_tensors
 
 
 def first_step(values):
     """Loss, metrics and whole gradients of the first global batch, with a reference moved away from the start."""
     config = validate(Config, values, "test")
-    with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
+    with grid_of(config) as state:
         parts = build(config, state)
         task, size = parts.task, config.train.micro_batch_size
         reference = {prefix.name: rows.reference.copy() for prefix, rows in task.datasets.items()}

@@ -23,6 +23,7 @@ LAYOUTS = {
     "TP2+SP": (2, {"tensor": 2, "sequence": True}, 2),
     "PP2": (2, {"pipeline": 2}, 2),
     "DP2": (2, {}, 3),
+    "CP2": (2, {"context": 2}, 2),
 }
 
 

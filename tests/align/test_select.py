@@ -29,7 +29,13 @@ from tests.data_prep.helpers import documents_of
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 
-LAYOUTS = {"one": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
+LAYOUTS = {
+    "one": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
+}
 
 
 def table_of(out):

@@ -57,9 +57,9 @@ def cross_entropy(model):
     return loss
 
 
-def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=False):
+def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=False, context=1):
     """(summed loss, {name: gradient shard} with its place in the grid) of this process after one step."""
-    with parallel_context(tensor=tensor, pipeline=pipeline) as state:
+    with parallel_context(tensor=tensor, pipeline=pipeline, context=context) as state:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -67,7 +67,8 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         )
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from megatron_mixcpt.model.attention import document_mask
+        from megatron_mixcpt.model.context import cut
+        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         model = build_gpt(arch, sequence_parallel=sequence, recompute=recompute)
@@ -85,8 +86,12 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
 
         def forward_step(batches, module):
             tokens, labels, doc_start = next(batches)
-            position_ids, mask = document_mask(doc_start)
-            output = module(tokens, position_ids, mask, labels=labels)
+            packing = Documents.of(doc_start)
+            positions = packing.position_ids()
+            if context > 1:
+                packing, places = cut(packing, state.context_rank, context)
+                tokens, labels, positions = (x.gather(1, places) for x in (tokens, labels, positions))
+            output = module(tokens, positions, packing, labels=labels)
             return output, lambda losses: loss_func(labels, losses)
 
         mine = [microbatch(arch, i) for i in range(state.data_rank, MICROBATCHES, state.data_size)]

@@ -34,14 +34,15 @@ def build(arch, adapter=None, tensors=None, **options):
 
 
 def packed(arch, index=1):
-    from megatron_mixcpt.model.attention import document_mask
+    from megatron_mixcpt.model.documents import Documents
 
     tokens, labels, doc_start = microbatch(arch, index)
-    return tokens, labels, doc_start, *document_mask(doc_start)
+    packing = Documents.of(doc_start)
+    return tokens, labels, doc_start, packing.position_ids(), packing
 
 
-def losses(model, tokens, labels, doc_start, position_ids, mask):
-    return model(tokens, position_ids, mask, labels=labels)
+def losses(model, tokens, labels, doc_start, position_ids, packing):
+    return model(tokens, position_ids, packing, labels=labels)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,7 +61,7 @@ def test_every_layer_computes_what_fp64_token_by_token_does(name, method):
     arch, adapter = ARCHITECTURES[name], METHODS[method]
     tensors = random_tensors(arch, adapter)
     model = build(arch, adapter, tensors)
-    tokens, labels, doc_start, position_ids, mask = packed(arch)
+    tokens, labels, doc_start, position_ids, packing = packed(arch)
     seen = []
 
     def keep(module, args, output):
@@ -69,7 +70,7 @@ def test_every_layer_computes_what_fp64_token_by_token_does(name, method):
     linears = {linear.linear: linear for linear in adapted_linears(arch, adapter)}
     for path in linears:
         model.get_submodule(path).register_forward_hook(keep)
-    losses(model, tokens, labels, doc_start, position_ids, mask)
+    losses(model, tokens, labels, doc_start, position_ids, packing)
     assert len(seen) == len(linears)
     for module, x, output in seen:
         layout = module.adapter.layout
@@ -98,27 +99,33 @@ def test_gradient_reaches_all_adapters_and_nothing_else(method, recompute):
 
 @pytest.mark.parametrize("method", ["lora", "alora", "alora without residual"])
 def test_a_token_changes_nothing_before_it_and_nothing_in_other_documents(method):
+    from megatron_mixcpt.model.documents import Documents
+
     model = build(TINY, METHODS[method], random_tensors(TINY, METHODS[method]))
-    tokens, _, doc_start, position_ids, mask = packed(TINY)
+    tokens, _, doc_start, position_ids, packing = packed(TINY)
     start = int(doc_start[0].nonzero()[-1])  # of the last document of row 0
-    before = model(tokens, position_ids, mask)
+    before = model(tokens, position_ids, packing)
     for changed in (start - 1, start + 3):
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % TINY.vocab_size
-        after = model(other, position_ids, mask)
+        after = model(other, position_ids, packing)
         different = (after != before).any(dim=-1)  # [b, s]
         assert different[0, changed] and not different[1].any()
         assert not different[0, :changed].any()
         assert not different[0, start:].any() or changed >= start
-    # With a single document the same happens without a mask.
-    assert not (model(tokens, position_ids, None) == before).all()
+    # In a single document the earlier ones are seen.
+    whole = Documents.whole(*tokens.shape)
+    assert not (model(tokens, position_ids, whole) == before).all()
 
 
 def test_alora_takes_in_preceding_tokens_where_lora_does_not():
+    from megatron_mixcpt.model.documents import Documents
+
     """The adapter alone: its output at the last token, when the first changes."""
     for method, expected in (("lora", False), ("alora", True)):
         model = build(TINY, METHODS[method], random_tensors(TINY, METHODS[method]))
         adapter = model.adapters()[0]
+        adapter.packing = Documents.whole(1, 5)
         x = torch.randn(5, 1, TINY.hidden_size)
         other = x.clone()
         other[0] += 1.0
@@ -126,13 +133,15 @@ def test_alora_takes_in_preceding_tokens_where_lora_does_not():
 
 
 def test_what_a_packed_document_gives_is_what_it_gives_alone():
+    from megatron_mixcpt.model.documents import Documents
+
     adapter = METHODS["alora"]
     model = build(TINY, adapter, random_tensors(TINY, adapter))
-    tokens, _, doc_start, position_ids, mask = packed(TINY)
-    whole = model(tokens, position_ids, mask)
+    tokens, _, doc_start, position_ids, packing = packed(TINY)
+    whole = model(tokens, position_ids, packing)
     starts = [*doc_start[0].nonzero().flatten().tolist(), tokens.shape[1]]
     for begin, end in itertools.pairwise(starts):
-        alone = model(tokens[:1, begin:end], torch.arange(end - begin)[None], None)
+        alone = model(tokens[:1, begin:end], torch.arange(end - begin)[None], Documents.whole(1, end - begin))
         torch.testing.assert_close(alone[0], whole[0, begin:end], rtol=1e-4, atol=1e-4)
 
 

@@ -129,16 +129,16 @@ def our_logits(source, tokens, doc_start):
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import load_hf
-        from megatron_mixcpt.model.attention import document_mask
+        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, seed=None)
         load_hf(model, source)
-        position_ids, mask = document_mask(doc_start)
+        packing = Documents.of(doc_start)
         with torch.no_grad():
-            logits = model(tokens, position_ids, mask)
-            hidden = model.hidden(tokens, position_ids, mask)
+            logits = model(tokens, packing.position_ids(), packing)
+            hidden = model.hidden(tokens, packing.position_ids(), packing)
             torch.testing.assert_close(model.output_logits(hidden).transpose(0, 1), logits)
         assert logits[..., arch.vocab_size :].eq(0).all()  # padding rows
         return logits[..., : arch.vocab_size]
@@ -192,6 +192,7 @@ def test_a_model_from_no_directory_exports(model_type, tmp_path):
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.huggingface.load import save_hf
         from megatron_mixcpt.model.architecture import PRESETS, RopeScaling
+        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = dataclasses.replace(
@@ -209,6 +210,6 @@ def test_a_model_from_no_directory_exports(model_type, tmp_path):
         tokens = torch.randint(200, (1, 24), generator=torch.Generator().manual_seed(0))
         positions = torch.arange(24).unsqueeze(0)
         with torch.no_grad():
-            ours = model(tokens, positions, None)[..., :200]
+            ours = model(tokens, positions, Documents.whole(*tokens.shape))[..., :200]
             reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)

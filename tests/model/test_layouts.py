@@ -12,12 +12,18 @@ TWO = {
     "sequence-recompute": {"tensor": 2, "sequence": True, "recompute": True},
     "pipeline": {"pipeline": 2},
     "data": {},
+    "context": {"context": 2},
+    "context-recompute": {"context": 2, "recompute": True},
     "data-overlap": {"overlap": True},
 }
 FOUR = {
     "tensor-pipeline": {"tensor": 2, "pipeline": 2},
     "sequence-pipeline-recompute": {"tensor": 2, "pipeline": 2, "sequence": True, "recompute": True},
     "pipeline-data": {"pipeline": 2},
+    "tensor-context": {"tensor": 2, "context": 2, "sequence": True},
+    "pipeline-context": {"pipeline": 2, "context": 2},
+    "context-data": {"context": 2, "overlap": True},
+    "context-4": {"context": 4},
     "tensor-data": {"tensor": 2, "sequence": True},
 }
 ARCHITECTURES = {"grouped": TINY, "tied-multi-query": TIED}

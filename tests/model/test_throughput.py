@@ -11,13 +11,18 @@ from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.position import Position
+from megatron_mixcpt.model import attention_plan
 from megatron_mixcpt.model.architecture import PRESETS
+from megatron_mixcpt.model.documents import QUERIES
 from megatron_mixcpt.model.throughput import executed_flops_per_token, flops_per_token, peak_flops
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
+aten = torch.ops.aten
+FORWARD = aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 GQA = dataclasses.replace(PRESETS["tiny"], num_layers=2, hidden_size=64, ffn_hidden_size=96, head_dim=16)
 DENSE = dataclasses.replace(GQA, num_query_groups=4, tie_word_embeddings=False, head_dim=24)
 CASES = {
@@ -33,6 +38,17 @@ CASES = {
 def addmm_flops(total, a, b, *args, out_shape=None, **kwargs):
     """Of shapes `[m, n]`, `[m, k]`, `[k, n]`."""
     return 2 * a[0] * a[1] * b[1]
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
+    """q k^T and a v, of shapes `[b, n, s, d]`."""
+    b, n, s, d = query
+    return 4 * b * n * s * key[2] * d
+
+
+def attention_backward_flops(upstream, *tensors, out_shape=None, **kwargs):
+    """Two products for each of forward's; that it computes scores again is not counted, nor is what causality saves."""
+    return 2 * attention_flops(*tensors)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +72,22 @@ def test_the_count_is_what_a_step_executes(tmp_path, mix, monkeypatch, case):
             num_workers=0,
             device=state.device,
         )
-        # What the counter does not know: the CPU's fused attention, which runs as matrix products here; addmm in place.
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+        # What the counter does not know: the CPU's fused attention, one document a call here; addmm in place.
+        monkeypatch.setattr(attention_plan, "CALL", 0.0)
+        known = {aten.addmm_: addmm_flops, FORWARD: attention_flops, BACKWARD: attention_backward_flops}
+        counter, batch = FlopCounterMode(display=False, custom_mapping=known), next(batches)
         with sdpa_kernel(SDPBackend.MATH), counter:
-            parts.run([next(batches)])
+            parts.run([batch])
+        lengths = batch.packing.spans[:, QUERIES].astype(float)
+        assert len(lengths) > 2
     found = executed_flops_per_token(
         parts.arch,
-        parts.mix.seq_length,
+        (lengths**2).sum() / lengths.sum(),
         with_teacher=config.uses_teacher,
         recompute=config.train.recompute == "full",
         fuse_lm_head=config.loss.fuse_lm_head,
     )
-    assert found * 2 * parts.mix.seq_length == counter.get_total_flops()
+    assert found * 2 * parts.mix.seq_length == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 
 def test_model_flops_leave_out_what_only_this_way_of_computing_takes():

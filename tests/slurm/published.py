@@ -27,11 +27,24 @@ CONFIGS = {
         theta=100000, tied=True,
     ),
     "Meta-Llama-3-8B": _config("llama", hidden=4096, ffn=14336, layers=32, heads=32, **LLAMA3),
+    "Meta-Llama-3.1-8B": _config(
+        "llama", hidden=4096, ffn=14336, layers=32, heads=32, **LLAMA3 | {"positions": 131072},
+        rope_scaling={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     "Meta-Llama-3-70B": _config("llama", hidden=8192, ffn=28672, layers=80, heads=64, **LLAMA3),
     "Qwen2-7B": _config(
         "qwen2", hidden=3584, ffn=18944, layers=28, heads=28, groups=4, vocabulary=152064, positions=131072,
         eps=1e-6, theta=1000000.0, sliding_window=131072, use_sliding_window=False,
     ),
 }  # fmt: skip
-PARAMETERS = {"SmolLM2-135M": 134.5, "Meta-Llama-3-8B": 8030.3, "Meta-Llama-3-70B": 70553.7, "Qwen2-7B": 7615.6}
+PARAMETERS = {
+    "SmolLM2-135M": 134.5,
+    "Meta-Llama-3-8B": 8030.3,
+    "Meta-Llama-3.1-8B": 8030.3,
+    "Meta-Llama-3-70B": 70553.7,
+    "Qwen2-7B": 7615.6,
+}
 """In millions, as their model cards say (tied embeddings counted once)."""

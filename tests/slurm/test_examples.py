@@ -23,6 +23,7 @@ EXAMPLES = {  # ranks, GiB of a device
     "qwen2-7b-replay-8gpu": (8, 80),
     "llama3-8b-8gpu": (8, 80),
     "llama3-8b-64gpu": (64, 80),
+    "llama3-8b-64k-64gpu": (64, 80),
     "llama3-70b-64gpu": (64, 80),
 }
 CONTEXT_GIB = 4  # of CUDA, NCCL and fragmentation, which the plan does not count

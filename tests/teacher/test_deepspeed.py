@@ -12,7 +12,7 @@ from megatron_mixcpt.config import Config, TeacherConfig, validate
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.model.attention import document_mask
+from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix
@@ -58,11 +58,11 @@ def batches(count=3):
     for number in range(count):
         tokens = torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator)
         doc_start = torch.zeros(2, LENGTH, dtype=torch.bool)
-        if number != 1:  # one micro-batch of single documents, which has no mask
+        if number != 1:  # one micro-batch of single documents, which is met in another way
             doc_start[0, 7] = doc_start[1, 15] = doc_start[1, 16] = True
-        position_ids, mask = document_mask(doc_start)
+        packing = Documents.of(doc_start)
         source = torch.zeros(2, dtype=torch.int64)
-        result.append(Batch(tokens, tokens, torch.zeros_like(tokens), position_ids, mask, source))
+        result.append(Batch(tokens, tokens, torch.zeros_like(tokens), packing.position_ids(), packing, source))
     return result
 
 
@@ -159,6 +159,11 @@ def test_training_on_a_copy_of_the_student_is_training_on_the_initial_teacher(mo
     cached["teacher"] = {"source": "cached", "cache": str(tmp_path / "cache"), "hf": str(folder / "llama")}
     found = run_distributed(_train, 2, cached, free_port(), timeout=300, warm=True)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # Both answer for whole rows, of which a context-parallel rank takes its part.
+    for whole in (values["deepspeed"], cached):
+        parted = whole | {"parallel": {"context": 2}, "run_dir": str(tmp_path / "parted")}
+        found = run_distributed(_train, 2, parted, timeout=300, warm=True)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def refusal(mix, tmp_path, teacher, sections=None):

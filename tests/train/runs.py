@@ -48,7 +48,8 @@ def whole_tensors(parts, state, value):
         return _whole_adapters(stage, state, value)
     local = {slot.name: value(slot.parameter).detach().clone() for slot in stage.slots()}
     gathered = [None] * state.world_size
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    replica = state.data_rank * state.context_size + state.context_rank
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
     shards = {}
     for _, data_rank, tensor_rank, tensors in sorted(gathered, key=lambda entry: entry[:3]):
         if data_rank != 0:
@@ -68,7 +69,8 @@ def _whole_adapters(stage, state, value):
         for name, (_, axis) in adapter.layout.tensors().items()
     }
     gathered = [None] * state.world_size
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, state.data_rank, state.tensor_rank, local))
+    replica = state.data_rank * state.context_size + state.context_rank
+    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
     shards = {}
     for _, data_rank, _, tensors in sorted(gathered, key=lambda entry: entry[:3]):
         for key, (axis, tensor) in tensors.items() if data_rank == 0 else ():
@@ -81,6 +83,11 @@ def _whole_adapters(stage, state, value):
     }
 
 
+def grid_of(config):
+    grid = config.parallel
+    return parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context)
+
+
 def run_steps(values):
     """Train `values` (a configuration) from the start; call in every rank.
 
@@ -88,7 +95,7 @@ def run_steps(values):
     trained model scores on the held-out data.
     """
     config = validated(Config, values, "test")
-    with parallel_context(config.parallel.tensor, config.parallel.pipeline, seed=config.train.seed) as state:
+    with grid_of(config) as state:
         parts = build(config, state)
         batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
         batches = train_batches(

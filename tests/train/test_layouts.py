@@ -20,6 +20,8 @@ TWO = {
     "TP2+SP": {"parallel": {"tensor": 2, "sequence": True}},
     "PP2": {"parallel": {"pipeline": 2}},
     "DP2": {},
+    "CP2": {"parallel": {"context": 2}},
+    "CP2 fused head": {"parallel": {"context": 2}, "loss": {"fuse_lm_head": True}},
     "DP2 overlapped": {"train": {"overlap_grad_reduce": True}},
     "DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
     "PP2 fused head": {"parallel": {"pipeline": 2}, "loss": {"fuse_lm_head": True}},
@@ -34,6 +36,13 @@ UNTIED_TWO = {
 }
 FOUR = {
     "TP2xPP2": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "CP4": {"parallel": {"context": 4}},
+    "PP2xCP2": {"parallel": {"pipeline": 2, "context": 2}},
+    "TP2xCP2 SP recompute": {
+        "parallel": {"tensor": 2, "context": 2, "sequence": True},
+        "train": {"recompute": "full"},
+    },
+    "CP2xDP2 distributed optimizer": {"parallel": {"context": 2}, "train": {"distributed_optimizer": True}},
     "TP2xDP2 SP distributed optimizer": {
         "parallel": {"tensor": 2, "sequence": True},
         "train": {"distributed_optimizer": True},
