@@ -27,7 +27,7 @@ setup(
         "megatron_mixcpt.demo": ["data/*"],
         "megatron_mixcpt.evaluate": ["tasks/*"],
         "megatron_mixcpt.launch": ["*.sbatch", "*.sh", "*.md", "configs/*", "configs/*/*"],
-        "megatron_mixcpt.observe": ["page/*"],
+        "megatron_mixcpt.report": ["page.css", "page.js"],
         "megatron_mixcpt.recall": ["data/*"],
     },
     install_requires=[

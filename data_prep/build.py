@@ -31,7 +31,6 @@ from megatron_mixcpt.data_prep.mix import (
     Mix,
     Split,
     TokenizerEntry,
-    mix_to_json,
     split_from_json,
     split_to_json,
     write_mix,
@@ -45,6 +44,7 @@ from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.files import write_whole
 
 ENDINGS = (".bin", ".idx", ".flags.bin", ".flags.idx")
 
@@ -97,7 +97,7 @@ def build(
         sources=tuple(weighted(config, sources)),
         seed=config.seed,
     )
-    reports = write_report(out, mix_to_json(mix), counts, plans, corpora)
+    reports = write_report(out, mix, counts, plans, corpora, tokenizer.decode)
     for name in (
         "quarantine.jsonl",
         *reports,
@@ -228,9 +228,7 @@ def _finished(
     for ending in ENDINGS:
         files[name + ending] = describe_file(builder.out / (name + ending), hashes.get(ending))
     builder.files.update(files)
-    unfinished = receipt.with_name(receipt.name + ".tmp")
-    unfinished.write_bytes(orjson.dumps({"entry": split_to_json(split), "files": files}))
-    os.replace(unfinished, receipt)
+    write_whole(receipt, orjson.dumps({"entry": split_to_json(split), "files": files}))
     return split
 
 

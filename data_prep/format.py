@@ -5,15 +5,17 @@ code, uint64 S (sequences), uint64 N (documents + 1), int32 lengths[S], int64 by
 This is the layout that `megatron.core.datasets.indexed_dataset` 0.16 reads; a test compares the bytes with its builder.
 """
 
-import os
 import struct
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
 from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.files import writing
 
 # The flags byte.
 TARGET = 1 << 0  # the token counts as a label
@@ -100,15 +102,11 @@ def write_index(
         np.cumsum(lengths[:-1].astype("<i8") * dtype.itemsize, out=pointers[1:])
     if documents is None:
         documents = np.arange(len(lengths) + 1, dtype="<i8")
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with writing(path) as file:
         file.write(MAGIC + struct.pack("<QBQQ", VERSION, dtype_code(dtype), len(lengths), len(documents)))
         file.write(lengths.data)
         file.write(np.ascontiguousarray(pointers, dtype="<i8").data)
         file.write(np.ascontiguousarray(documents, dtype="<i8").data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_hashed(file: BinaryIO, state: Any, data: np.ndarray) -> None:
@@ -132,9 +130,8 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self._bin = self.prefix.with_name(self.prefix.name + ".bin")
-        self._temporary = self._bin.with_name(self._bin.name + ".tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish() or abort()
+        self._closing = ExitStack()
+        self._file = self._closing.enter_context(writing(self.prefix.with_name(self.prefix.name + ".bin")))
         self._hash = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
 
@@ -149,27 +146,20 @@ class IndexedWriter:
 
     def finish(self, documents: np.ndarray | None = None) -> str:
         """Close the files and return the hash of the `.bin` bytes (hex). `documents`: see `write_index`."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, "<i4")
         index = self.prefix.with_name(self.prefix.name + ".idx")
         index.unlink(missing_ok=True)  # never an old index over a new .bin
-        os.replace(self._temporary, self._bin)
+        self._closing.close()
         write_index(index, self.dtype, lengths, documents=documents)
         return self._hash.hexdigest()
-
-    def abort(self) -> None:
-        """Remove what was written so far."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedWriter":
         return self
 
-    def __exit__(self, exc_type: object, *_: object) -> None:
-        if exc_type is not None:
-            self.abort()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.__exit__(kind, error, trace)
 
 
 class Indexed:

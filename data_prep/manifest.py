@@ -1,6 +1,5 @@
 """`manifest.json`: every file of a result with its size and hash, and what it was made from."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from megatron_mixcpt import __version__
 from megatron_mixcpt.data_prep.config import Config
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.data_prep.plan import Plan
+from megatron_mixcpt.files import write_whole
 
 FORMAT = "mixcpt-manifest/1"
 FILE_NAME = "manifest.json"
@@ -53,11 +53,7 @@ def write_view_manifest(out: Path, files: dict[str, dict[str, Any]], fingerprint
 
 
 def _write(out: Path, manifest: dict[str, Any]) -> Path:
-    path = out / FILE_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    os.replace(temporary, path)
-    return path
+    return write_whole(out / FILE_NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,6 @@
 """`mix.json`: the mixture that the trainer reads, sealed with a fingerprint. Every command reads it here."""
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import orjson
 import xxhash
 
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import write_whole
 
 FORMAT = "mixcpt-mix/2"
 READABLE = ("mixcpt-mix/1", FORMAT)  # 1 knows neither the kind general nor sources that are only held out
@@ -168,9 +168,7 @@ def write_mix(path: Path, mix: Mix) -> Mix:
     content = {"format": FORMAT, **mix_to_json(mix)}
     seal = fingerprint(content)
     sealed = {"format": FORMAT, "fingerprint": seal, **content}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    os.replace(temporary, path)
+    write_whole(path, orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     return replace(mix, path=path, fingerprint=seal)
 
 

@@ -4,7 +4,6 @@ A chunk yields one or more blocks `00012-000.part`, each tokens, flags and a doc
 `00012.json`, written last and atomically. Without a receipt, or if a block does not match it, the chunk is done again.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import orjson
 import xxhash
 
 from megatron_mixcpt.data_prep.format import write_hashed
+from megatron_mixcpt.files import writing
 
 # One row per document. `hash` is the 128-bit content hash of its record (two halves); `kind` as in the flags.
 DOCUMENT_DTYPE = np.dtype(
@@ -56,13 +56,11 @@ def write_block(
 ) -> dict[str, Any]:
     """Write a block atomically; returns its entry in the receipt."""
     state = xxhash.xxh3_128()
-    temporary = folder / (name + ".tmp")
     sections = [tokens, flags, documents] + ([] if signatures is None else [signatures])
-    with open(temporary, "wb") as file:
+    with writing(folder / name, durable=False) as file:
         for section in sections:
             write_hashed(file, state, section)
             write_hashed(file, state, np.zeros(_align(section.nbytes) - section.nbytes, dtype=np.uint8))
-    os.replace(temporary, folder / name)
     return {
         "name": name,
         "tokens": len(tokens),
@@ -110,10 +108,8 @@ def receipt_path(folder: Path, chunk: int) -> Path:
 def write_receipt(folder: Path, chunk: int, receipt: dict[str, Any]) -> None:
     """Write the receipt, sealed with a hash of itself."""
     body = orjson.dumps(receipt, option=orjson.OPT_SORT_KEYS)
-    path = receipt_path(folder, chunk)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
-    os.replace(temporary, path)
+    with writing(receipt_path(folder, chunk), durable=False) as file:
+        file.write(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
 
 
 def read_receipt(folder: Path, chunk: int) -> dict[str, Any] | None:

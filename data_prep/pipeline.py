@@ -26,7 +26,6 @@ from megatron_mixcpt.data_prep.neardup import Signer
 from megatron_mixcpt.data_prep.parts import part_is_good, read_receipt
 from megatron_mixcpt.data_prep.plan import Plan, make_plan, plan_to_json
 from megatron_mixcpt.data_prep.pool import Pool
-from megatron_mixcpt.data_prep.progress import Progress
 from megatron_mixcpt.data_prep.quarantine import (
     BadRecordWatch,
     check_budget,
@@ -39,6 +38,8 @@ from megatron_mixcpt.data_prep.sampling import sample_texts
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.data_prep.worker import Job, process_chunk
 from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.files import write_whole
+from megatron_mixcpt.progress import Progress
 
 PARTS_FOLDER = ".parts"
 
@@ -125,10 +126,8 @@ def _planned(config: Config, out: Path) -> Prepared:
 
 def _write_plans(prepared: Prepared) -> None:
     for stage in prepared.stages:
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        temporary = stage.folder / f"plan.json.{uuid.uuid4().hex}.tmp"  # shards on several machines write the same plan
-        temporary.write_bytes(plan_to_json(stage.plan))
-        os.replace(temporary, stage.folder / "plan.json")
+        own = stage.folder / f"plan.json.{uuid.uuid4().hex}"  # shards on several machines write the same plan
+        os.replace(write_whole(own, plan_to_json(stage.plan)), stage.folder / "plan.json")
 
 
 def tokenize(
@@ -161,11 +160,11 @@ def tokenize(
         # While the workers work, this process has time to load what only the end of the run needs.
         threading.Thread(target=importlib.import_module, args=("pyarrow.parquet",)).start()
         fast = choose_engines(prepared, sorted({number for number, _ in tasks}), pool)
-        with Progress("tokenize", total, done_bytes) as progress:
+        with Progress("tokenize", total, "B", done=done_bytes) as progress:
             orders = ((process_order, number, chunk, number in fast) for number, chunk in tasks)
             for number, chunk, done in pool.run(orders):
                 stage, num_bytes = prepared.stages[number], prepared.stages[number].plan.chunk_bytes(chunk)
-                progress.advance(num_bytes, done["tokens"])
+                progress.advance(num_bytes, tokens=done["tokens"])
                 if watches[number].over(num_bytes, done["records"], done["bad"]):
                     _refuse_bad_records(Path(prepared.config.out), stage)
 

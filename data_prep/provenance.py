@@ -6,6 +6,7 @@ each piece of the document lies in its split's prefix; two lists of one length),
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_mixcpt.data_prep.assemble import Corpus, Placement
 from megatron_mixcpt.data_prep.format import KIND_NAMES
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES
+from megatron_mixcpt.files import writing
 
 FOLDER = "provenance"
 ROWS = 1 << 18  # written at a time
@@ -52,10 +54,8 @@ def write_provenance(
         pair[rows] = pair[rows + 1] = np.arange(len(rows))
     hashes = np.stack([documents["hash_high"], documents["hash_low"]], axis=1).astype(">u8")
     names = _strings([file.path for file in plan.files])
-    writer = None
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path) as file, ExitStack() as closing:
+        writer = None
         for first in range(0, max(1, len(documents)), ROWS):
             part = slice(first, first + ROWS)
             rows = documents[part]
@@ -79,12 +79,8 @@ def write_provenance(
                 "pair": _column(pair[part], (pair[part] >= 0) & (status[part] == KEPT)),
             }
             table = pa.table(columns)
-            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer = writer or closing.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    temporary.replace(path)
 
 
 def _places(

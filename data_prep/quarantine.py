@@ -1,6 +1,5 @@
 """Records that could not be used: written down with file, line and reason, and never more than the budget allows."""
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import orjson
 from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.errors import BadRecordsError
+from megatron_mixcpt.files import writing
 
 FILE_NAME = "quarantine.jsonl"
 TOO_LONG = "too long"  # reason of a conversation that does not fit into seq_length: not bad, and counted apart
@@ -18,13 +18,11 @@ TOO_LONG = "too long"  # reason of a conversation that does not fit into seq_len
 def write_quarantine(out: Path, bad: list[tuple[Plan, list[dict[str, Any]]]]) -> Path:
     """Write all bad records, in the order of the sources and of their files."""
     path = out / FILE_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with writing(path) as file:
         for plan, items in bad:
             for item in items:
                 row = {"source": plan.source, **item, "file": plan.files[item["file"]].path}
                 file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-    os.replace(temporary, path)
     return path
 
 

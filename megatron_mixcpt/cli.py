@@ -14,6 +14,7 @@ import warnings
 
 from megatron_mixcpt import __version__
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.files import FULL, reason
 
 # Their modules are imported only when asked for: `mixcpt --help` must not wait for torch.
 COMMANDS = {
@@ -55,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
             # What was stopped on request says so itself, and is no error.
             print(error if error.exit_code == 75 else f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be written: {reason(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

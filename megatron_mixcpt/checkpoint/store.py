@@ -24,6 +24,7 @@ from typing import Any
 from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, render_info
 from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.files import sync, write_json
 
 LATEST = "latest.json"
 _NAME = re.compile(r"step_(\d+)")
@@ -73,10 +74,7 @@ def result_of(parent: Path) -> Path | None:
 
 
 def _name_latest(parent: Path, content: dict[str, Any]) -> None:
-    latest = parent / f"{LATEST}.{uuid.uuid4().hex[:8]}"
-    latest.write_text(json.dumps(content) + "\n")
-    sync(latest)
-    latest.replace(parent / LATEST)
+    write_json(parent / LATEST, content)
     sync(parent)
 
 
@@ -150,15 +148,6 @@ def require_space(parent: Path, needed: int) -> None:
             f"{parent}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
             "free some space, lower checkpoint.keep, or set another run_dir"
         )
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe(damage: Sequence[str], limit: int = 3) -> str:

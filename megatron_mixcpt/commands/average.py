@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.checkpoint.origin import find_origin
     from megatron_mixcpt.convert.average import average, num_tensors
-    from megatron_mixcpt.convert.progress import tensor_progress
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.evaluate.averages import write_averages
     from megatron_mixcpt.evaluate.loading import quiet_libraries
     from megatron_mixcpt.evaluate.target import as_hf_directory, is_hf_directory
+    from megatron_mixcpt.progress import Progress
 
     tuned, base, mix_path = Path(args.tuned), args.base and Path(args.base), args.mix and Path(args.mix)
     if tuned.is_dir() and not is_hf_directory(tuned):
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(as_hf_directory(path, allow_older=args.allow_older)) for path in (base, tuned)
         )
         for alpha in alphas:
-            with tensor_progress(f"averaging at {alpha:g}", num_tensors(second)) as done:
-                average(first, second, alpha, out / f"alpha-{alpha:g}", done=done)
+            with Progress(f"averaging at {alpha:g}", num_tensors(second), "tensors") as progress:
+                average(first, second, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
         if what is not None:
             hf = {"base": first, "tuned": second}
             measured = {name: measure.measure_model(hf.get(name, path), what) for name, path in models.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.commands.options import add_allow_older
+from megatron_mixcpt.progress import Progress
 
 NAME = "generate"
 HELP = """Continue prompts with a run, a checkpoint or a Hugging Face directory. Prompts come from --prompt, or line
@@ -44,12 +45,31 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt or (line.rstrip("\n") for line in sys.stdin)
     with as_hf_directory(Path(args.model), allow_older=args.allow_older) as folder:
         model, tokenizer = load_directory(folder)
-        for prompt in prompts:
-            print(continuation(model, tokenizer, prompt, args), flush=True)
+        for number, prompt in enumerate(prompts, 1):
+            with Progress(f"prompt {number}", args.max_new_tokens, "tokens") as progress:
+                text = continuation(model, tokenizer, prompt, args, _Counter(progress))
+            print(text, flush=True)
     return 0
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> str:
+class _Counter:
+    """What transformers calls with the prompt, and then with each token that it has generated."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._begun = progress, False
+
+    def put(self, tokens: Any) -> None:
+        if self._begun:
+            self._progress.advance()
+        self._begun = True
+
+    def end(self) -> None:
+        """There will be no more."""
+
+
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace, streamer: _Counter | None = None
+) -> str:
     """The prompt and its continuation; in a chat the answer alone.
 
     Raises:
@@ -75,6 +95,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespa
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        streamer=streamer,
         **(sampling or {"do_sample": False}),
     )[0]
     return tokenizer.decode(output[tokens.shape[1] if args.chat else 0 :], skip_special_tokens=True)

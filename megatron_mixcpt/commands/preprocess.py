@@ -1,13 +1,13 @@
 """`mixcpt preprocess CONFIG`: from raw text to mixed token files."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
 from types import FrameType
 
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
+from megatron_mixcpt.files import reason
 
 NAME = "preprocess"
 HELP = "turn raw text, instructions and preference pairs into packed, mixed token files"
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         mix = preprocess(config, workers=workers, shard=shard, assemble_only=args.assemble)
     except OSError as error:
-        raise explain_os_error(error) from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise MixcptError(f"{where}{reason(error)}; finished parts are kept") from error
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(mix if mix else f"shard {args.shard} done")
@@ -55,17 +56,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not 1 <= index <= count:
         raise ConfigError(f"--shard: I must be between 1 and N (got {text!r})")
     return index - 1, count
-
-
-def explain_os_error(error: OSError) -> MixcptError:
-    """An operating-system error as a message that says what to do."""
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return MixcptError(
-            f"no room left to write{where}: {error.strerror}. Free some space and run the same command again; "
-            "finished parts are kept"
-        )
-    return MixcptError(f"{error.strerror or error}{where}")
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

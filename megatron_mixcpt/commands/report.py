@@ -18,14 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.observe.report_page import REPORT, write_report
+    from megatron_mixcpt.observe.run_report import REPORT, write_report
 
     out = Path(args.out or Path(args.runs[0]) / REPORT)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory: name a file, as {out / REPORT}")
-    try:
-        write_report([Path(run) for run in args.runs], out)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}") from None
+    write_report([Path(run) for run in args.runs], out)
     print(f"report: {out}")
     return 0

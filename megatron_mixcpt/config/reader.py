@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import write_whole
 
 # Keys that only one command's files have: who gives a file to another command is told which it is for.
 COMMAND_OF = {"sources": "preprocess", "stages": "launch", "select": "select", "align": "align", "train": "train"}
@@ -112,7 +113,7 @@ def rendered(config: BaseModel) -> str:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    path.write_text(rendered(config))
+    write_whole(path, rendered(config))
 
 
 def _read(path: Path) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.metadata import TOKENIZER_FILES, claim
+from megatron_mixcpt.files import new_directory
+from megatron_mixcpt.huggingface.metadata import TOKENIZER_FILES
 from megatron_mixcpt.huggingface.stream import one_thread
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter, TensorSource
 from megatron_mixcpt.huggingface.weights import open_source, widest
@@ -34,24 +35,19 @@ def average(
         raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
     first, second = open_source(base), open_source(tuned)
     names = _common(first, second, base, tuned)
-    claim(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     shapes = {name: second.shape(name) for name in names}
-    with one_thread(), SafetensorsWriter(partial, shapes, widest({second.dtype(name) for name in names})) as writer:
-        for name in names:
-            mean = torch.lerp(_read(first, name), _read(second, name), alpha)
-            writer.write(name, mean.to(second.dtype(name)))
-            done(name)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (tuned / name).exists():
-            shutil.copyfile(tuned / name, partial / name)
-    (partial / "README.md").write_text(
-        f"# {out.name}\n\nWeights {1 - alpha:g} x `{base.name}` + {alpha:g} x `{tuned.name}`, averaged by mixcpt.\n"
-    )
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        with one_thread(), SafetensorsWriter(partial, shapes, widest({second.dtype(name) for name in names})) as writer:
+            for name in names:
+                mean = torch.lerp(_read(first, name), _read(second, name), alpha)
+                writer.write(name, mean.to(second.dtype(name)))
+                done(name)
+        for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+            if (tuned / name).exists():
+                shutil.copyfile(tuned / name, partial / name)
+        (partial / "README.md").write_text(
+            f"# {out.name}\n\nWeights {1 - alpha:g} x `{base.name}` + {alpha:g} x `{tuned.name}`, averaged by mixcpt.\n"
+        )
 
 
 def num_tensors(folder: Path) -> int:

@@ -9,15 +9,16 @@ from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base
 from megatron_mixcpt.convert.card import model_card
-from megatron_mixcpt.convert.progress import tensor_progress
 from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.metadata import claim, copy_tokenizer, write_metadata
+from megatron_mixcpt.files import new_directory
+from megatron_mixcpt.huggingface.metadata import copy_tokenizer, write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.model.layout import whole_shapes
+from megatron_mixcpt.progress import Progress
 
 
 def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bool = False) -> None:
@@ -32,11 +33,8 @@ def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bo
     """
     origin = find_origin(source, allow_older=allow_older)
     weights = open_weights(origin)
-    claim(out)
-    partial = _partial(out)
-    _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
 
 
 def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str:
@@ -49,46 +47,36 @@ def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str
     origin = find_origin(source, allow_older=allow_older)
     if origin.adapter is None:
         raise ConfigError(f"{source} trained all weights, no adapter: leave --adapter out")
-    claim(out)
-    partial = _partial(out)
-    partial.mkdir()
     hf = hf_base(origin.config, origin.arch, origin.adapter)
     base = str(hf) if hf else "base"
-    if not hf:
-        _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
-    tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
-    write_directory(partial, origin.arch, origin.adapter, tensors, base)
-    for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
-        if folder:
-            copy_tokenizer(folder, partial)
-    (partial / "README.md").write_text(model_card(origin))
-    if origin.adapter.method == "alora":
-        shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
-    out.rmdir()
-    partial.rename(out)
+    with new_directory(out) as partial:
+        if not hf:
+            (partial / base).mkdir()
+            _write_model(partial / base, origin, open_base(origin), None, f"exporting the base of {source.name}")
+        tensors = read_adapters(origin.checkpoint, adapted_linears(origin.arch, origin.adapter))
+        write_directory(partial, origin.arch, origin.adapter, tensors, base)
+        for folder in (origin.source_dir, origin.tokenizer_dir):  # the second over the first, as beside a whole model
+            if folder:
+                copy_tokenizer(folder, partial)
+        (partial / "README.md").write_text(model_card(origin))
+        if origin.adapter.method == "alora":
+            shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
     if origin.adapter.method == "lora":
         return f"peft loads it over {hf or out / base}"
     return "megatron_mixcpt.hf_alora.load_alora loads it"
 
 
-def _partial(out: Path) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    return partial
-
-
 def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str | None, title: str) -> None:
 
     written, arch = DTYPES[dtype] if dtype else weights.dtype, origin.arch
-    folder.mkdir()
     shapes = whole_shapes(arch)
     with (
         one_thread(),
-        tensor_progress(title, len(shapes)) as done,
+        Progress(title, len(shapes), "tensors") as progress,
         SafetensorsWriter(folder, hf_shapes(arch), written) as writer,
     ):
         for name, whole in read_ahead(shapes, weights.read):
             for part, tensor in zip(hf_names(name), split(name, whole, arch)):
                 writer.write(part, tensor)
-            done(name)
+            progress.advance()
     write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))

@@ -7,11 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.rule import Rule
+from megatron_mixcpt.progress import Display
+from megatron_mixcpt.units import duration
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where the output is a log
+EVERY = 10.0  # seconds between progress lines in a log
 
 
 class DemoConsole:
@@ -28,25 +27,12 @@ class DemoConsole:
         self._stage: str | None = None
         self._share, self._detail = 0.0, ""
         self._start = self._stage_start = time.monotonic()
-        self._last_line = 0.0
-        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]overall"), BarColumn(bar_width=30), TaskProgressColumn(),
-                TextColumn("{task.description}"), console=self._console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=1.0)
-            self._bar.start()
-
-    def say(self, text: str = "") -> None:
-        """Lines of plain text."""
-        self._console.print(text, markup=False)
+        self._display = Display(file or sys.stdout, EVERY)
+        self.say, self.close = self._display.message, self._display.close
 
     def heading(self, title: str) -> None:
         """The beginning of a part of the demo."""
-        self._console.print()
-        self._console.print(Rule(f"[bold]{title}", align="left") if self._console.is_terminal else f"== {title}")
+        self.say(f"\n== {title}")
 
     def begin(self, name: str, title: str) -> None:
         """Stage `name` (a key of `expected`) starts."""
@@ -72,12 +58,6 @@ class DemoConsole:
         self._skipped.add(name)
         self.say(f"  {title}: done before, skipped")
 
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
     @property
     def elapsed(self) -> float:
         """Seconds since the demo began."""
@@ -89,16 +69,5 @@ class DemoConsole:
         total = sum(seconds for name, seconds in self._expected.items() if name not in self._skipped)
         # Until ten expected seconds are done there is too little to judge the machine by.
         pace = self.elapsed / ran if ran > 10.0 else 1.0
-        remaining = duration((total - ran) * pace)
-        detail = f" | {self._stage}: {self._detail}" if self._detail else f" | {self._stage}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=ran / total, description=f"ETA {remaining}{detail}")
-        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL:
-            self._last_line = time.monotonic()
-            self.say(f"    [overall {ran / total:4.0%} | ETA {remaining}{detail}]")
-
-
-def duration(seconds: float) -> str:
-    """`4m05s` or `12s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+        parts = [f"overall {ran / total:.0%}", *([self._stage] if self._stage else []), *filter(None, [self._detail])]
+        self._display.show(ran / total, [*parts, f"ETA {duration((total - ran) * pace)}"])

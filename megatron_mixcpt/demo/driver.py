@@ -12,11 +12,12 @@ from megatron_mixcpt import __version__
 from megatron_mixcpt.demo import configs
 from megatron_mixcpt.demo.base_model import save_smollm2, save_tiny_tokenizer
 from megatron_mixcpt.demo.commands import run_mixcpt, training_progress
-from megatron_mixcpt.demo.console import DemoConsole, duration
+from megatron_mixcpt.demo.console import DemoConsole
 from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.demo.stages import Done, Progress, Stages, open_folder
 from megatron_mixcpt.demo.texts import read_probe, read_training_texts, write_texts
 from megatron_mixcpt.evaluate.report import metrics_table, verdict, write_report
+from megatron_mixcpt.units import duration
 
 ARM_TITLES = {
     "pretrain": "Pre-training the tiny model on general text",

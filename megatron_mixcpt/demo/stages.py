@@ -8,7 +8,6 @@ Output without a matching receipt is deleted before the stage runs, so nothing s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import xxhash
 
 from megatron_mixcpt.demo.console import DemoConsole
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import write_json
 
 MARKER = "mixcpt-demo.json"
 
@@ -80,16 +80,16 @@ class Stages:
             for path in outputs:
                 _remove(path)
         spent = known.get("seconds", 0.0)
-        _write(receipt, {"key": key, "finished": False, "seconds": spent})
+        write_json(receipt, {"key": key, "finished": False, "seconds": spent})
         self._console.begin(name, title)
         start = time.monotonic()
         try:
             result = work(self._console.progress)
         except BaseException:
-            _write(receipt, {"key": key, "finished": False, "seconds": spent + time.monotonic() - start})
+            write_json(receipt, {"key": key, "finished": False, "seconds": spent + time.monotonic() - start})
             raise
         done = Done(key, result, spent + time.monotonic() - start)
-        _write(receipt, {"key": key, "finished": True, "seconds": done.seconds, "result": result})
+        write_json(receipt, {"key": key, "finished": True, "seconds": done.seconds, "result": result})
         self._console.end()
         return done
 
@@ -99,12 +99,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # a torn receipt counts as none
         return {}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _remove(path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.evaluate.comparison import change, gci_table
+from megatron_mixcpt.files import write_json, write_whole
 
 CHANGES = {
     "domain_gain": "domain gain, nats a token",
@@ -28,8 +28,8 @@ def write_averages(out: Path, measured: Mapping[str, Mapping[str, list]], paths:
         }
         for name, parts in measured.items()
     }
-    (out / "average.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "average.md").write_text(_markdown(measured, changes, paths))
+    write_json(out / "average.json", content)
+    write_whole(out / "average.md", _markdown(measured, changes, paths))
 
 
 def _markdown(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_mixcpt.convert.card import not_measured
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
+from megatron_mixcpt.files import write_json, write_whole
 
 Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
 
@@ -57,8 +57,8 @@ def write_comparison(
     for name, parts in measured.items():
         for part, rows in parts.items():
             content[name][part] = [dataclasses.asdict(row) for row in rows]
-    (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "eval.md").write_text(_markdown(measured, model, base, unmeasured))
+    write_json(out / "eval.json", content)
+    write_whole(out / "eval.md", _markdown(measured, model, base, unmeasured))
 
 
 def _markdown(measured: Mapping[str, Measured], model: str, base: str | None, unmeasured: Sequence[str]) -> str:

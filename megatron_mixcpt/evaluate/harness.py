@@ -6,7 +6,7 @@ a benchmark to publish.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,8 +65,17 @@ def require_harness() -> None:
         raise ConfigError("--tasks needs the lm-evaluation-harness: in the clone, pip install -e '.[eval]'")
 
 
-def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype: str) -> list[TaskScore]:
-    """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py).
+def run_harness(
+    hf_dir: Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    dtype: str,
+    done: Callable[[int], None] = lambda tasks: None,
+) -> list[TaskScore]:
+    """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py), task by task.
+
+    `done` is called with the number of tasks that have been scored.
 
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
@@ -76,35 +85,41 @@ def run_harness(hf_dir: Path, tasks: Sequence[str], *, limit: int | None, dtype:
     require_harness()
     import lm_eval
     import torch
+    from lm_eval.models.huggingface import HFLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"pretrained": str(hf_dir), "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
-    model: Any = "hf"
+    precision = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    resolved = [resolve_task(task) for task in tasks]
     if is_alora(hf_dir):
-        from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-        adapted = load_alora(hf_dir, dtype=options["dtype"]).to(device)
-        model, options = HFLM(pretrained=adapted, tokenizer=tokenizer, batch_size=8), {}
-    resolved = [resolve_task(task) for task in tasks]
-    try:
-        output = lm_eval.simple_evaluate(
-            model=model,
-            model_args=options,
-            tasks=resolved,
-            device=device,
-            limit=limit,
-            bootstrap_iters=0,
-            batch_size=8,
-            random_seed=0,
-            numpy_random_seed=0,
-            torch_random_seed=0,
-            fewshot_random_seed=0,
-        )
-    except KeyError as error:
-        bundled = ", ".join(bundled_tasks())
-        raise ConfigError(f"--tasks: the harness does not know {error}; bundled: {bundled}") from error
+        adapted = load_alora(hf_dir, dtype=precision).to(device)
+        model = HFLM(pretrained=adapted, tokenizer=AutoTokenizer.from_pretrained(hf_dir), batch_size=8)
+    else:
+        model = HFLM(pretrained=str(hf_dir), dtype=precision, device=device, batch_size=8)
+    scores = []
+    for task in resolved:
+        try:
+            output = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[task],
+                limit=limit,
+                bootstrap_iters=0,
+                random_seed=0,
+                numpy_random_seed=0,
+                torch_random_seed=0,
+                fewshot_random_seed=0,
+            )
+        except KeyError as error:
+            bundled = ", ".join(bundled_tasks())
+            raise ConfigError(f"--tasks: the harness does not know {error}; bundled: {bundled}") from error
+        scores += _scores(output)
+        done(1)
+    return scores
+
+
+def _scores(output: dict[str, Any]) -> list[TaskScore]:
+    """What the harness reports, without its estimates of errors as metrics of their own."""
     scores = []
     for task, results in output["results"].items():
         better = output["higher_is_better"].get(task, {})

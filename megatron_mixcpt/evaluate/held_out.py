@@ -10,6 +10,7 @@ from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.target import is_hf_directory
 from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def validation_perplexity(
 
     from megatron_mixcpt.checkpoint import newest_checkpoint, read_info
     from megatron_mixcpt.config import LossConfig
-    from megatron_mixcpt.data.batch import collate
+    from megatron_mixcpt.data.batch import Batch, collate
     from megatron_mixcpt.data.dataset import valid_datasets
     from megatron_mixcpt.huggingface.weights import DTYPES
     from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
@@ -67,16 +68,24 @@ def validation_perplexity(
         loss = MixCPTLoss(
             LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
         )
-        metrics, _ = validate(
-            dict(valid_datasets(mix, seed=0, cache_dir=Path(cache))),
-            ForwardBackward(model, loss, num_sources=micro_batch_size, contributes=True),
-            collate,
-            validation_metrics,
-            state=state,
-            micro_batch_size=micro_batch_size,
-            max_samples=max_samples,
-            stop_requested=lambda: False,
-        )
+        datasets = dict(valid_datasets(mix, seed=0, cache_dir=Path(cache)))
+        total = sum(min(len(dataset), max_samples or len(dataset)) for dataset in datasets.values())
+        with Progress(f"{path.name}: held-out text", total, "sequences") as progress:
+
+            def told(batch: list[dict]) -> Batch:
+                progress.advance(len(batch))
+                return collate(batch)
+
+            metrics, _ = validate(
+                datasets,
+                ForwardBackward(model, loss, num_sources=micro_batch_size, contributes=True),
+                told,
+                validation_metrics,
+                state=state,
+                micro_batch_size=micro_batch_size,
+                max_samples=max_samples,
+                stop_requested=lambda: False,
+            )
         torch.distributed.barrier()
     measured = [
         SourcePerplexity(source.name, source.kind, metrics[f"val/{source.name}/ppl"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
 from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
+from megatron_mixcpt.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
@@ -88,7 +88,10 @@ def measure_model(path: Path, what: What) -> Measured:
         with as_hf_directory(path) as folder:
             if what.tasks:
                 tasks = [name for task in what.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
-                measured["tasks"] = run_harness(folder, tasks, limit=what.max_samples, dtype=what.dtype)
+                with Progress(f"{path.name}: tasks", len(tasks), "tasks") as progress:
+                    measured["tasks"] = run_harness(
+                        folder, tasks, limit=what.max_samples, dtype=what.dtype, done=progress.advance
+                    )
             if what.gci:
                 from megatron_mixcpt.evaluate.gci import summarize
 
@@ -113,13 +116,9 @@ def gci_instances(text: str) -> list[Instance]:
 def _answers(folder: Path, instances: list[Instance], name: str, *, chat: bool) -> list[Answer]:
     from megatron_mixcpt.evaluate.gci import run_gci
 
-    def show(share: float) -> None:
-        if sys.stderr.isatty():
-            print(
-                f"\r{name}: {share:.0%} of {len(instances)} questions", end="\n" if share == 1 else "", file=sys.stderr
-            )
-
-    return run_gci(folder, instances, ask=_asking(folder, chat), on_progress=show)
+    ask = _asking(folder, chat)
+    with Progress(f"{name}: answering", len(instances), "questions") as progress:
+        return run_gci(folder, instances, ask=ask, on_progress=lambda share: progress.reach(share * len(instances)))
 
 
 def _asking(folder: Path, chat: bool) -> Callable[[str], str]:

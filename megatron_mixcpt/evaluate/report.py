@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_mixcpt.files import write_json, write_whole
 
 Arm = Mapping[str, Any]
 """What `measure` returned for one model."""
@@ -79,8 +80,8 @@ def write_report(
 
     `settings` are (name, value) lines, `seconds` the parts of the run with their duration, `plot` an image's file name.
     """
-    (folder / "report.json").write_text(json.dumps({name: arms[name] for name in ARMS}, indent=1) + "\n")
-    (folder / "report.md").write_text(_markdown(arms, title, settings, seconds, plot))
+    write_json(folder / "report.json", {name: arms[name] for name in ARMS})
+    write_whole(folder / "report.md", _markdown(arms, title, settings, seconds, plot))
 
 
 def metrics_table(arms: Mapping[str, Arm]) -> str:

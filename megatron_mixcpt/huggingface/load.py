@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.files import claim
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.huggingface.metadata import claim, write_metadata
+from megatron_mixcpt.huggingface.metadata import write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import check_names, open_source, whole_tensor

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import config_dict, gguf_file
 from megatron_mixcpt.model.architecture import Architecture
 
@@ -22,17 +21,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-def claim(out: Path) -> None:
-    """Make an empty output directory.
-
-    Raises:
-        ConfigError: there is something in it already.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty: choose another --out or remove it")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -6,50 +6,36 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from megatron_mixcpt.progress import Display
+from megatron_mixcpt.units import duration
 
-PLAIN_INTERVAL = 5.0  # seconds between lines where the output is a log
+HISTORY = 5.0  # seconds between lines that stay on a terminal; a log has one for each step
 EMA_DECAY = 0.9
 
 
 class TrainConsole:
-    """Progress of training: a bar with the newest line on a terminal, a line every few seconds in a log."""
+    """Progress of training: a bar with the newest line on a terminal, a line a step in a log."""
 
     def __init__(self, steps: int, start_step: int) -> None:
         self.steps = steps
         self._start, self._start_step = time.monotonic(), start_step
-        self._last_print, self._ema = 0.0, None
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self._console)
-            self._task = self._progress.add_task("starting", total=steps, completed=start_step)
-            self._progress.start()
-
-    def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._console.print(text, markup=False)
+        self._kept, self._ema = 0.0, None
+        self._display = Display(sys.stdout)
+        self.message = self._display.message
+        self.close = self._display.close
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """`step`: steps done; `metrics`: names as in metrics.jsonl."""
         loss = metrics["train/loss"]
         if loss is not None:  # of a step that was not finite, and not taken
             self._ema = loss if self._ema is None else EMA_DECAY * self._ema + (1 - EMA_DECAY) * loss
-        line = self._line(step, metrics)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=line)
-            return
         now = time.monotonic()
-        if now - self._last_print >= PLAIN_INTERVAL or step == self.steps or step == self._start_step + 1:
-            self._last_print = now
-            self.message(line)
+        keep = not self._display.is_terminal or now - self._kept >= HISTORY or step == self.steps
+        if keep:
+            self._kept = now
+        self._display.show(step / self.steps, self._parts(step, metrics), keep=keep)
 
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _line(self, step: int, metrics: dict[str, Any]) -> str:
+    def _parts(self, step: int, metrics: dict[str, Any]) -> list[str]:
         parts = [
             f"step {step}/{self.steps} ({step / self.steps:.1%})",
             f"loss {_fixed(metrics['train/loss'])} (ema {_fixed(self._ema)})",
@@ -68,16 +54,7 @@ class TrainConsole:
             parts.append(f"MFU {metrics['speed/mfu']:.1%}")
         parts += [f"data {metrics['speed/data_pct']:.1f}%", f"mem {metrics['mem/peak_gib']:.1f} GiB"]
         remaining = (time.monotonic() - self._start) / (step - self._start_step) * (self.steps - step)
-        return " | ".join([*parts, f"ETA {duration(remaining)}"])
-
-
-def duration(seconds: float) -> str:
-    """`3h12m`, `4m05s` or `12s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+        return [*parts, f"ETA {duration(remaining)}"]
 
 
 def _fixed(number: float | None, digits: int = 3) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from megatron_mixcpt.files import write_whole
 
 
 class MetricsFile:
@@ -22,9 +23,7 @@ class MetricsFile:
                     continue  # the last line of a run that was killed while writing it
                 if row["step"] <= resume_step:
                     kept.append(line)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         self._path, self._file = path, path.open("ab", buffering=0)
         self._unwritten = b""
         self._full = False

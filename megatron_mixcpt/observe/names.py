@@ -41,6 +41,7 @@ METRICS = {
     "ckpt/seconds": "from the beginning of a save to its end",
     "ckpt/blocked_seconds": "of these, how long training stood still",
     "ckpt/failed": "1 where a save failed and training went on",
+    "run/resumed": "1 at the step that a restart went on from",
     "val/<source>/loss": "cross-entropy in nats on the source's held-out sequences; DPO: its loss on held-out pairs",
     "val/<source>/ppl": "exp of it",
     "forget/<source>/delta": "val/<source>/loss minus its value before training: below 0 learned, above 0 forgotten",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_mixcpt
+from megatron_mixcpt.files import write_whole
 
 # What changes how a run computes or where; nothing else of the environment, which may hold secrets.
 VARIABLES = (
@@ -45,8 +46,8 @@ def record_provenance(folder: Path) -> None:
         return
     path = folder / f"start_{len(starts) + 1:04d}.json"
     if diff:
-        path.with_suffix(".diff").write_text(diff)
-    path.write_text(text)
+        write_whole(path.with_suffix(".diff"), diff)
+    write_whole(path, text)
 
 
 def _code() -> tuple[dict[str, Any], str]:

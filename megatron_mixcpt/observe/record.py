@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.observe.console import TrainConsole
 from megatron_mixcpt.observe.metrics import MetricsFile
-from megatron_mixcpt.observe.report_page import REPORT, write_report
+from megatron_mixcpt.observe.run_report import REPORT, write_report
 from megatron_mixcpt.observe.wandb_process import Ending, WandbProcess, choose_mode, run_id_of
 
 
@@ -38,6 +38,8 @@ class Record:
                 # The watchdog must not take the wait for a hang.
                 timeout=min(config.wandb.timeout_seconds, 30.0 * config.train.timeout_minutes),
             )
+        if 0 < step < config.train.steps:
+            self.write(step, {"run/resumed": 1})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep a row."""

@@ -56,6 +56,8 @@ class Run:
     """Newest first."""
     shares: dict[str, Share]
     """By source; empty before the first checkpoint."""
+    kinds: dict[str, str]
+    """`domain` or another kind by source; empty where the mixture is not there any more."""
     series: dict[str, list[Point]] = field(default_factory=dict)
     """By metric, in the order of the steps."""
 
@@ -68,6 +70,16 @@ class Run:
     @property
     def tokens(self) -> int:
         return max((points[-1].tokens for points in self.series.values()), default=0)
+
+    @property
+    def aligned_by(self) -> str | None:
+        """`sft` or `dpo` of an alignment run."""
+        return self.settings.get("align.method")
+
+    def seconds(self) -> float:
+        """All that rows account for."""
+        parts = sum(sum(self.values(name)) for name in self.series if name.startswith("time/"))
+        return parts or sum(self.values("speed/step_seconds"))
 
     @property
     def total_steps(self) -> int | None:
@@ -103,7 +115,9 @@ def read_run(path: Path) -> Run:
         written=datetime.fromtimestamp(metrics.stat().st_mtime),
         checkpoints=[SavedCheckpoint(step_of(folder), size_of(folder), folder) for folder in checkpoints],
         shares=_shares(checkpoints[0]) if checkpoints else {},
+        kinds={},
     )
+    run.kinds = _kinds(run.settings.get("data.mix"))
     tokens = 0
     for line in metrics.read_text(errors="replace").splitlines():
         try:
@@ -149,6 +163,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             flat.append((f"{prefix}{key}", value))
     return flat
+
+
+def _kinds(mix: Any) -> dict[str, str]:
+    try:
+        path = Path(mix) / "mix.json" if Path(mix).is_dir() else Path(mix)
+        return {source["name"]: source["kind"] for source in json.loads(path.read_text())["sources"]}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return {}
 
 
 def _shares(checkpoint: Path) -> dict[str, Share]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from megatron_mixcpt.files import write_whole
 from megatron_mixcpt.runtime.first_rank import from_first
 from megatron_mixcpt.runtime.parallel import ParallelState
 
@@ -44,10 +44,7 @@ def compute_parts(
 def _write(path: Path, fingerprint: str, values: np.ndarray) -> None:
     data = np.ascontiguousarray(values, dtype=np.float64).tobytes()
     head = {"fingerprint": fingerprint, "shape": values.shape, "hash": xxhash.xxh3_128_hexdigest(data)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(json.dumps(head).encode() + b"\n" + data)
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(head).encode() + b"\n" + data)
 
 
 def _read(path: Path, fingerprint: str) -> np.ndarray | None:

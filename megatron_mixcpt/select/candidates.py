@@ -7,7 +7,6 @@ are scored; one Megatron prefix holds them all, so that every rank reads them wi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from megatron_mixcpt.data_prep.records import Renderer, make_renderer
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import write_json
 from megatron_mixcpt.select.config import SelectConfig
 
 FOLDER, PREFIX, RECORDS, RECEIPT, LEFT_OUT = "candidates", "variants", "records.jsonl", "receipt.json", "left_out.jsonl"
@@ -99,9 +99,7 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     count = _write(out, folder, prepared, sources, tokenizer, config.select.format == CHAT)
     if count == 0:
         raise ConfigError(f"data.mix: no record of {folder} can be scored; {out / LEFT_OUT} says why")
-    temporary = out / f"{RECEIPT}.tmp"
-    temporary.write_text(json.dumps({"fingerprint": fingerprint, "records": count}))
-    os.replace(temporary, out / RECEIPT)
+    write_json(out / RECEIPT, {"fingerprint": fingerprint, "records": count})
     return Candidates(out, fingerprint, count)
 
 

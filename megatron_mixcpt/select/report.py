@@ -1,4 +1,4 @@
-"""report.md of a selection: how the scores are distributed, and what stands at both ends."""
+"""report.html and report.md of a selection: how the scores are distributed, and what stands at both ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mixcpt.data_prep.charts import bar_chart
+from megatron_mixcpt.report.figures import bar_chart, legend
+from megatron_mixcpt.report.page import Cell, Figure, Page, Table, Text
 
-SHOWN = ("ppl_plain", "ppl_chat", "fas", "tokens")
+SHOWN = {
+    "ppl_plain": "perplexity of the response after the plain prompt",
+    "ppl_chat": "perplexity of the response in the chat template",
+    "fas": "NLL after the chat template / NLL after the plain prompt",
+    "tokens": "tokens of the response",
+}
 BINS = 12
 EXTREMES = 5
 CHARACTERS = 200
@@ -24,54 +30,51 @@ def write_report(
     chosen: dict[str, np.ndarray],
     mixes: dict[str, Path],
 ) -> None:
-    """Write `report.md` and its charts `report_<column>.svg`. `ranked` goes from the best row to the worst."""
+    """Write `report.html` and `report.md`. `ranked` goes from the best row to the worst."""
     settings = config.select
-    lines = [
-        f"# Selection by `{settings.by}`" + (f", {settings.order} end" if settings.by != "random" else ""),
-        "",
-        f"Model `{config.model.source}`, records of `{config.data.mix}`. NLL in nats a token of the response's text; "
-        "FAS = NLL after the chat template / NLL after the plain prompt.",
-        "",
-        "| source | kind | scored | chosen | median ppl_plain | median ppl_chat | median FAS |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    end = f", {settings.order} end" if settings.by != "random" else ""
+    page = Page(f"Selection by {settings.by}{end}", f"{config.model.source}, records of {config.data.mix}")
+    page.tiles(
+        [
+            ("scored", [f"{len(table['kind']):,}"]),
+            *((f"{kind} records chosen", [f"{len(rows):,}"]) for kind, rows in chosen.items()),
+        ]
+    )
+    rows: list[list[Cell]] = []
     for name in np.unique(table["source"]):
-        rows = table["source"] == name
-        medians = " | ".join(_number(_median(table[column][rows])) for column in ("ppl_plain", "ppl_chat", "fas"))
-        kind = table["kind"][rows][0]
-        lines.append(f"| {name} | {kind} | {rows.sum()} | {(table['picked'] & rows).sum()} | {medians} |")
-    lines += ["", *(f"- {name}: `{path}`" for name, path in mixes.items()), "", "## Distributions", ""]
-    for column in SHOWN:
-        values = table[column].astype(np.float64)
-        if np.isfinite(values).any():
-            (out / f"report_{column}.svg").write_text(_histogram(column, values, table["picked"]))
-            lines.append(f"![{column}](report_{column}.svg)")
-    for kind, rows in chosen.items():
-        if len(rows):
+        its = table["source"] == name
+        medians = [_number(_median(table[column][its])) for column in ("ppl_plain", "ppl_chat", "fas")]
+        rows.append([name, table["kind"][its][0], str(its.sum()), str((table["picked"] & its).sum()), *medians])
+    what = "NLL in nats a token of the response's text; FAS = NLL after the chat template / NLL after the plain prompt."
+    head = ["source", "kind", "scored", "chosen", "median ppl_plain", "median ppl_chat", "median FAS"]
+    page.section("Sources", Text(what), Table(head, rows), *(Text(f"{name}: {path}") for name, path in mixes.items()))
+    numbers = {column: table[column].astype(np.float64) for column in SHOWN}
+    shown = [_histogram(name, values, table["picked"]) for name, values in numbers.items() if np.isfinite(values).any()]
+    page.figures("Distributions", shown)
+    for kind, best in chosen.items():
+        if len(best):
             left = ranked[(table["kind"][ranked] == kind) & ~table["picked"][ranked]]
-            lines += ["", f"## Ends of the {kind} records", ""]
-            for title, some in (
-                ("first chosen", rows[:EXTREMES]),
-                ("last chosen", rows[-EXTREMES:]),
-                ("worst", left[::-1][:EXTREMES]),
-            ):
-                if len(some):
-                    lines += [f"### {title}", "", *_examples(table, texts, some, settings.column or "ppl_plain"), ""]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+            parts = {"first chosen": best[:EXTREMES], "last chosen": best[-EXTREMES:], "worst": left[::-1][:EXTREMES]}
+            column = settings.column or "ppl_plain"
+            page.section(
+                f"Ends of the {kind} records",
+                *(_examples(title, table, texts, some, column) for title, some in parts.items() if len(some)),
+            )
+    page.write(out / "report.html")
 
 
-def _examples(table: dict[str, np.ndarray], texts: list[tuple[str, str]], rows: np.ndarray, column: str) -> list[str]:
-    lines = [f"| place | {column} | prompt | response |", "|---|---:|---|---|"]
+def _examples(
+    title: str, table: dict[str, np.ndarray], texts: list[tuple[str, str]], rows: np.ndarray, column: str
+) -> Table:
+    body: list[list[Cell]] = []
     for row in rows.tolist():
-        prompt, response = (_cell(text) for text in texts[row])
-        lines.append(
-            f"| {table['file'][row]}:{table['line'][row]} | {_number(table[column][row])} | {prompt} | {response} |"
-        )
-    return lines
+        prompt, response = (_short(text) for text in texts[row])
+        body.append([f"{table['file'][row]}:{table['line'][row]}", _number(table[column][row]), prompt, response])
+    return Table([title, column, "prompt", "response"], body)
 
 
-def _cell(text: str) -> str:
-    flat = " ".join(text.split()).replace("|", "\\|")
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
     return flat if len(flat) <= CHARACTERS else flat[: CHARACTERS - 1] + "…"
 
 
@@ -84,7 +87,7 @@ def _median(values: np.ndarray) -> float:
     return float(np.median(known)) if len(known) else float("nan")
 
 
-def _histogram(column: str, values: np.ndarray, picked: np.ndarray) -> str:
+def _histogram(column: str, values: np.ndarray, picked: np.ndarray) -> Figure:
     known = np.isfinite(values)
     # The last bin holds the long tail.
     edges = np.linspace(values[known].min(), np.quantile(values[known], 0.98) + 1e-9, BINS)
@@ -93,4 +96,5 @@ def _histogram(column: str, values: np.ndarray, picked: np.ndarray) -> str:
         name: np.bincount(place[mask[known]], minlength=BINS).tolist()
         for name, mask in (("left", ~picked), ("chosen", picked))
     }
-    return bar_chart(column, [f"{edge:.3g}" for edge in edges], counts)
+    chart = bar_chart(column, [f"{edge:.3g}" for edge in edges], counts, f"{column}, from")
+    return Figure(chart, column, SHOWN[column], legend([("left", 0), ("chosen", 1)]))

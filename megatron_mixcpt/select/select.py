@@ -7,12 +7,8 @@ likely. Control tokens that end an answer are left out of both.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +23,8 @@ from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHI
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.files import write_whole, writing
+from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.select.candidates import CHAT, PLAIN, REJECTED, Candidates, prepare_candidates
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.select.pick import pick, ranking
@@ -35,7 +33,6 @@ from megatron_mixcpt.select.report import write_report
 if TYPE_CHECKING:
     from megatron_mixcpt.runtime.stop import StopRequest
 
-TELL_SECONDS = 5.0
 KINDS = {"instruction": "sft", "preference": "dpo"}
 
 
@@ -75,10 +72,14 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any, stop: StopR
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([candidates.fingerprint, model]).encode())
     stopped = StoppedError("stopped as asked; finished scores are kept: run the same command to go on")
     lengths = open_indexed(candidates.prefix).lengths
-    with contextlib.closing(_Progress(lengths, shown=state.rank == 0)) as progress:
+    total = int(lengths.sum(dtype=np.int64))
+    with Progress("scoring", total, "tokens", shown=state.rank == 0) as progress:
 
         def done(tokens: int, sequences: int, computed: bool) -> None:
-            progress(tokens, sequences, computed)
+            if computed:
+                progress.advance(tokens, sequences=sequences)
+            else:
+                progress.skip(tokens)
             if computed and stop.agreed(state.device):
                 raise stopped
 
@@ -94,39 +95,6 @@ def _score(config: SelectConfig, candidates: Candidates, state: Any, stop: StopR
             fingerprint=fingerprint,
             done=done,
         )
-
-
-class _Progress:
-    """A bar on a terminal, a line every few seconds in a log."""
-
-    def __init__(self, lengths: np.ndarray, *, shown: bool) -> None:
-        self._total, self._done, self._computed = int(lengths.sum(dtype=np.int64)), 0, 0
-        self._began = self._told = time.monotonic()
-        self._shown, self._bar = shown, None
-        if shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._total)
-
-    def __call__(self, tokens: int, sequences: int, computed: bool) -> None:
-        self._done += tokens
-        self._computed += tokens if computed else 0
-        now = time.monotonic()
-        rate = self._computed / max(now - self._began, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=f"{rate:.0f} tokens/s")
-        elif self._shown and (now - self._told >= TELL_SECONDS or self._done == self._total):
-            self._told = now
-            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
-            print(f"scoring {self._done / self._total:.0%}, {rate:.0f} tokens/s{left}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> None:
@@ -156,7 +124,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
             mixes[name] = _write_mix(config, folder, records, chosen[kind], out / name)
     write_report(out, config, table, texts, ranked, chosen, mixes)
     counts = ", ".join(f"{len(rows)} of {int((table['kind'] == kind).sum())} {kind}" for kind, rows in chosen.items())
-    print(f"chosen: {counts} records; {out}/report.md")
+    print(f"chosen: {counts} records; {out}/report.html")
     for name, path in mixes.items():
         print(f"next: mixcpt align {name}.yaml, with align.method: {name} and data.mix: {path}")
 
@@ -209,9 +177,8 @@ def _write_table(path: Path, table: dict[str, np.ndarray]) -> None:
         name: pa.array(values, mask=np.isnan(values)) if values.dtype.kind == "f" else pa.array(values)
         for name, values in table.items()
     }
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with writing(path) as file:
+        pq.write_table(pa.table(columns), file)
 
 
 def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]], rows: np.ndarray, out: Path) -> Path:
@@ -228,7 +195,7 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
     entries = []
     for name, lines in chosen.items():
         path = picks / f"{name}.jsonl"
-        path.write_text("".join(f"{line}\n" for line in lines))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
         kept = {key: value for key, value in sources[name].items() if key not in dropped and value is not None}
         if config.select.format == PLAIN:
             kept.pop("tools", None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def submit(job: Job, after: str | None) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     script = job.folder / f"{job.stage}.sbatch"
     for path, text in {**job.files, script: job.script}.items():
-        path.write_text(text)
+        write_whole(path, text)
     conditions = [f"afterok:{after}"] if after else []
     if not job.is_array:  # whose tasks share their name
         conditions.append("singleton")

@@ -22,9 +22,10 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset
 from megatron_mixcpt.data.mix import Mix
-from megatron_mixcpt.data_prep.progress import Progress
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
+from megatron_mixcpt.files import WriteError, write_json
 from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.runtime.failures import tell_alone
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.stop import StopRequest
@@ -38,7 +39,6 @@ from megatron_mixcpt.teacher.cache_format import (
     read_manifest,
     record_dtype,
     shards_of,
-    write_json,
     write_shard,
 )
 from megatron_mixcpt.teacher.identity import data_identity
@@ -134,11 +134,10 @@ def fill_cache(
     left = sum(shard.end - shard.begin for shard in missing)
     writes = state.is_last_stage and state.tensor_rank == 0
     with contextlib.ExitStack() as stack:
-        progress = None
-        if state.rank == 0 and missing:
-            progress = stack.enter_context(
-                Progress("caching the teacher", total * dtype.itemsize, (total - left) * dtype.itemsize)
-            )
+        shown = state.rank == 0 and bool(missing)
+        progress = stack.enter_context(
+            Progress("caching the teacher", total, "sequences", done=total - left, shown=shown)
+        )
         stop.defer(state.device)
         for sequences in rounds:
             if stop.agreed(state.device):
@@ -150,8 +149,7 @@ def fill_cache(
                     _answer(teacher, index, batch.to(state.device), place, identity, state, vocab_start, keep=writes)
                 if place is not None and place.done and writes:
                     _write(cache, place)
-            if progress is not None:
-                progress.advance(sequences * dtype.itemsize, sequences * mix.seq_length)
+            progress.advance(sequences, tokens=sequences * mix.seq_length)
     torch.distributed.barrier()
     if state.rank == 0:
         _complete(cache, identity)
@@ -172,9 +170,8 @@ class _Place:
 def _write(cache: Path, place: _Place) -> None:
     try:
         write_shard(cache, place.shard, place.records)
-    except OSError as error:  # this rank's alone
-        message = f"teacher.cache: {place.shard.path(cache)} cannot be written ({error}): what is complete is kept"
-        raise tell_alone(MixcptError(message)) from error
+    except WriteError as error:  # this rank's alone
+        raise tell_alone(MixcptError(f"teacher.cache: {error}; what is complete is kept")) from error
 
 
 def _rounds(shards: list[Shard], replicas: int, size: int, width: int) -> Iterator[int]:

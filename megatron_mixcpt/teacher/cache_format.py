@@ -12,7 +12,6 @@ Symbols: s tokens a sequence, k tokens kept a position.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import xxhash
 
 from megatron_mixcpt.checkpoint.manifest import hash_file
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import write_json, write_whole
 
 FORMAT = "mixcpt-teacher-cache/1"
 MANIFEST = "cache.json"
@@ -112,13 +112,7 @@ def write_shard(cache: Path, shard: Shard, records: np.ndarray) -> None:
     """The shard appears under its name when all of it is on disk; after that, beside it, its hash and the mean
     probability of the tail."""
     path = shard.path(cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(records.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, records.tobytes())
     tail = float(np.exp(dequantized(records["tail"]).astype(np.float64)).mean())
     write_json(path.with_suffix(".json"), {**hash_file(path), "tail": tail})
 
@@ -130,13 +124,6 @@ def is_written(cache: Path, shard: Shard) -> bool:
         return json.loads(path.with_suffix(".json").read_text()).items() >= hash_file(path).items()
     except (OSError, json.JSONDecodeError, AttributeError):
         return False
-
-
-def write_json(path: Path, content: Any) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def read_manifest(cache: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.model.throughput import peak_flops, peak_memory_gib
-from megatron_mixcpt.observe.console import duration
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -25,6 +24,7 @@ from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.units import duration
 
 SHORTEST_STEP = 1e-9  # seconds; guards a division
 

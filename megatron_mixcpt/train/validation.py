@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class RunValidation:
 @torch.no_grad()
 @section("validation")
 def validate(
-    datasets: dict[str, Dataset],
+    datasets: Mapping[str, Dataset],
     run: ForwardBackward,
     collate: Callable[[list[dict]], Batch],
     measure: Callable[[Sequence[float]], dict[str, float]],

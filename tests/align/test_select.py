@@ -111,7 +111,8 @@ def test_the_choice_is_balanced_without_repetition_and_from_the_low_end(outs):
     asked = table["source"] == "asked"
     assert table["ppl_plain"][picked & asked].max() <= np.sort(table["ppl_plain"][asked])[24]
     report = (outs / "one" / "report.md").read_text()
-    assert "first chosen" in report and "worst" in report and (outs / "one" / "report_fas.svg").exists()
+    assert "first chosen" in report and "worst" in report and "median FAS" in report
+    assert "Distributions" in (outs / "one" / "report.html").read_text()
 
 
 @pytest.mark.distributed

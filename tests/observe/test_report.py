@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from megatron_mixcpt.checkpoint.info import render_info
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.observe.line_chart import MAX_POINTS, Series, line_chart, number, thin, tick_labels, ticks
-from megatron_mixcpt.observe.report_page import page
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
+from megatron_mixcpt.observe.run_report import page
+from megatron_mixcpt.report.figures import MAX_POINTS, Series, bar_chart, line_chart, thin, tick_labels, ticks
+from megatron_mixcpt.units import number
 from tests.helpers.checkpoints import checkpoint_info
 from tests.observe.browser import open_page
 
@@ -117,9 +118,9 @@ def test_several_runs_are_told_apart(compared):
     text = compared.read_text()
     assert "finished, 120 steps" in text and "at step 70 of 120, last written" in text
     table = text.split("Settings that differ")[1].split("</table>")[0]
-    assert re.findall(r'class="key-name">([^<]+)', table) == ["train.lr"] and "0.0003" in table
+    assert re.findall(r"<code>([^<]+)", table) == ["train.lr"] and "0.0003" in table
     assert "step 7: skipped" in text and "step 80: the checkpoint could not be saved" in text
-    assert "Validation perplexity: facts" in text and "rewards/new" in text
+    assert "Perplexity: facts" in text and "rewards/new" in text
 
 
 def test_held_out_preference_pairs_are_shown_before_and_now(tmp_path):
@@ -134,7 +135,7 @@ def test_held_out_preference_pairs_are_shown_before_and_now(tmp_path):
     assert "Accuracy on held-out pairs" in text and "Margin on held-out pairs" in text
     assert "What it learned" not in text and "val/pairs" not in text
     both = page([read_run(folder), read_run(write_run(tmp_path / "stage1"))])
-    assert "Accuracy on held-out pairs: pairs" in both and "Validation perplexity: facts" in both
+    assert "Accuracy on held-out pairs: pairs" in both and "Perplexity: facts" in both
 
 
 def test_names_are_text_not_markup(compared):
@@ -209,10 +210,68 @@ def test_labels_of_ticks_are_the_ticks_however_near_each_other(low, share):
     assert read == pytest.approx(found, abs=0.01 * (found[1] - found[0]), rel=0)
 
 
-def test_ticks_of_a_loss_that_hardly_moves_differ():
-    svg = line_chart("loss", [Series("one", [(1, 0.69314), (2, 0.69310)], 0)], "step")
-    labels = re.findall(r'text-anchor="end">([^<]+)', svg)
-    assert len(set(labels)) == len(labels) >= 3 and all(0.6930 < float(label) < 0.6932 for label in labels)
+def labels_of(svg):
+    return [float(label.rstrip("%")) for label in re.findall(r'text-anchor="end">([^<]+)', svg)]
+
+
+def test_noise_is_not_drawn_as_drama():
+    labels = labels_of(line_chart("loss", [Series("one", [(1, 0.69314), (2, 0.69310)], 0)], "step"))
+    assert len(set(labels)) == len(labels) >= 3 and 0.02 < max(labels) - min(labels) < 0.05
+    small = labels_of(line_chart("delta", [Series("one", [(1, 1e-4), (2, -1e-4)], 0)], "step", zero=True))
+    assert 0.02 <= max(small) - min(small) <= 0.06
+
+
+def heights(svg):
+    """Of each line's end, from the top."""
+    return [float(path.split()[-1]) for path in re.findall(r'<path class="line[^"]*" d="([^"]+)"', svg)]
+
+
+def test_one_bad_scale_flattens_no_comparison():
+    lines = [Series(name, [(1, 3.0 * k), (2, 2.0 * k), (3, k)], i) for i, (name, k) in enumerate([("a", 1), ("b", 2)])]
+    bad = Series("bad", [(1, 3e3), (2, 9e3), (3, 8e3)], 2)
+    low, high = (heights(line_chart("ppl", [*lines, bad], "step"))[i] for i in (0, 1))
+    assert low - high > 10  # of 218; on a linear axis it would be 0.03
+    assert "y logarithmic" in line_chart("ppl", [*lines, bad], "step")
+    signed = [Series(one.name, [(x, -y) for x, y in one.points], one.colour) for one in [*lines, bad]]
+    chart = line_chart("delta", signed, "step", zero=True)
+    assert abs(heights(chart)[0] - heights(chart)[1]) > 10 and "bad leaves the picture, as far as -9k" in chart
+
+
+def test_restarts_are_marked_and_domain_and_general_stand_apart(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "mix.json").write_text(
+        json.dumps({"sources": [{"name": n, "kind": k} for n, k in zip(SOURCES, ("domain", "general"))]})
+    )
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"data": {"mix": str(tmp_path / "mix.json")}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 60, "run/resumed": 1}) + "\n")
+    text = page([read_run(run)])
+    assert "step 60: interrupted, and resumed from here" in text
+    assert '<line class="mark"' in text.split("<h2>Training</h2>")[1].split("</svg>")[0]
+    learned = text.split("What it learned")[1].split("</table>")[0]
+    order = ["To be learned: the domain", "facts", "To be kept", "general &lt;text&gt;"]
+    assert re.findall("|".join(order), learned) == order
+    assert "Perplexity, domain" in text and "Perplexity, everything else" in text
+
+
+def test_an_alignment_run_has_a_first_row_of_its_own(tmp_path):
+    run = write_run(tmp_path / "dpo", validate=False)
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"align": {"method": "dpo"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": s, "data/pairs": 8, "rewards/accuracy": 0.75}) + "\n" for s in range(10))
+    tiles = page([read_run(run)]).split('class="tiles"')[1].split("<h2>")[0]
+    assert "<b>80</b><span>pairs seen</span>" in tiles and "<b>75.0%</b><span>accuracy now</span>" in tiles
+    assert "target tokens" not in tiles
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=30))
+def test_the_axis_of_bars_ends_at_a_number_above_all_of_them(values):
+    svg = bar_chart("test", [str(i) for i in range(len(values))], {"one": values})
+    tops = [float(y) for y in re.findall(r'<rect class="bar c0" x="[^"]+" y="([^"]+)"', svg)]
+    lines = [float(y) for y in re.findall(r'<line class="grid" [^>]* y1="([^"]+)"', svg)]
+    assert len(tops) == len(values) and min(tops) >= min(lines) - 0.11 and max(lines) == pytest.approx(230.0)
 
 
 @given(st.floats(1e-12, 1e14), st.sampled_from([1, -1]))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.files import WriteError
 from megatron_mixcpt.teacher import cache_fill, cache_format
 from megatron_mixcpt.train.loop import train
 from tests.helpers.corpus import write_mix
@@ -112,7 +113,7 @@ def _killed(rank, world_size, values, shards):
         if len(written) == shards:
             path = shard.path(cache)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".partial").write_bytes(content.tobytes()[:100])
+            path.with_name(path.name + ".tmp").write_bytes(content.tobytes()[:100])
             path.write_bytes(content.tobytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
         write(cache, shard, content)
@@ -136,7 +137,7 @@ def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
     with pytest.raises(ConfigError, match="is not finished"):
         train(validate(Config, broken, "test"))
     run_distributed(_fill, 1, broken, warm=True)
-    for name in [*(tmp_path / "broken").rglob("*.partial")]:
+    for name in [*(tmp_path / "broken").rglob("*.tmp")]:
         pytest.fail(f"{name} is left over")
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
     # A damaged shard is mended by the same command.
@@ -267,12 +268,12 @@ def test_a_full_disk_is_told_before_and_while_the_cache_is_written(small, tmp_pa
     config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
 
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise WriteError("shard.bin: cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_fill, "write_shard", full)
         assert main(["cache-teacher", str(config)]) == 1
-    assert "No space left on device): what is complete is kept" in capsys.readouterr().err
+    assert "shard.bin: cannot be written: No space left on device; what is complete is kept" in capsys.readouterr().err
     monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
     assert main(["cache-teacher", str(config)]) == 2
     assert "will take 0.00 GiB, its disk has 0.00 GiB left" in capsys.readouterr().err

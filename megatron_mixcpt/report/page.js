@@ -11,7 +11,7 @@
   dark.addEventListener("change", () => show(dark.matches ? "dark" : "light"));
   button.addEventListener("click", () => show(root.dataset.theme === "dark" ? "light" : "dark"));
 
-  const frame = { left: 62, right: 14, top: 12, bottom: 40, width: 600, height: 270 };
+  const frame = { left: 62, right: 14, top: 12, bottom: 40, width: 600, height: 270 };  // of figures.py
   const tip = document.getElementById("tip");
   const text = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
     ? value.toExponential(3) : String(Number(value.toPrecision(5))));
