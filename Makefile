@@ -66,8 +66,8 @@ bench-gpu: install ## run the kernel benchmark on this machine's GPU
 aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU and check registers, spills and loads
 	@$(BIN)/python -m megatron_mixcpt.kernels.aot --arch 80 90 100
 
-lint: install ## ruff and mypy
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: install ## ruff, mypy, and which room may import which
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean: ## remove the virtual environment and caches, nothing that a run has written
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

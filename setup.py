@@ -65,6 +65,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.11",
+            "import-linter>=2.6",
             "types-PyYAML",
             "wandb-workspaces>=0.4",
         ],

@@ -24,8 +24,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 import megatron_mixcpt
 from benchmarks.train_cpu import batch_of, cpu_name
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import AdapterConfig, LossConfig, TrainConfig
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward

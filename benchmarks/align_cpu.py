@@ -23,11 +23,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 import megatron_mixcpt
 from benchmarks.lssd_memory import PeakMemory
+from megatron_mixcpt.architecture.architecture import PRESETS
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AlignSettings, LossConfig
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
-from megatron_mixcpt.model.architecture import PRESETS
-from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.dpo import DPOObjective

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lssd_memory import PeakMemory
+from megatron_mixcpt.architecture.architecture import PRESETS
+from megatron_mixcpt.attention.core import attention
+from megatron_mixcpt.attention.documents import QUERIES, Documents
+from megatron_mixcpt.attention.reference import dense_mask
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
-from megatron_mixcpt.model.architecture import PRESETS
-from megatron_mixcpt.model.attention import attention
-from megatron_mixcpt.model.attention_reference import dense_mask
-from megatron_mixcpt.model.documents import QUERIES, Documents
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward

@@ -30,12 +30,12 @@ import torch
 
 import megatron_mixcpt.convert.stream_write
 import megatron_mixcpt.convert.weights  # noqa: F401 (imported before the clock starts)
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.convert.convert import convert
 from megatron_mixcpt.convert.export import export
 from megatron_mixcpt.huggingface.config import config_dict, load_config
 from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
-from megatron_mixcpt.model.architecture import Architecture
 
 SHAPE = Architecture(
     num_layers=1,

@@ -24,6 +24,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 import megatron_mixcpt
 from benchmarks.train_cpu import cpu_name
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config, LossConfig, validate
 from megatron_mixcpt.data.batch import collate
 from megatron_mixcpt.data.dataset import train_dataset
@@ -31,7 +32,6 @@ from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
 from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, write_mix
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward

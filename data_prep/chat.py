@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from megatron_mixcpt.data_prep.config import Source
-from megatron_mixcpt.data_prep.documents import Document, Piece
+from megatron_mixcpt.data_prep.documents import ROLES, Document, Piece
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_TEXT, pack_flags
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
@@ -40,8 +40,6 @@ class ChatRenderer:
 
     def document(self, messages: list[Message], kind: int, tools: Any) -> Document:
         """One conversation as a document of `kind`. Raises BadRecord if the template refuses it."""
-        from megatron_mixcpt.data_prep.records import ROLES
-
         messages, tools = self._hide(messages), self._hide(tools)
         pieces: list[Piece] = []
         done = ""

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mixcpt.data_prep.engines import Engine
-from megatron_mixcpt.data_prep.format import DOC_START, TARGET
+from megatron_mixcpt.data_prep.format import DOC_START, ROLE_ASSISTANT, ROLE_TEXT, ROLE_TOOL, ROLE_USER, TARGET
 from megatron_mixcpt.data_prep.joining import Joining, encode_joined
 
 Piece = tuple[str | int, int]  # (text, flags) or (control token id, flags)
+ROLES = {
+    "system": ROLE_TEXT,
+    "developer": ROLE_TEXT,
+    "user": ROLE_USER,
+    "assistant": ROLE_ASSISTANT,
+    "tool": ROLE_TOOL,
+}
 
 
 @dataclass

@@ -10,15 +10,13 @@ from typing import Any
 import orjson
 
 from megatron_mixcpt.data_prep.config import Source
-from megatron_mixcpt.data_prep.documents import Document, Piece
+from megatron_mixcpt.data_prep.documents import ROLES, Document, Piece
 from megatron_mixcpt.data_prep.format import (
     KIND_CHOSEN,
     KIND_INSTRUCTION,
     KIND_REJECTED,
     ROLE_ASSISTANT,
     ROLE_TEXT,
-    ROLE_TOOL,
-    ROLE_USER,
     TEXT_KINDS,
     pack_flags,
 )
@@ -29,13 +27,6 @@ Record = Mapping[str, Any]
 Renderer = Callable[[Record], list[Document]]
 Message = dict[str, Any]
 
-ROLES = {
-    "system": ROLE_TEXT,
-    "developer": ROLE_TEXT,
-    "user": ROLE_USER,
-    "assistant": ROLE_ASSISTANT,
-    "tool": ROLE_TOOL,
-}
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "function": "tool"}
 
 

@@ -1,13 +1,14 @@
 """Taking records of a result back to their source: read the line again, tokenize it again, compare."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import Config, parse_config
 from megatron_mixcpt.data_prep.documents import Batch, Document
+from megatron_mixcpt.data_prep.findings import Findings
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, TARGET, open_indexed
 from megatron_mixcpt.data_prep.mix import SPLITS, Mix
 from megatron_mixcpt.data_prep.plan import InputFile, Span, scan_file
@@ -18,11 +19,8 @@ from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import MixcptError
 
-if TYPE_CHECKING:
-    from megatron_mixcpt.data_prep.verify import Findings
 
-
-def trace_sample(out: Path, mix: Mix, manifest: dict[str, Any], sample: int, findings: "Findings") -> None:
+def trace_sample(out: Path, mix: Mix, manifest: dict[str, Any], sample: int, findings: Findings) -> None:
     """Compare `sample` documents, spread evenly over each source and over its files, with their source."""
     if "config" not in manifest:
         findings.notes.append("a view has no source of its own: verify the mix it was made from")
@@ -63,7 +61,7 @@ def _trace_source(
     number: int,
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
-    findings: "Findings",
+    findings: Findings,
 ) -> None:
     source, entry = config.sources[number], mix.sources[number]
     add_bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos

@@ -4,7 +4,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import orjson
 
 from megatron_mixcpt.data_prep.assemble import content_hash, flags_prefix
+from megatron_mixcpt.data_prep.findings import Findings
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_CHOSEN,
@@ -38,20 +38,6 @@ KINDS = {
     "instruction": {KIND_INSTRUCTION},
     "preference": {KIND_CHOSEN, KIND_REJECTED},
 }
-
-
-@dataclass
-class Findings:
-    """What verification saw. `problems` empty means that everything is in order."""
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    num_files: int = 0
-    num_bytes: int = 0
-    num_prefixes: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0  # spent on files and flags
-    num_records: int = 0  # sampled and found again in their source
 
 
 def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Findings:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_mixcpt import hf_alora
 from megatron_mixcpt.adapters.layout import AdaptedLinear, adapted_linears
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
-from megatron_mixcpt.model.architecture import Architecture
 
 FOLDER = "adapter"  # in a checkpoint
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -137,21 +137,6 @@ def _short(targets: list[str], num_layers: int) -> list[str]:
     if all(last.count(name) == num_layers for name in last):
         return sorted(set(last))
     return targets
-
-
-def write_adapter_of(checkpoint: Path, arch: Architecture, config: AdapterConfig) -> None:
-    """Lay the adapter of a checkpoint, whose shares are all written, beside them as `adapter/`."""
-    from megatron_mixcpt.adapters.state import read_adapters
-    from megatron_mixcpt.checkpoint.origin import hf_base, run_config
-
-    try:
-        base = hf_base(run_config(checkpoint), arch, config)
-    except MixcptError:  # not written by `mixcpt train`, or what the run started from is gone
-        base = None
-    out = checkpoint / FOLDER
-    out.mkdir()
-    tensors = read_adapters(checkpoint, adapted_linears(arch, config))
-    write_directory(out, arch, config, tensors, str(base) if base else None)
 
 
 def check_directory(folder: Path, arch: Architecture, config: AdapterConfig) -> Path:

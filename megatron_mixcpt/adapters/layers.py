@@ -41,8 +41,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mixcpt.adapters.layout import AdaptedLinear, shard
-from megatron_mixcpt.model.attention import attention
-from megatron_mixcpt.model.documents import Documents
+from megatron_mixcpt.attention.core import attention
+from megatron_mixcpt.attention.documents import Documents
 
 
 class Adapter(nn.Module):

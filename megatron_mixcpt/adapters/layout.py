@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.init import named_generator
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.init import named_generator
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 

@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_mixcpt import __version__
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import VerificationError
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.stage import Start
 
 INFO = "checkpoint.json"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.checkpoint import CheckpointInfo, find_checkpoint, newest_checkpoint, read_info
 from megatron_mixcpt.checkpoint.manifest import fingerprint
 from megatron_mixcpt.config import AdapterConfig, Config, ModelConfig, load_config
@@ -10,7 +11,6 @@ from megatron_mixcpt.data_prep.mix import Mix, read_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
+    from megatron_mixcpt.architecture.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.model.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.plan.documents import document_length
     from megatron_mixcpt.plan.estimate import make_plan
     from megatron_mixcpt.train.setup import check_settings, existing_parent

@@ -26,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
-        from megatron_mixcpt.commands.preprocess import explain_os_error, parse_shard
+        from megatron_mixcpt.commands.preprocess import parse_shard
         from megatron_mixcpt.config import load_config
-        from megatron_mixcpt.errors import ConfigError
+        from megatron_mixcpt.errors import ConfigError, MixcptError
+        from megatron_mixcpt.files import reason
         from megatron_mixcpt.recall.config import RecallConfig
         from megatron_mixcpt.runtime.launcher import is_distributed, launch
 
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
                 assemble=args.assemble,
             )
         except OSError as error:
-            raise explain_os_error(error) from error
+            where = f"{error.filename}: " if error.filename else ""
+            raise MixcptError(f"{where}{reason(error)}; finished blocks are kept") from error
         if summary is None:
             if shard is not None:
                 print(f"shard {args.shard} done")

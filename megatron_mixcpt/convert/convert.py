@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.checkpoint import CheckpointInfo, seal
 from megatron_mixcpt.convert.stream_write import write_weights
 from megatron_mixcpt.files import new_directory
@@ -11,7 +12,6 @@ from megatron_mixcpt.huggingface.metadata import write_metadata
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import DTYPES, check_names, open_source, whole_tensor, widest
-from megatron_mixcpt.model.layout import whole_shapes
 from megatron_mixcpt.progress import Progress
 
 

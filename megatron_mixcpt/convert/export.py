@@ -4,20 +4,22 @@ import shutil
 from pathlib import Path
 
 from megatron_mixcpt import hf_alora
-from megatron_mixcpt.adapters.files import write_directory
+from megatron_mixcpt.adapters.files import FOLDER, write_directory
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import read_adapters
-from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import whole_shapes
+from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base, run_config
+from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.huggingface.metadata import copy_tokenizer, write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import DTYPES
-from megatron_mixcpt.model.layout import whole_shapes
 from megatron_mixcpt.progress import Progress
 
 
@@ -80,3 +82,15 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
                 writer.write(part, tensor)
             progress.advance()
     write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))
+
+
+def write_adapter_of(checkpoint: Path, arch: Architecture, config: AdapterConfig) -> None:
+    """Lay the adapter of a checkpoint, whose shares are all written, beside them as `adapter/`."""
+    try:
+        base = hf_base(run_config(checkpoint), arch, config)
+    except MixcptError:  # not written by `mixcpt train`, or what the run started from is gone
+        base = None
+    out = checkpoint / FOLDER
+    out.mkdir()
+    tensors = read_adapters(checkpoint, adapted_linears(arch, config))
+    write_directory(out, arch, config, tensors, str(base) if base else None)

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.huggingface.stream import stored_as
 from megatron_mixcpt.huggingface.tensorfiles import blocks
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import whole_shapes
 
 # What megatron-core's `dist_checkpointing` looks at first (its CheckpointingConfig).
 _BACKEND = {

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_mixcpt.attention.context import cut
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.data.dataset import Mixture, SampleKey
 from megatron_mixcpt.data.position import Draw, Position
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, kind_of
-from megatron_mixcpt.model.context import cut
-from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 IGNORE_INDEX = -100

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.architecture import Architecture, RopeScaling
 
 # model_type -> does the family put a bias on q, k and v; does it normalise q and k
 FAMILIES: dict[str, tuple[bool, bool]] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.huggingface.config import config_dict, gguf_file
-from megatron_mixcpt.model.architecture import Architecture
 
 TOKENIZER_FILES = (
     "tokenizer.json",

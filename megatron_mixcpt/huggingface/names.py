@@ -5,8 +5,8 @@ Llama, Mistral, Qwen2 and Qwen3 share these names; a family without biases or q/
 
 from torch import Tensor
 
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
 
 # Derived from the configuration, stored by old checkpoints.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)

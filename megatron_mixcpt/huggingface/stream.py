@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.errors import VerificationError
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import whole_shapes
 
 AHEAD_NUMBERS = 2**23  # what `read_ahead` reads ahead at most where that is more than the next tensor
 # specs.layer_spec gives these parameters the names that they have in megatron-core's own checkpoints.

@@ -8,6 +8,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
 from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.huggingface.config import gguf_file
 from megatron_mixcpt.huggingface.names import IGNORED_SUFFIXES, hf_names, hf_shapes, places
@@ -18,8 +20,6 @@ from megatron_mixcpt.huggingface.tensorfiles import (
     TensorSource,
     tensor_places,
 )
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf")

@@ -15,11 +15,11 @@ from torch import Tensor
 from megatron_mixcpt.adapters.layers import Adapter, adapters_of, attach
 from megatron_mixcpt.adapters.layout import adapted_linears, check_adapter_layout
 from megatron_mixcpt.adapters.state import PREFIX, adapter_sharded_state, load_adapter_state
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.init import initialize
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, Slot, slots
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.documents import Documents
-from megatron_mixcpt.model.init import initialize
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.specs import block_spec, transformer_config
 from megatron_mixcpt.runtime.timing import MegatronTimers

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron_mixcpt.model.architecture import Architecture, RopeScaling
+from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

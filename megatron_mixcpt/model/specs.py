@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_mixcpt.adapters.layers import AdaptableColumnLinear, AdaptableRowLinear
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.attention import DocumentAttention
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.attention.core import DocumentAttention
 from megatron_mixcpt.model.norm import RMSNorm
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 

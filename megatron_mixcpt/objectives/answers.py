@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from megatron_mixcpt.attention.context import context_sum
 from megatron_mixcpt.data.batch import Batch
-from megatron_mixcpt.model.context import context_sum
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.dpo import build_dpo

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.attention.context import context_sum, speaks_for_context
 from megatron_mixcpt.config import AlignSettings, Config
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.data.dataset import Mixture
 from megatron_mixcpt.data.mix import Mix, Split
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.context import context_sum, speaks_for_context
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs, sums_by

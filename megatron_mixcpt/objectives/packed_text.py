@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.throughput import flops_per_token
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset, valid_datasets
 from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.stage import Stage
-from megatron_mixcpt.model.throughput import flops_per_token
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
 from megatron_mixcpt.runtime.parallel import ParallelState

@@ -12,11 +12,11 @@ import math
 from dataclasses import dataclass
 
 from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import open_source
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, whole_shapes
 
 FP32 = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}

@@ -157,7 +157,7 @@ class Filters(Section):
     """Shorter answers are rejected."""
     min_text_tokens: NonNegative = 16
     """Shorter texts are rejected."""
-    unfinished: list[Stream] = Field(default=[INSTRUCTIONS])
+    unfinished: list[Stream] = Field(default=["instructions"])
     """Streams whose samples are rejected where they reach their length limit; a cut text is still good text."""
     max_repetition: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     """Highest share of a part's token 4-grams that repeat an earlier one."""

@@ -78,7 +78,7 @@ def hours(cost: Cost, device: str, peak: float, ranks: int, share: float) -> flo
 
 def described(config: RecallConfig, ranks: int, gpu: str | None, share: float) -> list[str]:
     """Lines for `mixcpt plan`. Raises ConfigError for an unknown device."""
-    from megatron_mixcpt.model.throughput import PEAK_BF16
+    from megatron_mixcpt.architecture.throughput import PEAK_BF16
 
     tokens = most_tokens(config)
     lines = [

@@ -131,7 +131,7 @@ def _examples(out: Path, stream: str, kept: int) -> Table:
     """Every (kept / EXAMPLES)-th sample, as it came."""
     keys = ["instruction", "response"] if stream == INSTRUCTIONS else ["text"]
     step = max(1, kept // EXAMPLES)
-    rows = []
+    rows: list[list[str]] = []
     with (out / f"{stream}.jsonl").open("rb") as file:
         for number, line in enumerate(file):
             if number % step == 0 and len(rows) < EXAMPLES:

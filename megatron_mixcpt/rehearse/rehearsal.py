@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import yaml
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.rehearse.excerpt import write_excerpt
 from megatron_mixcpt.rehearse.scale import (

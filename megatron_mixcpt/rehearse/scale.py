@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
-from megatron_mixcpt.model.architecture import Architecture
 
 HEAD_DIM = 16
 STEPS = 4

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, Indexed, open_indexed
-from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs

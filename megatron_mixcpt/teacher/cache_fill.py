@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.files import WriteError, write_json
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.runtime.failures import tell_alone
 from megatron_mixcpt.runtime.parallel import ParallelState

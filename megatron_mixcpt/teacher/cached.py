@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, of_part
 from megatron_mixcpt.data.dataset import SampleKey
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.runtime.failures import tell_alone
 from megatron_mixcpt.teacher.cache_format import (
     check_record,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from megatron_mixcpt.attention.core import attention, attention_in_blocks
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.attention import attention, attention_in_blocks
-from megatron_mixcpt.model.documents import Documents
 
 ATTENTION = "megatron_mixcpt"  # what transformers calls our attention function
 

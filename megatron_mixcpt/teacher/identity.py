@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import Architecture
 
 
 def teacher_identity(config: Config, start: str | None) -> dict[str, Any]:

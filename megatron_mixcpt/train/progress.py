@@ -10,11 +10,11 @@ import xxhash
 from torch import Tensor
 
 from megatron_mixcpt.adapters.layout import describe_adapter
+from megatron_mixcpt.architecture.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
-from megatron_mixcpt.model.throughput import peak_flops, peak_memory_gib
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState

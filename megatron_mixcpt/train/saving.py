@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from megatron_mixcpt.adapters.files import write_adapter_of
 from megatron_mixcpt.checkpoint import Outcome, Saver
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.convert.export import write_adapter_of
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.train.forgetting import Forgetting

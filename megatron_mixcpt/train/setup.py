@@ -18,18 +18,18 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mixcpt.adapters.files import check_directory
 from megatron_mixcpt.adapters.layout import check_adapter_layout
-from megatron_mixcpt.adapters.start import load_model_weights, start_adapters
+from megatron_mixcpt.architecture.architecture import PRESETS, Architecture
 from megatron_mixcpt.checkpoint.origin import find_origin
+from megatron_mixcpt.checkpoint.start import load_model_weights, start_adapters
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.dataset import check_files
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.huggingface.load import load_hf
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.architecture import PRESETS, Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.model.load import load_hf
 from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
 from megatron_mixcpt.objectives.step import ForwardBackward

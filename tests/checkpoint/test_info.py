@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mixcpt.architecture.architecture import PRESETS, RopeScaling
 from megatron_mixcpt.checkpoint.info import CheckpointInfo, read_info, render_info
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import VerificationError
-from megatron_mixcpt.model.architecture import PRESETS, RopeScaling
 from megatron_mixcpt.model.stage import Start
 from tests.helpers.checkpoints import checkpoint_info
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixcpt.adapters.start import load_model_weights
+from megatron_mixcpt.checkpoint.start import load_model_weights
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed

@@ -1,7 +1,7 @@
 """Descriptions of checkpoints as a run writes them, without a run."""
 
+from megatron_mixcpt.architecture.architecture import PRESETS
 from megatron_mixcpt.checkpoint import CheckpointInfo, TrainingState
-from megatron_mixcpt.model.architecture import PRESETS
 from megatron_mixcpt.model.stage import Start
 
 

@@ -1,6 +1,6 @@
 """A model small enough to keep whole checkpoints of it among the tests."""
 
-from megatron_mixcpt.model.architecture import PRESETS, Architecture
+from megatron_mixcpt.architecture.architecture import PRESETS, Architecture
 
 NANO = Architecture(
     num_layers=2,

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_mixcpt.model.architecture import Architecture, RopeScaling
+from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.runtime.parallel import parallel_context
 
 TINY = Architecture(
@@ -67,8 +67,8 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         )
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from megatron_mixcpt.model.context import cut
-        from megatron_mixcpt.model.documents import Documents
+        from megatron_mixcpt.attention.context import cut
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         model = build_gpt(arch, sequence_parallel=sequence, recompute=recompute)
@@ -114,7 +114,7 @@ def steps(rank, world_size, cases):
 
 def whole_gradients(arch, ranks):
     """{name: whole gradient} from every process's result; copies of the same shard must agree."""
-    from megatron_mixcpt.model.layout import unshard
+    from megatron_mixcpt.architecture.layout import unshard
 
     parts = {}
     for _, grads in ranks:

@@ -34,7 +34,7 @@ def build(arch, adapter=None, tensors=None, **options):
 
 
 def packed(arch, index=1):
-    from megatron_mixcpt.model.documents import Documents
+    from megatron_mixcpt.attention.documents import Documents
 
     tokens, labels, doc_start = microbatch(arch, index)
     packing = Documents.of(doc_start)
@@ -99,7 +99,7 @@ def test_gradient_reaches_all_adapters_and_nothing_else(method, recompute):
 
 @pytest.mark.parametrize("method", ["lora", "alora", "alora without residual"])
 def test_a_token_changes_nothing_before_it_and_nothing_in_other_documents(method):
-    from megatron_mixcpt.model.documents import Documents
+    from megatron_mixcpt.attention.documents import Documents
 
     model = build(TINY, METHODS[method], random_tensors(TINY, METHODS[method]))
     tokens, _, doc_start, position_ids, packing = packed(TINY)
@@ -119,7 +119,7 @@ def test_a_token_changes_nothing_before_it_and_nothing_in_other_documents(method
 
 
 def test_alora_takes_in_preceding_tokens_where_lora_does_not():
-    from megatron_mixcpt.model.documents import Documents
+    from megatron_mixcpt.attention.documents import Documents
 
     """The adapter alone: its output at the last token, when the first changes."""
     for method, expected in (("lora", False), ("alora", True)):
@@ -133,7 +133,7 @@ def test_alora_takes_in_preceding_tokens_where_lora_does_not():
 
 
 def test_what_a_packed_document_gives_is_what_it_gives_alone():
-    from megatron_mixcpt.model.documents import Documents
+    from megatron_mixcpt.attention.documents import Documents
 
     adapter = METHODS["alora"]
     model = build(TINY, adapter, random_tensors(TINY, adapter))

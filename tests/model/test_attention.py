@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.model import attention as module
-from megatron_mixcpt.model.attention import DocumentAttention, attention, attention_in_blocks, attention_on_cuda
-from megatron_mixcpt.model.attention_cpu import attention_on_cpu
-from megatron_mixcpt.model.attention_plan import Gathered, Slice, plan_calls
-from megatron_mixcpt.model.attention_reference import dense_attention, dense_mask
-from megatron_mixcpt.model.documents import QUERIES, Documents
+from megatron_mixcpt.attention import core as module
+from megatron_mixcpt.attention.core import DocumentAttention, attention, attention_in_blocks, attention_on_cuda
+from megatron_mixcpt.attention.cpu import attention_on_cpu
+from megatron_mixcpt.attention.documents import QUERIES, Documents
+from megatron_mixcpt.attention.groups import Gathered, Slice, plan_calls
+from megatron_mixcpt.attention.reference import dense_attention, dense_mask
 
 starts = st.integers(1, 12).flatmap(
     lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)

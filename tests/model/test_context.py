@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.model import attention_cpu
-from megatron_mixcpt.model.attention import attention_in_blocks
-from megatron_mixcpt.model.attention_cpu import attention_on_cpu
-from megatron_mixcpt.model.attention_reference import dense_attention, dense_mask
-from megatron_mixcpt.model.context import cut, deal
-from megatron_mixcpt.model.documents import KEYS, QUERIES, Documents
+from megatron_mixcpt.attention import cpu as attention_cpu
+from megatron_mixcpt.attention.context import cut, deal
+from megatron_mixcpt.attention.core import attention_in_blocks
+from megatron_mixcpt.attention.cpu import attention_on_cpu
+from megatron_mixcpt.attention.documents import KEYS, QUERIES, Documents
+from megatron_mixcpt.attention.reference import dense_attention, dense_mask
 
 LENGTH = 48
 rows = st.lists(st.lists(st.integers(1, 47), max_size=6), min_size=1, max_size=3)
@@ -58,7 +58,7 @@ def test_the_parts_of_all_ranks_are_the_attention_of_whole_rows(monkeypatch, doc
     # Every rank is given all keys, as if they had been gathered.
     monkeypatch.setattr(attention_cpu, "whole_rows", lambda x, packing: x)
     monkeypatch.setattr(attention_cpu, "summed_part", lambda x, packing: x)
-    monkeypatch.setattr("megatron_mixcpt.model.attention_plan.MASKED", 1 << 20 if masked else 0)
+    monkeypatch.setattr("megatron_mixcpt.attention.groups.MASKED", 1 << 20 if masked else 0)
     doc_start = starts_of(documents)
     b, generator = len(documents), torch.Generator().manual_seed(0)
     shapes = [(LENGTH, b, heads, 8) for heads in (4, 2, 2, 4)]

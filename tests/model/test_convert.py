@@ -42,10 +42,10 @@ def test_convert_and_export_keep_every_bit(name, tmp_path, capsys):
 def load_whole(checkpoint, source, tensor, pipeline):
     """Whether this rank's shard from the checkpoint equals the one read from the Hugging Face directory."""
     with parallel_context(tensor=tensor, pipeline=pipeline):
-        from megatron_mixcpt.adapters.start import load_model_weights
+        from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.huggingface.load import load_hf
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import load_hf
 
         arch = architecture_from_hf(source)
         converted, direct = build_gpt(arch, seed=None), build_gpt(arch, seed=None)
@@ -87,8 +87,8 @@ def save_random(rank, world_size, parent, archs, tensor, pipeline):
 def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
     """Random weights are the same on every grid, so one process's export tells what four processes' must be."""
     with parallel_context():
-        from megatron_mixcpt.huggingface.load import save_hf
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import save_hf
 
         archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]
         for number, arch in enumerate(archs):

@@ -50,11 +50,11 @@ def exported(folder):
 
 
 def test_export_holds_the_trained_weights(folder, exported):
+    from megatron_mixcpt.architecture.layout import unshard
     from megatron_mixcpt.huggingface.names import hf_names, split
-    from megatron_mixcpt.model.layout import unshard
 
     with parallel_context():
-        from megatron_mixcpt.adapters.start import load_model_weights
+        from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.gpt import build_gpt
 

@@ -19,8 +19,8 @@ GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 def round_trip(source, out, tensor, pipeline, dtype):
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.huggingface.load import load_hf, save_hf
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import load_hf, save_hf
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, params_dtype=dtype, seed=None)
@@ -109,8 +109,8 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     assert (tmp_path / "in/model.safetensors.index.json").exists()
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.huggingface.load import load_hf, save_hf
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import load_hf, save_hf
 
         arch = architecture_from_hf(tmp_path / "in")
         model = build_gpt(arch, params_dtype=dtype, seed=None)
@@ -127,10 +127,10 @@ def tokens_of(model, rows=2, length=20):
 
 def our_logits(source, tokens, doc_start):
     with parallel_context():
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.huggingface.load import load_hf
-        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import load_hf
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, seed=None)
@@ -189,11 +189,11 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 def test_a_model_from_no_directory_exports(model_type, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
     with parallel_context():
+        from megatron_mixcpt.architecture.architecture import PRESETS, RopeScaling
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.huggingface.load import save_hf
-        from megatron_mixcpt.model.architecture import PRESETS, RopeScaling
-        from megatron_mixcpt.model.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.load import save_hf
 
         arch = dataclasses.replace(
             PRESETS["tiny"],

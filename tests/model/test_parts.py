@@ -8,10 +8,10 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_mixcpt.architecture.architecture import PRESETS, Architecture, RopeScaling
+from megatron_mixcpt.architecture.init import initial_tensor
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.architecture import PRESETS, Architecture, RopeScaling
-from megatron_mixcpt.model.init import initial_tensor
-from megatron_mixcpt.model.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.model.grid import TIED, TINY

@@ -60,8 +60,8 @@ def next_tokens(rank, world_size, checkpoint, texts):
     with parallel_context(tensor=world_size):
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        from megatron_mixcpt.adapters.start import load_model_weights
         from megatron_mixcpt.checkpoint import read_info
+        from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.model.gpt import build_gpt
 
         arch = read_info(checkpoint).architecture

@@ -7,14 +7,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mixcpt.architecture.architecture import PRESETS
+from megatron_mixcpt.architecture.throughput import executed_flops_per_token, flops_per_token, peak_flops
+from megatron_mixcpt.attention import groups as attention_plan
+from megatron_mixcpt.attention.documents import QUERIES
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.batch import train_batches
 from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.model import attention_plan
-from megatron_mixcpt.model.architecture import PRESETS
-from megatron_mixcpt.model.documents import QUERIES
-from megatron_mixcpt.model.throughput import executed_flops_per_token, flops_per_token, peak_flops
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix

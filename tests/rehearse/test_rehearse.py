@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.rehearse import rehearsal
 from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
 from megatron_mixcpt.rehearse.rehearsal import _checked, _grid

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import Config, TeacherConfig, validate
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.model.documents import Documents
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.teacher.build import check_teacher
 from megatron_mixcpt.train.setup import read_model_and_mix

@@ -6,13 +6,13 @@ import shutil
 
 import torch
 
+from megatron_mixcpt.architecture.layout import unshard
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config import validate as validated
 from megatron_mixcpt.data.batch import collate, train_batches
 from megatron_mixcpt.data.dataset import train_dataset, valid_datasets
 from megatron_mixcpt.data.position import Position
-from megatron_mixcpt.model.layout import unshard
 from megatron_mixcpt.objectives.mixcpt import STATISTICS
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_mixcpt.adapters.files import write_directory
+from megatron_mixcpt.architecture.architecture import PRESETS
 from megatron_mixcpt.config import AdapterConfig
-from megatron_mixcpt.model.architecture import PRESETS
 from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixcpt.model.attention_plan import Call, Slice, plan_calls
-from megatron_mixcpt.model.context import summed_part, whole_rows
-from megatron_mixcpt.model.documents import Documents
+from megatron_mixcpt.attention.context import summed_part, whole_rows
+from megatron_mixcpt.attention.documents import Documents
+from megatron_mixcpt.attention.groups import Call, Slice, plan_calls
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from megatron_mixcpt.model.architecture import Architecture
-from megatron_mixcpt.model.layout import Slot, shard
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import Slot, shard
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], arch: Architecture, seed: int) -> torch.Tensor:

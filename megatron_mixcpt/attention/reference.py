@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mixcpt.model.documents import document_begins
+from megatron_mixcpt.attention.documents import document_begins
 
 
 def dense_mask(doc_start: Tensor, window: int | None = None) -> Tensor:

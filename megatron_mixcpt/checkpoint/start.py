@@ -64,9 +64,9 @@ def _load_adapted(stage: MixGPTModel, checkpoint: Path, info: CheckpointInfo, tr
     Raises ConfigError where the base is gone, or where ALoRA would have to be merged.
     """
     from megatron_mixcpt.adapters.state import load_adapters
+    from megatron_mixcpt.architecture.init import initialize
     from megatron_mixcpt.checkpoint.origin import check_start, goes_on, run_config
-    from megatron_mixcpt.huggingface.load import load_hf
-    from megatron_mixcpt.model.init import initialize
+    from megatron_mixcpt.model.load import load_hf
 
     same = goes_on(trained, stage.adapter)
     if not same and trained.method == "alora":

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.layout import EMBEDDING, shard, unshard, whole_shapes
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import claim
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -17,9 +19,7 @@ from megatron_mixcpt.huggingface.metadata import write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import check_names, open_source, whole_tensor
-from megatron_mixcpt.model.architecture import Architecture
 from megatron_mixcpt.model.gpt import MixGPTModel
-from megatron_mixcpt.model.layout import EMBEDDING, shard, unshard, whole_shapes
 from megatron_mixcpt.runtime.first_rank import from_first
 
 

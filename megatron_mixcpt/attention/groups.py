@@ -1,4 +1,4 @@
-"""Which documents meet the CPU's attention kernel in which call (see attention_cpu.py).
+"""Which documents meet the CPU's attention kernel in which call (see cpu.py).
 
 Shapes: s queries of a row on this rank, S keys of a row, b rows; G spans of a call, L their tokens (padded).
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mixcpt.model.documents import KEY, KEYS, QUERIES, QUERY, ROW, Documents
+from megatron_mixcpt.attention.documents import KEY, KEYS, QUERIES, QUERY, ROW, Documents
 
 # Costs of forward and backward, in units of a query that meets a key in one head of 64 channels.
 CALL = 12000.0  # of a call, whatever it computes

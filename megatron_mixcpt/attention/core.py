@@ -19,9 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mixcpt.model.attention_cpu import attention_on_cpu
-from megatron_mixcpt.model.context import gathered_rows
-from megatron_mixcpt.model.documents import Documents
+from megatron_mixcpt.attention.context import gathered_rows
+from megatron_mixcpt.attention.cpu import attention_on_cpu
+from megatron_mixcpt.attention.documents import Documents
 
 MULTIPLE = 8  # of the head dimension that flash kernels take
 QUERY_BLOCK = 512  # of attention_in_blocks

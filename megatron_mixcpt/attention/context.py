@@ -19,7 +19,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_mixcpt.model.documents import Cut, Documents
+from megatron_mixcpt.attention.documents import Cut, Documents
 
 PIECES = (4, 2, 1)  # of a row that a rank may have
 

@@ -6,7 +6,7 @@ import resource
 
 import torch
 
-from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.architecture.architecture import Architecture
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets; the first name contained in the device's name counts.
 PEAK_BF16 = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_mixcpt.model.architecture import Architecture
+from megatron_mixcpt.architecture.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"

@@ -1,0 +1,1 @@
+"""Causal attention within packed documents, and the cut of rows over context-parallel ranks."""
