@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_mixcpt.adapters.start import load_model_weights
 from megatron_mixcpt.checkpoint import save_checkpoint
+from megatron_mixcpt.checkpoint.start import load_model_weights
 from megatron_mixcpt.checkpoint.store import choose_result, list_checkpoints, step_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import StoppedError
