@@ -52,6 +52,8 @@ class TrainingState:
     """Whether the held-out data was measured at this step, as far as the settings ask for it."""
     validation_before: dict[str, float] | None = None
     """Loss of each source's held-out data before the first step."""
+    forget: dict[str, Any] | None = None
+    """Of `train.forgetting.Forgetting.state`."""
     wandb_id: str | None = None
     start: Start | None = None
 

@@ -82,6 +82,7 @@ class Saver:
         add_files: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self.parent, self.keep, self.keep_every, self.background = parent, keep, keep_every, background
+        self.spared: int | None = None  # step of a checkpoint that is kept, however old
         self._add_files = add_files
         self._pending: _Pending | None = None
         self._buffers: Buffers | None = {} if background else None
@@ -162,7 +163,8 @@ class Saver:
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)
         if self.keep is not None:
-            prune(self.parent, self.keep, self.keep_every, remove=_remove_later if self.background else shutil.rmtree)
+            remove = _remove_later if self.background else shutil.rmtree
+            prune(self.parent, self.keep, self.keep_every, self.spared, remove=remove)
         return path
 
 

@@ -4,7 +4,8 @@
       step_00000020/         a complete checkpoint: sharded state, checkpoint.json, manifest.json
       step_00000040.tmp.1f/  being written, or left by a run that died; removed by the next save
       step_00000030.bad.07/  set aside because it did not verify
-      latest.json            name of the newest complete checkpoint, for other programs
+      latest.json            name of the newest complete checkpoint, for other programs; at the end of a run with a
+                             forgetting budget, of its result
 
 A name without suffix appears by one rename, after every file under it is on disk.
 """
@@ -12,11 +13,13 @@ A name without suffix appears by one rename, after every file under it is on dis
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, render_info
 from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
@@ -50,9 +53,29 @@ def commit(temporary: Path, info: CheckpointInfo, known: dict[str, Entry] | None
     final = temporary.with_name(temporary.name.split(".tmp.")[0])
     temporary.rename(final)
     sync(final.parent)
-    write_json(final.with_name(LATEST), {"checkpoint": final.name, "step": step_of(final)})
-    sync(final.parent)
+    _name_latest(final.parent, {"checkpoint": final.name, "step": step_of(final)})
     return final
+
+
+def choose_result(parent: Path, result: Path, described: dict[str, Any]) -> None:
+    """Let latest.json name a checkpoint of the run, and `described` say why, until another is saved. One rank."""
+    name = os.path.relpath(result, parent)
+    _name_latest(parent, {"checkpoint": name, "step": step_of(result), "result": described})
+
+
+def result_of(parent: Path) -> Path | None:
+    """The checkpoint that `choose_result` chose; None where none was, or it is gone."""
+    try:
+        latest = json.loads((parent / LATEST).read_text())
+        chosen = Path(os.path.normpath(parent / latest["checkpoint"])) if "result" in latest else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return chosen if chosen is not None and is_checkpoint(chosen) else None
+
+
+def _name_latest(parent: Path, content: dict[str, Any]) -> None:
+    write_json(parent / LATEST, content)
+    sync(parent)
 
 
 def seal(folder: Path, info: CheckpointInfo, known: dict[str, Entry] | None = None) -> None:
@@ -65,14 +88,21 @@ def seal(folder: Path, info: CheckpointInfo, known: dict[str, Entry] | None = No
     sync(folder)
 
 
-def prune(parent: Path, keep: int, keep_every: int = 0, remove: Callable[[Path], object] = shutil.rmtree) -> list[Path]:
+def prune(
+    parent: Path,
+    keep: int,
+    keep_every: int = 0,
+    spared: int | None = None,
+    *,
+    remove: Callable[[Path], object] = shutil.rmtree,
+) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns the removed.
 
-    `remove` deletes a folder that no loader looks at any more, now or later.
+    That of step `spared` is kept too. `remove` deletes a folder that no loader looks at any more, now or later.
     """
     removed = []
     for old in list_checkpoints(parent)[keep:]:
-        if keep_every and step_of(old) % keep_every == 0:
+        if step_of(old) == spared or (keep_every and step_of(old) % keep_every == 0):
             continue
         doomed = old.rename(_suffixed(old, "tmp"))  # so that a kill here leaves no half of a checkpoint behind
         remove(doomed)

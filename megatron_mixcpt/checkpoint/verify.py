@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mixcpt.checkpoint.manifest import MANIFEST, find_damage
-from megatron_mixcpt.checkpoint.store import describe, is_checkpoint, list_checkpoints, list_quarantined, quarantine
+from megatron_mixcpt.checkpoint.store import (
+    describe,
+    is_checkpoint,
+    list_checkpoints,
+    list_quarantined,
+    quarantine,
+    result_of,
+)
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.runtime.first_rank import from_first
 
@@ -21,7 +28,7 @@ def warn(line: str) -> None:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one of a run directory, whether or not it verifies.
+    """`path` itself if it is a checkpoint, or a run directory's result or newest one, whether or not it verifies.
 
     Raises ConfigError where there is none.
     """
@@ -37,6 +44,8 @@ def find_checkpoint(
     together: bool = False,
 ) -> Path:
     """`path` itself if it is a checkpoint, or the newest one of a run directory. Changes nothing on disk.
+
+    Where a run with a forgetting budget has chosen its result, that comes first.
 
     Args:
         trust: accept checkpoints without a manifest, unverified.
@@ -69,7 +78,8 @@ def _candidates(path: Path) -> list[Path]:
                 f"{path}: no such directory; `mixcpt train` and `align` write runs, `mixcpt convert` checkpoints"
             )
         raise ConfigError(f"{path}: neither a checkpoint nor a run directory that has saved one")
-    return candidates
+    result = result_of(path / "checkpoints")
+    return candidates if result is None else [result, *(other for other in candidates if other != result)]
 
 
 def newest_good(parent: Path, *, trust: bool, tell: Callable[[str], None]) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from megatron_mixcpt.config.forget import ForgetConfig, check_budget
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.config.sections import (
     AdapterConfig,
@@ -44,6 +45,8 @@ class Config(Section):
     align: AlignSettings | None = None
     """With it the format of answers is taught, by `mixcpt align`."""
     eval: EvalConfig = EvalConfig()
+    forget: ForgetConfig | None = None
+    """Without it the weights of `loss` stay what they are, whatever is forgotten."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
     run_dir: str
@@ -83,6 +86,12 @@ class Config(Section):
             )
         if self.loss.fuse_lm_head and not self.uses_teacher:
             raise ValueError("loss.fuse_lm_head is for distillation: it needs a loss.target and loss.kd_weight > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_can_be_kept(self) -> Config:
+        if self.forget is not None:
+            check_budget(self.forget, self)
         return self
 
     @property

@@ -78,7 +78,7 @@ def validation_perplexity(
 
             metrics, _ = validate(
                 datasets,
-                ForwardBackward(model, loss, num_sources=1, contributes=True),
+                ForwardBackward(model, loss, num_sources=micro_batch_size, contributes=True),
                 told,
                 validation_metrics,
                 state=state,

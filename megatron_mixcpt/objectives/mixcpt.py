@@ -58,16 +58,22 @@ class MixCPTLoss:
     ) -> None:
         self.config, self.teacher = config, teacher
         self.group, self.vocab_start, self.vocab_size = group, vocab_start, vocab_size
-        ce_by_kind, kd_by_kind = [], []
         kd_weight = 0.0 if config.target == "none" else config.kd_weight
         self.statistics: tuple[str, ...] = STATISTICS if kd_weight > 0.0 else WITHOUT_TEACHER
+        self._ce_by_kind, self._kd_by_kind = torch.zeros(2, len(KIND_NAMES), device=device)
+        self.weigh(kd_weight)
+
+    def weigh(self, kd_weight: float) -> None:
+        """Set the weight of the distillation for the steps to come."""
+        config = self.config
         scale = 1.0 / (config.ce_weight + kd_weight) if config.normalize else 1.0
+        ce_by_kind, kd_by_kind = [], []
         for kind in sorted(KIND_NAMES):
             factors = config.by_kind.get(cast(Literal["domain"], KIND_NAMES[kind]))
             ce_by_kind.append(scale * config.ce_weight * (factors.ce if factors else 1.0))
             kd_by_kind.append(scale * kd_weight * (factors.kd if factors else 1.0))
-        self._ce_by_kind = torch.tensor(ce_by_kind, dtype=torch.float32, device=device)
-        self._kd_by_kind = torch.tensor(kd_by_kind, dtype=torch.float32, device=device)
+        self._ce_by_kind.copy_(torch.tensor(ce_by_kind))
+        self._kd_by_kind.copy_(torch.tensor(kd_by_kind))
 
     def begin_step(self, batches: list[Batch]) -> None:
         if self.teacher is not None:

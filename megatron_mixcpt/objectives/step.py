@@ -24,7 +24,7 @@ class ForwardBackward:
     Args:
         model: this rank's stage, wrapped in Megatron's DistributedDataParallel or bare (forward only).
         objective: what is minimised.
-        num_sources: rows of the returned statistics.
+        num_sources: rows of the returned statistics, one for each value of a batch's `source`.
         contributes: whether this rank's statistics count: one tensor-parallel rank, on the last stage.
     """
 

@@ -40,6 +40,12 @@ PREFERENCE = (
     Curve("Margin", "reward of chosen minus rejected", "rewards/margin"),
     Curve("Distance from the start", "mean log-ratio to the reference a token", "rewards/kl"),
 )
+FORGETTING = (
+    Curve("Forgotten", "rise of the worst held-out loss in forget.on, nats a token", "forget/forgotten", smooth=False),
+    Curve("Expected", "what it will be when it is measured next", "forget/expected", smooth=False),
+    Curve("Distillation weight", "that the budget asks for", "forget/kd_weight", smooth=False),
+    Curve("Learning rate factor", "that the budget asks for", "forget/lr_factor", smooth=False),
+)
 OPTIMIZATION = (
     Curve("Learning rate", "", "optim/lr", smooth=False),
     Curve("Gradient norm", "before clipping", "optim/grad_norm"),
@@ -75,6 +81,7 @@ def page(runs: Sequence[Run]) -> str:
     result.tiles(_facts(runs))
     result.section("What it learned, what it forgot", *run_tables.learned(runs))
     result.figures("", draw.validation())
+    result.figures("The forgetting budget", draw.charts(FORGETTING))
     result.section("Held-out preference pairs", *run_tables.pairs(runs))
     result.figures("", draw.pairs())
     aligned = any(run.aligned_by == "dpo" for run in runs)

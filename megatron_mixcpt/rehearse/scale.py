@@ -94,6 +94,8 @@ def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path
     values["run_dir"] = str(run_dir)
     if config.teacher.source in REPLACED_TEACHERS:
         values["teacher"] = {"source": "initial"}
+    if config.forget is not None:
+        values["forget"] |= {"every": STEPS // 2}
     if config.adapter is not None:
         values["adapter"] |= {
             "init": None,

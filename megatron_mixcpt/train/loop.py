@@ -18,6 +18,7 @@ from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
+from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.optimizer import optimizer_step
 from megatron_mixcpt.train.progress import Progress
@@ -66,8 +67,9 @@ def _train(
     run_dir, settings = Path(config.run_dir), config.train
     parts = build(config, state, watchdog.beat)
     watchdog.beat("resuming")
-    step, position, guard, saved, notes = resume(config, parts, trust=trust)
+    step, position, guard, forgetting, saved, notes = resume(config, parts, trust=trust)
     due = step in (0, settings.steps) or _due(step, config.eval.every)
+    due = due or forgetting.due(step, saves=_due(step, config.checkpoint.every))
     validates = due and (saved is None or saved.validated is False)  # what a stop left out is made up
     if step == settings.steps:
         notes += nothing_left(config)
@@ -75,7 +77,7 @@ def _train(
         changed = record_settings(run_dir, step, config)
         notes += [f"settings from step {step + 1} on: {', '.join(changed)}"] if changed else []
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, step, saved))
+    progress = stack.enter_context(Progress(config, state, parts, position, guard, forgetting, step, saved))
     for note in notes:
         progress.message(note)
     watchdog.beat("the dry run")
@@ -93,14 +95,14 @@ def _train(
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, parts, progress, step, watchdog.beat)
+    saver = RunSaver(config, parts, progress, forgetting, step, watchdog.beat)
     evaluate = RunValidation(config, parts, state, progress, stop, watchdog.beat)
 
     progress.start_clock()
     stopping = stop.defer(state.device)
     if not stopping and validates:
         stopping = evaluate(step)
-    while step < settings.steps and not stopping:
+    while step < settings.steps and not stopping and not forgetting.exhausted:
         watchdog.beat(f"step {step + 1}")
         progress.begin_step(step + 1)
         stop.answer = saver.answer(step)
@@ -115,7 +117,8 @@ def _train(
         with section("communication"):
             totals = agree(sums, digest % 2**64, stop=stop.received is not None, save=saver.is_late)
         with section("optimizer"):
-            grad_norm = optimizer_step(parts.optimizer, step, settings, partial(guard.admits, totals.loss))
+            admits = partial(guard.admits, forgetting.level(totals))
+            grad_norm = optimizer_step(parts.optimizer, step, settings, admits, forgetting.rate_factor)
         position.draw(settings.global_batch_size)
         step += 1
 
@@ -123,16 +126,19 @@ def _train(
         guard.check(step)
         saver.poll()
         last, stopping = step == settings.steps, totals.stopping
-        if not stopping and (last or _due(step, config.eval.every)):
-            stopping = evaluate(step)
-        if stopping or last or totals.saving or _due(step, config.checkpoint.every):
+        saves = last or _due(step, config.checkpoint.every)
+        if not stopping and (last or _due(step, config.eval.every) or forgetting.due(step, saves=saves)):
+            stopping = evaluate(step, saves=saves)
+        last = last or forgetting.exhausted
+        if stopping or last or saves or totals.saving or forgetting.wants_saved(step):
             watchdog.beat(f"saving step {step}")
             saver.save(step, last=stopping or last)
     watchdog.beat("the end of the run")
-    if step < settings.steps or stopping:
+    if stopping or (step < settings.steps and not forgetting.exhausted):
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
+    conclude(config, parts, progress, forgetting, evaluate)
     progress.message(f"finished: {step} of {settings.steps} steps")
 
 

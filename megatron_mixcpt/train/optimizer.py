@@ -43,9 +43,15 @@ def build_optimizer(
 
 
 def optimizer_step(
-    optimizer: MegatronOptimizer, step: int, config: TrainConfig, admits: Callable[[float], bool] = math.isfinite
+    optimizer: MegatronOptimizer,
+    step: int,
+    config: TrainConfig,
+    admits: Callable[[float], bool] = math.isfinite,
+    rate_factor: float = 1.0,
 ) -> float:
-    """Clip and apply the finished gradients at step `step`'s learning rate; returns the gradient norm before clipping.
+    """Clip and apply the finished gradients at step `step`'s learning rate, times `rate_factor`.
+
+    Returns the gradient norm before clipping.
 
     Where `admits(norm)` is false, no weight changes. Every rank sees the same norm, so all decide alike.
     """
@@ -55,7 +61,7 @@ def optimizer_step(
         return norm
     if config.clip_grad > 0.0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=config.clip_grad, total_norm=norm)
-    lr = learning_rate(step, config)
+    lr = rate_factor * learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.architecture.throughput import peak_flops, peak_memory_gib
@@ -19,6 +20,7 @@ from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.timing import StepTimer
 from megatron_mixcpt.train.agreement import StepTotals
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
@@ -33,6 +35,7 @@ class Progress:
     Args:
         position: how much of the data has been drawn.
         guard: which steps are skipped.
+        forgetting: the run's budget.
         step: steps done.
         saved: what the checkpoint that is resumed says, if any.
     """
@@ -44,10 +47,12 @@ class Progress:
         parts: Parts,
         position: Position,
         guard: StepGuard,
+        forgetting: Forgetting,
         step: int,
         saved: TrainingState | None,
     ) -> None:
         self.config, self.state, self.parts, self.position, self.guard = config, state, parts, position, guard
+        self.forgetting = forgetting
         self._step, self._validated_step = step, -1
         self.sources = [source.name for source in parts.mix.train_sources]
         self.tokens = dict.fromkeys(self.sources, 0) | (saved.tokens_by_source if saved else {})
@@ -96,15 +101,23 @@ class Progress:
         self.stream = xxhash.xxh3_64_hexdigest(f"{self.stream} {totals.digest:016x}".encode())
         self._tell(self._profiler.end(step))
         times = self._timer.lap()
+        rate = self.forgetting.rate_factor * learning_rate(step - 1, self.config.train)  # before it decides anew
+        budget, said = self.forgetting.stepped(step, totals, taken=not self.guard.reason)
         if self._record is not None:
-            self._record.step(step, self._metrics(step, totals, grad_norm, times))
+            self._record.step(step, self._metrics(totals, grad_norm, times) | {"optim/lr": rate} | budget)
+            self._tell(said and f"step {step}: {said}")
             if self.guard.reason:
                 self.message(f"step {step}: skipped, its {self.guard.reason}")
 
-    def validated(self, step: int, metrics: dict[str, float], *, whole: bool) -> None:
-        """`whole`: no stop cut it short."""
+    def validated(
+        self, step: int, metrics: dict[str, float], items: dict[str, Tensor], *, whole: bool, saves: bool
+    ) -> None:
+        """`items`: see `validate`; `whole`: no stop cut it short; `saves`: a checkpoint of this step is due."""
+        budget: dict[str, float] = {}
+        said = ""
         if whole:
             self._validated_step = step
+            budget, said = self.forgetting.measured(step, items, saves=saves)
         losses = {name.split("/")[1]: metrics[f"{name[:-3]}loss"] for name in metrics if name.endswith("/ppl")}
         if step == 0:
             self._before |= losses
@@ -112,15 +125,18 @@ class Progress:
             f"forget/{name}/delta": loss - self._before[name] for name, loss in losses.items() if name in self._before
         }
         if self._record is not None and metrics:
-            self._write(step, metrics | forgotten)
+            self._write(step, metrics | forgotten | budget)
             parts = [
                 f"{name.split('/', 1)[1].replace('/', ' ')} {value:.2f}"
                 for name, value in metrics.items()
                 if name.endswith(("/ppl", "/accuracy"))
             ]
             self.message(f"step {step}: validation | " + " | ".join(parts))
+            self._tell(said and f"step {step}: {said}")
 
     def saved(self, outcome: Outcome) -> None:
+        if outcome.path is None:
+            self.forgetting.unsaved(outcome.step)
         if self._record is None:
             return
         if outcome.path is None:
@@ -152,6 +168,7 @@ class Progress:
             validation_before=self._before,
             wandb_id=self._record.wandb_id if self._record else None,
             guard=self.guard.state(),
+            forget=self.forgetting.state(),
             start=self.parts.start,
             dtype=config.train.dtype,
             kind=config.kind,
@@ -169,7 +186,7 @@ class Progress:
         assert self._record is not None
         self._record.write(step, {"train/tokens": sum(self.tokens.values()), **metrics, **self._timer.lap()})
 
-    def _metrics(self, step: int, totals: StepTotals, grad_norm: float, times: dict[str, float]) -> dict[str, Any]:
+    def _metrics(self, totals: StepTotals, grad_norm: float, times: dict[str, float]) -> dict[str, Any]:
         rows = totals.rows
         total = [sum(column) for column in zip(*rows)]
         all_tokens = sum(self.tokens.values())
@@ -186,7 +203,6 @@ class Progress:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
         metrics |= {
-            "optim/lr": learning_rate(step - 1, self.config.train),
             "optim/grad_norm": _finite(grad_norm),
             "optim/skipped": self.guard.skipped,
             "data/stream": self.stream,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from megatron_mixcpt.checkpoint import CheckpointInfo, TrainingState, load_checkpoint, newest_good, read_info
 from megatron_mixcpt.checkpoint.manifest import find_damage
-from megatron_mixcpt.checkpoint.store import list_checkpoints
+from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of
 from megatron_mixcpt.config import AdapterConfig, Config, rendered
 from megatron_mixcpt.config.history import changes, flat, read_history
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
 from megatron_mixcpt.train.setup import Parts
@@ -18,11 +19,12 @@ from megatron_mixcpt.train.setup import Parts
 
 def resume(
     config: Config, parts: Parts, *, trust: bool
-) -> tuple[int, Position, StepGuard, TrainingState | None, list[str]]:
+) -> tuple[int, Position, StepGuard, Forgetting, TrainingState | None, list[str]]:
     """Load what the run directory holds, or start. Collective.
 
     Returns:
-        steps done, position in the data, guard, what the checkpoint says of its run, and what the user should know.
+        steps done, position in the data, guard, budget, what the checkpoint says of its run, and what the user should
+        know.
 
     Raises:
         VerificationError: there are checkpoints, but none verifies.
@@ -32,13 +34,16 @@ def resume(
     checkpoint = newest_good(Path(config.run_dir) / "checkpoints", trust=trust, tell=notes.append)
     seed = config.train.seed
     if checkpoint is None:
-        return 0, Position.start(parts.mix, seed), StepGuard(config.train), None, notes
+        begun = Forgetting(config, parts.mix, parts.task.objective, None)
+        return 0, Position.start(parts.mix, seed), StepGuard(config.train), begun, None, notes
     info = read_info(checkpoint)
     training = _checked(checkpoint, info, config, parts)
     position, changes = Position.resume(training.data, parts.mix, seed)
     guard = StepGuard(config.train, training.guard)
+    forgetting = Forgetting(config, parts.mix, parts.task.objective, training)
     if changes:
         guard.forget()
+        forgetting.mixture_changed()
         notes.append(f"mixture changed at step {info.step}: " + ", ".join(changes))
     before, now = training.steps, config.train.steps
     if before not in (None, now) and config.train.schedule != "constant":
@@ -48,7 +53,7 @@ def resume(
         )
     load_checkpoint(checkpoint, parts.model, parts.optimizer)
     notes.append(f"resumed from {checkpoint}")
-    return info.step, position, guard, training, notes
+    return info.step, position, guard, forgetting, training, notes
 
 
 def finished(config: Config) -> bool:
@@ -64,6 +69,8 @@ def finished(config: Config) -> bool:
     except (OSError, VerificationError):
         return False
     if info is None or info.training is None:
+        return False
+    if config.forget is not None and result_of(run_dir / "checkpoints") is None:
         return False
     whole = info.step == config.train.steps and info.training.validated
     return bool(whole) and not find_damage(checkpoints[0])

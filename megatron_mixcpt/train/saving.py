@@ -12,6 +12,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.convert.export import write_adapter_of
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.runtime.timing import section
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.setup import Parts
 
@@ -27,9 +28,15 @@ class RunSaver:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, progress: Progress, step: int, beat: Callable[[str], None]
+        self,
+        config: Config,
+        parts: Parts,
+        progress: Progress,
+        forgetting: Forgetting,
+        step: int,
+        beat: Callable[[str], None],
     ) -> None:
-        self._parts, self._progress, self._beat = parts, progress, beat
+        self._parts, self._progress, self._forgetting, self._beat = parts, progress, forgetting, beat
         self._longest = 60.0 * config.checkpoint.every_minutes
         self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
@@ -46,6 +53,7 @@ class RunSaver:
         self._finish()
         parts = self._parts
         self._saved_step, self._saved_at = step, monotonic()
+        self._saver.spared = self._forgetting.best_step
         self._saver.begin(step, parts.model, parts.optimizer, self._progress.training_state())
         if last or not self._saver.background:
             self._finish(last=last)

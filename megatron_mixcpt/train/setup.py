@@ -37,6 +37,7 @@ from megatron_mixcpt.objectives.task import Task
 from megatron_mixcpt.plan.estimate import checkpoint_bytes
 from megatron_mixcpt.runtime.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher.build import check_teacher
+from megatron_mixcpt.train.forgetting import sources_of
 from megatron_mixcpt.train.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,6 +139,8 @@ def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
     arch, mix = check_layout(config, world_size)
     check_batch(config, world_size)
+    if config.forget is not None:
+        sources_of(config.forget, mix, config.eval.max_samples)
     if config.uses_teacher:
         check_teacher(config, arch, mix)
     return arch, mix
@@ -198,7 +201,9 @@ def build(config: Config, state: ParallelState, beat: Callable[[str], None] = la
 
     contributes = state.is_last_stage and state.tensor_rank == 0
     run = ForwardBackward(model, task.objective, num_sources=len(mix.train_sources), contributes=contributes)
-    validation = ForwardBackward(model, task.validation, num_sources=1, contributes=contributes)
+    validation = ForwardBackward(
+        model, task.validation, num_sources=config.train.micro_batch_size, contributes=contributes
+    )
     return Parts(mix, arch, model, optimizer, task, run, validation, stage.start)
 
 

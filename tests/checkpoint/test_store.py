@@ -2,15 +2,17 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mixcpt.checkpoint import find_checkpoint
+from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint
 from megatron_mixcpt.checkpoint.manifest import find_damage, hash_file, read_manifest, write_manifest
 from megatron_mixcpt.checkpoint.store import (
+    choose_result,
     commit,
     list_checkpoints,
     list_quarantined,
@@ -18,6 +20,7 @@ from megatron_mixcpt.checkpoint.store import (
     prune,
     quarantine,
     require_space,
+    result_of,
     seal,
     step_of,
 )
@@ -73,6 +76,30 @@ def test_retention(tmp_path, keep, every, left):
     prune(tmp_path, keep, every)
     assert sorted(step_of(path) for path in list_checkpoints(tmp_path)) == (left or [10, 20, 30, 40, 50, 60])
     assert not list(tmp_path.glob("*.tmp.*"))
+
+
+def test_a_result_is_spared_and_named_until_the_next_checkpoint(tmp_path):
+    parent = tmp_path / "checkpoints"
+    for step in (10, 20, 30):
+        save(parent, step)
+    assert result_of(parent) is None
+    prune(parent, 1, spared=10)
+    assert [step_of(path) for path in list_checkpoints(parent)] == [30, 10]
+    choose_result(parent, parent / "step_00000010", {"budget": 0.1})
+    assert result_of(parent) == parent / "step_00000010" == find_checkpoint(tmp_path) == newest_checkpoint(tmp_path)
+    assert json.loads((parent / "latest.json").read_text())["result"] == {"budget": 0.1}
+    save(parent, 40)
+    assert result_of(parent) is None and find_checkpoint(tmp_path) == parent / "step_00000040"
+
+
+def test_a_result_may_lie_beside_the_checkpoints_and_one_that_is_gone_is_none(tmp_path):
+    parent = tmp_path / "checkpoints"
+    save(parent, 10)
+    average = save(tmp_path / "average", 10)
+    choose_result(parent, average, {})
+    assert result_of(parent) == average == find_checkpoint(tmp_path)
+    shutil.rmtree(average)
+    assert result_of(parent) is None and find_checkpoint(tmp_path) == parent / "step_00000010"
 
 
 def test_the_manifest_says_what_wrote_it(tmp_path):

@@ -42,12 +42,12 @@ def packed_sequence(generator, kind, seq_length, vocab_size):
     return tokens, flags
 
 
-def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator):
+def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, generator, num_used=None):
     prefix, num_tokens, num_targets = folder / name, 0, 0
     with IndexedWriter(prefix, token_dtype(vocab_size)) as tokens_file:
         with IndexedWriter(folder / f"{name}.flags", np.dtype(np.uint8)) as flags_file:
             for _ in range(sequences):
-                tokens, flags = packed_sequence(generator, kind, seq_length, vocab_size)
+                tokens, flags = packed_sequence(generator, kind, seq_length, num_used or vocab_size)
                 tokens_file.add(tokens)
                 flags_file.add(flags)
                 num_tokens += int(np.count_nonzero((flags & PAD) == 0))
@@ -57,17 +57,24 @@ def write_split(folder: Path, name, kind, sequences, seq_length, vocab_size, gen
     return Split(prefix, sequences, num_tokens, digest, documents=sequences, target_tokens=num_targets)
 
 
-def write_mix(folder: Path, *, seq_length=32, vocab_size=250, train=24, valid=5, seed=0, weights=(0.6, 0.4)) -> Path:
-    """Write the mixture and return the path of its mix.json."""
+def write_mix(
+    folder: Path, *, seq_length=32, vocab_size=250, train=24, valid=5, seed=0, weights=(0.6, 0.4), num_domain=None
+) -> Path:
+    """Write the mixture and return the path of its mix.json; the domain uses the first `num_domain` tokens alone."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
+
+    def split(name, kind, sequences):
+        num_used = num_domain if kind == KIND_DOMAIN else None
+        return write_split(folder, name, kind, sequences, seq_length, vocab_size, generator, num_used)
+
     sources = tuple(
         Source(
             name,
             "domain" if kind == KIND_DOMAIN else "instruction",
             weight,
-            write_split(folder, f"{name}-train", kind, train, seq_length, vocab_size, generator),
-            write_split(folder, f"{name}-valid", kind, valid, seq_length, vocab_size, generator),
+            split(f"{name}-train", kind, train),
+            split(f"{name}-valid", kind, valid),
         )
         for (name, kind), weight in zip(KINDS.items(), weights)
     )

@@ -99,3 +99,34 @@ def test_normalization_keeps_the_scale_of_cross_entropy(batch):
         losses.append(loss.of_logits(student.detach(), DenseTarget(certain.clone()), labels, kinds))
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], atol=1e-5, rtol=1e-5)
+
+
+def build(**settings):
+    config = LossConfig(**settings)
+    return MixCPTLoss(config, None, group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_weight_that_is_set_later_is_that_weight_from_the_start(batch, normalize):
+    student, teacher, labels, kinds = batch
+    moved = build(kd_weight=1.0, normalize=normalize, by_kind=BY_KIND)
+    moved.weigh(5.0)
+    losses = [
+        loss.of_logits(student.detach(), DenseTarget(teacher.clone()), labels, kinds)
+        for loss in (moved, build(kd_weight=5.0, normalize=normalize, by_kind=BY_KIND))
+    ]
+    assert torch.equal(*losses)
+    moved.weigh(1.0)
+    first = build(kd_weight=1.0, normalize=normalize, by_kind=BY_KIND)
+    again = [loss.of_logits(student.detach(), DenseTarget(teacher.clone()), labels, kinds) for loss in (moved, first)]
+    assert torch.equal(*again)
+
+
+def test_statistics_hold_the_divergence_from_the_base_model_at_temperature_one(batch):
+    student, teacher, labels, kinds = batch
+    statistics = torch.zeros(B, len(STATISTICS), dtype=torch.float64)
+    loss = build(temperature=2.0, kd_weight=0.3)
+    loss.of_logits(student.detach(), DenseTarget(teacher.clone()), labels, kinds, statistics)
+    log_p, log_q = (torch.log_softmax(logits.detach().double()[..., :V], -1) for logits in (teacher, student))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1) * (labels != -100).t()
+    torch.testing.assert_close(statistics[:, STATISTICS.index("kl_base")], expected.sum(0), atol=1e-4, rtol=1e-5)

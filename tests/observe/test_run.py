@@ -8,15 +8,16 @@ import pytest
 
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.objectives.dpo import DPOObjective
+from megatron_mixcpt.objectives.dpo import DPOObjective, DPOTask
 from megatron_mixcpt.observe import wandb_process
 from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.train import loop
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
-# In no run on this machine: a device with a known peak, a disk that fails.
-ELSEWHERE = {"speed/mfu", "ckpt/failed"}
+# In no run on this machine: a device with a known peak, a disk that fails. In tests/train/test_forgetting.py: a budget.
+BUDGET = {f"forget/{name}" for name in ("budget", "forgotten", "noise", "expected", "gain", "kd_weight", "lr_factor")}
+ELSEWHERE = {"speed/mfu", "ckpt/failed"} | BUDGET
 
 
 def train(mix, run_dir, **train):
@@ -42,10 +43,10 @@ def watched(tmp_path_factory, mix):
 def test_every_metric_is_documented_and_every_documented_one_is_there(watched):
     found = {name for row in watched[1] for name in row} - {"step"}
     assert [name for name in found if not documented(name)] == []
-    dpo = SimpleNamespace(statistics=DPOObjective.statistics, settings=None)
+    dpo = SimpleNamespace()
     sums = [1.0] * len(DPOObjective.statistics)
-    found |= set(DPOObjective.metrics(dpo, sums, {"facts": sums}))
-    found |= {f"val/facts/{name}" for name in DPOObjective.validation_metrics(dpo, sums)}
+    found |= set(DPOTask.metrics(dpo, sums, {"facts": sums}))
+    found |= {f"val/facts/{name}" for name in DPOTask.validation_metrics(dpo, sums)}
     assert [name for name in found if not documented(name)] == []
     written = {name: name.replace("<source>", "facts").replace("<kind>", "domain") for name in METRICS}
     assert {name for name in METRICS if written[name] not in found} == ELSEWHERE

@@ -1,0 +1,98 @@
+"""The end of a run with a forgetting budget: which checkpoint is its result.
+
+That is the one that learned most among those within the budget. With `forget.average` the points between it and the
+starting weights are measured too, (1 - alpha) start + alpha result, as WiSE-FT (arXiv 2109.01903) takes them; where no
+checkpoint kept the budget, one of them may.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from megatron_mixcpt.checkpoint import save_checkpoint
+from megatron_mixcpt.checkpoint.start import load_model_weights
+from megatron_mixcpt.checkpoint.store import choose_result, list_checkpoints, step_of
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.runtime.first_rank import from_first
+from megatron_mixcpt.train.forgetting import Forgetting
+from megatron_mixcpt.train.progress import Progress
+from megatron_mixcpt.train.setup import Parts, build_stage
+from megatron_mixcpt.train.validation import RunValidation
+
+ALPHAS = (0.25, 0.5, 0.75)
+AVERAGES = "average"  # folder of the run with the averaged weights, from which no training goes on
+
+
+def conclude(config: Config, parts: Parts, progress: Progress, forgetting: Forgetting, evaluate: RunValidation) -> None:
+    """Make `latest.json` name the result. Collective; nothing to do without a budget.
+
+    Raises StoppedError where a stop came while averages were measured.
+    """
+    if config.forget is None:
+        return
+    parent = Path(config.run_dir) / "checkpoints"
+    existing = from_first(lambda: list_checkpoints(parent))
+    kept = [path for path in existing if step_of(path) == forgetting.best_step]
+    result = kept[0] if kept else existing[0]
+    described: dict[str, Any] = {"budget": config.forget.budget, "within": bool(kept)}
+    text = f"step {step_of(result)}, which learned most within the budget of {config.forget.budget:g}"
+    if not kept:
+        text = f"step {step_of(result)}, the newest: no checkpoint kept the budget of {config.forget.budget:g}"
+    if config.forget.average:
+        alpha = _best_average(config, parts, progress, forgetting, evaluate, result, within=bool(kept))
+        if alpha < 1.0:
+            text = f"{alpha:g} x step {step_of(result)} + {1 - alpha:g} x the starting weights"
+            described |= {"alpha": alpha, "within": True}
+            result = _save_average(parent, parts, progress, step_of(result))
+    from_first(lambda: choose_result(parent, result, described))
+    progress.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
+
+
+def _best_average(
+    config: Config,
+    parts: Parts,
+    progress: Progress,
+    forgetting: Forgetting,
+    evaluate: RunValidation,
+    result: Path,
+    *,
+    within: bool,
+) -> float:
+    """The share of the result that learned most within the budget; the model then holds that average."""
+    assert config.forget is not None
+    stage = unwrap_model(parts.model)
+    start = build_stage(config, parts.arch).model
+    load_model_weights(stage, result)
+    ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
+    best, most = 1.0, forgetting.best_gain if within else -math.inf
+    for alpha in ALPHAS:
+        _mix(ends, alpha)
+        _, items, stopping = evaluate.measure(f"the average with {alpha:g} of the result")
+        if stopping:
+            raise StoppedError("stopped while averages were measured: run the same command to go on")
+        forgotten, gain = forgetting.compared(items)
+        progress.message(f"average with {alpha:g} of the result: forgotten {forgotten:.4f}, learned {gain:.4f}")
+        if forgotten <= config.forget.budget and gain > most:
+            best, most = alpha, gain
+    _mix(ends, best)
+    return best
+
+
+@torch.no_grad()
+def _mix(ends: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], alpha: float) -> None:
+    for parameter, start, end in ends:
+        parameter.copy_(torch.lerp(start.float(), end.float(), alpha))
+
+
+def _save_average(parent: Path, parts: Parts, progress: Progress, step: int) -> Path:
+    """Weights alone; an earlier average is replaced."""
+    folder = parent.parent / AVERAGES
+    from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return save_checkpoint(folder, step, parts.model, training=progress.training_state())

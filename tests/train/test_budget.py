@@ -1,0 +1,182 @@
+"""The budget's decisions on a simulated model, and the noise of paired measurements."""
+
+import json
+import math
+import random
+
+import pytest
+
+from megatron_mixcpt.train.budget import LOWEST_RATE, WEIGHT_RANGE, BudgetController
+from megatron_mixcpt.train.paired import rise
+
+EVERY, STEPS = 10, 400
+
+
+class Plant:
+    """A model that forgets at a rate `drive` a step, less under more distillation, which also pulls it back."""
+
+    def __init__(self, drive, *, ratio=0.3, pull=0.05, noise=0.0, seed=0):
+        self.drive, self.ratio, self.pull, self.noise = drive, ratio, pull, noise
+        self.random = random.Random(seed)
+        self.forgotten = self.learned = 0.0
+
+    def step(self, weight, rate):
+        share = 1 / (1 + weight)
+        self.forgotten += rate * (self.drive * share - self.pull * (1 - share) * self.forgotten)
+        self.learned += rate * share
+
+    def divergence(self):
+        return max(self.forgotten, 0.0) / self.ratio * (1 + 0.1 * self.random.gauss(0, 1))
+
+    def measure(self):
+        return self.forgotten + self.noise * self.random.gauss(0, 1)
+
+
+def run(plant, budget, *, steps=STEPS, control=True, every=EVERY):
+    """(controller, everything that was forgotten, all pressures)."""
+    controller = BudgetController(budget, every)
+    forgotten, factors = [], []
+    for step in range(1, steps + 1):
+        plant.step(controller.weight_factor if control else 1.0, controller.rate_factor if control else 1.0)
+        controller.observed(step, plant.divergence())
+        if step % every == 0:
+            controller.measured(step, plant.measure(), plant.noise, plant.learned)
+        forgotten.append(plant.forgotten)
+        factors.append((controller.weight_factor, controller.rate_factor))
+        if controller.exhausted:
+            break
+    return controller, forgotten, factors
+
+
+@pytest.mark.parametrize("drive", [0.0003, 0.001, 0.003, 0.01])
+@pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_budget_is_kept_and_used(drive, budget, seed):
+    noise = 0.05 * budget
+    controller, forgotten, _ = run(Plant(drive, noise=noise, seed=seed), budget)
+    late = forgotten[STEPS // 2 :]
+    assert max(late) <= budget + 2 * noise
+    _, free, _ = run(Plant(drive, noise=noise, seed=seed), budget, control=False)
+    if max(free) > 2 * budget:
+        assert sum(late) / len(late) > 0.4 * budget  # it is not kept by learning nothing
+    assert controller.best is not None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_more_budget_learns_more(seed):
+    learned = []
+    for budget in (0.005, 0.02, 0.08):
+        plant = Plant(0.003, noise=0.0005, seed=seed)
+        run(plant, budget)
+        learned.append(plant.learned)
+    assert learned == sorted(learned) and learned[-1] > 1.2 * learned[0]
+
+
+def test_where_nothing_is_forgotten_the_weight_falls_to_its_bound():
+    _, _, factors = run(Plant(0.0), 0.02)
+    weights = [weight for weight, _ in factors]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] == pytest.approx(WEIGHT_RANGE[0]) and factors[-1][1] == 1.0
+
+
+def test_the_learning_rate_falls_only_when_the_weight_is_at_its_bound_and_training_ends_when_both_are():
+    plant = Plant(0.01, pull=0.0)
+    plant.step = lambda weight, rate: setattr(plant, "forgotten", plant.forgotten + 0.01)  # whatever is done
+    controller, _, factors = run(plant, 0.02)
+    assert all(rate == 1.0 or weight == pytest.approx(WEIGHT_RANGE[1]) for weight, rate in factors)
+    assert factors[-1][1] == pytest.approx(LOWEST_RATE)
+    assert controller.exhausted and len(factors) < STEPS
+    assert "the end" in controller.notes[-1]
+
+
+def test_the_divergence_raises_the_weight_before_the_next_measurement():
+    controllers = [BudgetController(0.02, 100) for _ in range(2)]
+    for controller in controllers:
+        for step in range(1, 101):
+            controller.observed(step, 0.05)
+        controller.measured(100, 0.015, 0.001, 1.0)
+    before = controllers[0].weight_factor
+    for step in range(101, 150):
+        controllers[0].observed(step, 0.05)
+        controllers[1].observed(step, 0.15)
+    assert controllers[1].weight_factor > 1.5 * controllers[0].weight_factor > 0
+    assert controllers[1].weight_factor > before
+
+
+def test_nothing_moves_before_the_first_measurement_nor_within_the_noise():
+    controller = BudgetController(0.02, 10)
+    for step in range(1, 10):
+        controller.observed(step, 0.1 * step)
+    assert controller.weight_factor == 1.0
+    controller = BudgetController(0.02, 10)
+    controller.observed(10, 0.1)
+    controller.measured(10, 0.0085, 0.004, 1.0)  # expected at the next: 0.017, aimed at: 0.016
+    for step in range(11, 20):
+        controller.observed(step, 0.1)
+    assert controller.weight_factor == 1.0
+
+
+def test_a_state_that_went_through_json_goes_on_bitwise():
+    whole, cut = Plant(0.003, noise=0.001), Plant(0.003, noise=0.001)
+    expected, _, factors = run(whole, 0.02, steps=100)
+    first, _, early = run(cut, 0.02, steps=37)
+    controller = BudgetController(0.02, EVERY, json.loads(json.dumps(first.state(), allow_nan=False)))
+    for step in range(38, 101):
+        cut.step(controller.weight_factor, controller.rate_factor)
+        controller.observed(step, cut.divergence())
+        if step % EVERY == 0:
+            controller.measured(step, cut.measure(), cut.noise, cut.learned)
+        early.append((controller.weight_factor, controller.rate_factor))
+    assert early == factors and controller.state() == expected.state()
+
+
+def test_the_best_step_is_the_one_that_learned_most_within_the_budget():
+    controller = BudgetController(0.02, 10)
+    assert controller.best is None
+    for step, forgotten, gain in ((10, 0.01, 1.0), (20, 0.019, 2.0), (30, 0.021, 9.0), (40, 0.005, 1.5)):
+        controller.measured(step, forgotten, 0.0, gain)
+    assert controller.best == (20, 2.0)
+    controller.measured(50, 0.01, 0.0, 3.0)
+    controller.unsaved(50, (20, 2.0))
+    assert controller.best == (20, 2.0)
+
+
+def test_divergences_that_are_not_finite_are_no_divergences():
+    controller = BudgetController(0.02, 10)
+    controller.observed(1, 0.1)
+    controller.measured(1, 0.016, 0.0, 1.0)
+    for value in (math.nan, math.inf):
+        controller.observed(2, value)
+    assert math.isfinite(controller.weight_factor) and math.isfinite(controller.expected)
+
+
+def test_paired_noise_leaves_out_how_hard_the_items_are():
+    generator = random.Random(0)
+    tokens = [generator.randint(5, 50) for _ in range(400)]
+    before = [n * generator.uniform(0, 10) for n in tokens]
+    rises = [n * (0.1 + 0.2 * generator.gauss(0, 1)) for n in tokens]
+    now = [a + b for a, b in zip(before, rises)]
+    measured = rise(before, now, tokens)
+    assert abs(measured.mean - 0.1) < 4 * measured.noise
+    assert measured.noise == pytest.approx(0.2 / math.sqrt(400), rel=0.25)
+    same = rise(before, [a + 0.1 * n for a, n in zip(before, tokens)], tokens)
+    assert same.mean == pytest.approx(0.1) and same.noise < 1e-9
+
+
+def test_the_noise_is_that_of_drawing_the_items_again():
+    generator = random.Random(1)
+    means, noises = [], []
+    for _ in range(300):
+        tokens = [generator.randint(1, 30) for _ in range(40)]
+        rises = [n * generator.gauss(0.05, 0.3) for n in tokens]
+        measured = rise([0.0] * 40, rises, tokens)
+        means.append(measured.mean)
+        noises.append(measured.noise)
+    average = sum(means) / len(means)
+    spread = math.sqrt(sum((mean - average) ** 2 for mean in means) / len(means))
+    assert sum(noises) / len(noises) == pytest.approx(spread, rel=0.15)
+
+
+def test_one_item_says_nothing_about_its_noise():
+    assert rise([1.0, 0.0], [2.0, 0.0], [4, 0]).noise == math.inf
+    assert rise([], [], []).mean == 0.0
