@@ -1,6 +1,5 @@
 """Configuration: what a training run's holds (schema.py), and how every command's file is read (reader.py)."""
 
-from megatron_mixcpt.config.forget import ForgetConfig
 from megatron_mixcpt.config.reader import load_config, rendered, save_config, validate
 from megatron_mixcpt.config.schema import Config
 from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
@@ -8,6 +7,7 @@ from megatron_mixcpt.config.sections import (
     AdapterConfig,
     AlignSettings,
     DataConfig,
+    ForgetConfig,
     LayoutConfig,
     LossConfig,
     ModelConfig,

@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import model_validator
 
-from megatron_mixcpt.config.forget import ForgetConfig, check_budget
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.config.sections import (
     AdapterConfig,
@@ -18,6 +17,7 @@ from megatron_mixcpt.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    ForgetConfig,
     LayoutConfig,
     LossConfig,
     ModelConfig,
@@ -90,8 +90,25 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _budget_can_be_kept(self) -> Config:
-        if self.forget is not None:
-            check_budget(self.forget, self)
+        if self.forget is None:
+            return self
+        if self.kind == "dpo":
+            raise ValueError(
+                "forget is kept through the weight of the distillation, which align.method dpo has not: remove it; "
+                "align.beta ties the model to its start"
+            )
+        if not self.uses_teacher:
+            raise ValueError(
+                "forget.budget is kept through the weight of the distillation: set loss.target to swap, plain or mft, "
+                "loss.kd_weight above 0 and teacher.source=initial"
+            )
+        if self.teacher.hf is not None and self.teacher.hf != self.model.hf:
+            raise ValueError(
+                f"forget: teacher.hf {self.teacher.hf} is not the model that is trained, and does not hold it to what "
+                "it knew: remove teacher.hf, or forget"
+            )
+        if self.forget.average and self.adapter is not None:
+            raise ValueError("forget.average averages whole weights, which adapter leaves as they are: remove one")
         return self
 
     @property

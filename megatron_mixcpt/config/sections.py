@@ -259,6 +259,19 @@ class AdapterConfig(Section):
         return self.model_dump(exclude={"dropout", "init"})
 
 
+class ForgetConfig(Section):
+    """Training that keeps a budget of forgetting (docs/forgetting.md)."""
+
+    budget: Annotated[float, Field(gt=0.0)]
+    """Most that the held-out loss of each source in `on` may rise over its value before training, in nats a token."""
+    on: list[str] = Field(default=[])
+    """Sources, or kinds of data, that must not be forgotten; none named: all but the domain's."""
+    every: Positive = 50
+    """Steps between two measurements; one is also made before a checkpoint, and at the end."""
+    average: bool = False
+    """At the end, measure the averages of the result with the starting weights, and take the best within the budget."""
+
+
 class EvalConfig(Section):
     """Validation loss of each source."""
 

@@ -40,8 +40,8 @@ class Forgetting:
             return
         assert isinstance(objective, MixCPTLoss), "no other has a distillation: the configuration is refused"
         self._weigh = objective.weigh
-        self._held, self._learned = sources_of(config.forget, mix, config.eval.max_samples)
-        order = f"seed {config.train.seed}, {config.eval.max_samples or 'all'}"
+        self._held, self._learned = sources_of(config.forget, mix, config.eval.limit)
+        order = f"seed {config.train.seed}, {config.eval.limit or 'all'}"
         self._content = {s.name: f"{s.valid.content}, {order}" for s in mix.sources if s.valid}
         state = _state_of(config, saved, self._content, [*self._held, *self._learned])
         self.controller = BudgetController(config.forget.budget, config.forget.every, state and state["controller"])

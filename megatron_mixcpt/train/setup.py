@@ -140,7 +140,7 @@ def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     arch, mix = check_layout(config, world_size)
     check_batch(config, world_size)
     if config.forget is not None:
-        sources_of(config.forget, mix, config.eval.max_samples)
+        sources_of(config.forget, mix, config.eval.limit)
     if config.uses_teacher:
         check_teacher(config, arch, mix)
     return arch, mix
