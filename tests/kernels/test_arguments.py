@@ -32,7 +32,7 @@ STUDENT, TEACHER, LABELS = torch.randn(4, 10), torch.randn(4, 10), torch.arange(
         ({"ce_weight": torch.ones(3)}, ValueError, r"ce_weight \[3\]"),
         ({"kd_weight": torch.ones(4, requires_grad=True)}, ValueError, "kd_weight requires a gradient"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),  # the same in every worker
 )
 def test_wrong_argument_is_named(changes, error, message):
     arguments = {"student": STUDENT, "teacher": TEACHER, "labels": LABELS} | changes
