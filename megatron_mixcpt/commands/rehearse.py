@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config
 
     config = load_config(Config, args.config, args.overrides)
+    config.check_command("train", args.config)
     from megatron_mixcpt.rehearse.rehearsal import rehearse
 
     return rehearse(config, args.nproc)

@@ -17,7 +17,7 @@ from tests.train.runs import settings
 
 # In no run on this machine: a device with a known peak, a disk that fails. In tests/train/test_forgetting.py: a budget.
 BUDGET = {f"forget/{name}" for name in ("budget", "forgotten", "noise", "expected", "gain", "kd_weight", "lr_factor")}
-ELSEWHERE = {"speed/mfu", "ckpt/failed"} | BUDGET
+ELSEWHERE = {"speed/mfu", "ckpt/failed", "run/resumed"} | BUDGET
 
 
 def train(mix, run_dir, **train):
