@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 import random
@@ -131,6 +132,7 @@ def parallel_context(
     check_grid(world_size, tensor, pipeline, context)
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
+        stack.callback(gc.collect)  # of a model's cycles, which keep the groups and their threads
         if cuda_is_wanted():
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -186,6 +188,7 @@ def _join_grid(
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context,
         distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,  # beside the ones in use; nothing here asks for them
     )
     stack.callback(parallel_state.destroy_model_parallel)
     random.seed(seed)
