@@ -38,8 +38,6 @@ class Record:
                 # The watchdog must not take the wait for a hang.
                 timeout=min(config.wandb.timeout_seconds, 30.0 * config.train.timeout_minutes),
             )
-        if 0 < step < config.train.steps:
-            self.write(step, {"run/resumed": 1})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep a row."""

@@ -73,6 +73,8 @@ class Progress:
         if state.rank == 0:
             self._record = Record(config, step, saved.wandb_id if saved else None)
             self._introduce(step)
+            if 0 < step < config.train.steps:
+                self._record.write(step, {"train/tokens": sum(self.tokens.values()), "run/resumed": 1})
 
     def __enter__(self) -> Progress:
         return self

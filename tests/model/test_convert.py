@@ -97,7 +97,7 @@ def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
     run_distributed(save_random, 4, parent, archs, 2, 2)
     (tmp_path / "run/config.yaml").write_text(
         "model: {preset: tiny}\ndata: {mix: gone.json}\nloss: {target: none}\n"
-        "train: {steps: 2, global_batch_size: 1, lr: 1.0, schedule: constant, dtype: fp32, seed: 0}\n"
+        "train: {steps: 2, global_batch_size: 1, lr: 1.0, schedule: constant, dtype: fp32, seed: 0}\nrun_dir: unused\n"
     )
     for number in (1, 2):
         checkpoint = parent / f"step_{number:08d}"
