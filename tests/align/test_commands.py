@@ -40,7 +40,8 @@ def test_a_plan_counts_preferences_in_rows_of_two_sequences_and_fine_tuning_as_t
     assert f"2 x {SEQ_LENGTH} tokens" in shown["train"] and f"2 x {2 * SEQ_LENGTH} tokens" in shown["dpo"]
     train, dpo = memory(shown["train"]), memory(shown["dpo"])
     assert dpo["teacher"] == 0 and dpo["weights"] == train["weights"]
-    assert dpo["activations"] >= 2 * train["activations"] > 0
+    rounding = 0.0015  # of figures shown to a thousandth of a GiB
+    assert dpo["activations"] >= 2 * train["activations"] - rounding > 0
     # Training draws from everything, DPO from the pairs alone.
     assert "domain: " in shown["train"] and "domain: " not in shown["dpo"] and "pairs: " in shown["dpo"]
 

@@ -241,7 +241,7 @@ def test_where_all_are_taken_a_note_says_so(tmp_path, stage1, capsys, n, notes):
     assert not notes or f"note: fewer instruction records than select.n={n}, all were taken: {records} " in out
     report = (tmp_path / "out" / "report.md").read_text()
     ends = report.split("Ends of the instruction records")[1].split("\n## ")[0]
-    assert ("### worst" in ends) == (not notes) and "first chosen" in ends
+    assert ("| worst |" in ends) == (not notes) and "first chosen" in ends
 
 
 def test_rows_without_a_value_are_not_ranked():
