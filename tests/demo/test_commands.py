@@ -18,7 +18,7 @@ def test_a_failing_command_is_reported_with_exit_code_and_the_end_of_its_log(tmp
     with pytest.raises(MixcptError, match="exit code 2") as caught:
         run_mixcpt(["no-such-command"], log, threads=1)
     assert "no-such-command" in str(caught.value) and str(log) in str(caught.value)
-    assert "invalid choice" in str(caught.value)
+    assert "is no command" in str(caught.value)
 
 
 def test_a_command_that_succeeds_appends_to_its_log(tmp_path):

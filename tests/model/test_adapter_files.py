@@ -26,6 +26,7 @@ FAMILIES = ["llama-untied", "qwen3-multi-query", "mistral-window"]
 
 def our_logits(hf_dir, adapter, tensors, tokens=TOKENS):
     with parallel_context():
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
         from megatron_mixcpt.model.load import load_hf
 
@@ -34,7 +35,7 @@ def our_logits(hf_dir, adapter, tensors, tokens=TOKENS):
         fill(model, tensors)
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()
         with torch.no_grad():
-            return model(tokens, positions, None)[..., : model.arch.vocab_size]
+            return model(tokens, positions, Documents.whole(*tokens.shape))[..., : model.arch.vocab_size]
 
 
 @pytest.fixture(scope="module")

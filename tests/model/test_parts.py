@@ -102,13 +102,14 @@ def test_random_weights_depend_on_seed_and_name_alone():
 def test_presets_build_with_the_stated_number_of_parameters(name):
     arch = dataclasses.replace(PRESETS[name], vocab_size=256, num_layers=2)
     with parallel_context():
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.model.gpt import build_gpt
 
         model = build_gpt(arch)
         assert sum(p.numel() for p in model.parameters()) == arch.num_parameters  # 256 rows need no padding
         with pytest.raises(RuntimeError, match=r"model\.loss"):
             tokens = torch.zeros(1, 4, dtype=torch.long)
-            model(tokens, tokens, None, labels=tokens)
+            model(tokens, tokens, Documents.whole(*tokens.shape), labels=tokens)
 
 
 def test_architecture_round_trips_through_plain_values():

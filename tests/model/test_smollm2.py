@@ -60,6 +60,7 @@ def next_tokens(rank, world_size, checkpoint, texts):
     with parallel_context(tensor=world_size):
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.checkpoint import read_info
         from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.model.gpt import build_gpt
@@ -71,7 +72,7 @@ def next_tokens(rank, world_size, checkpoint, texts):
         for text in texts:
             positions = torch.arange(text.shape[1]).unsqueeze(0)
             with torch.no_grad():
-                logits = gather_from_tensor_model_parallel_region(model(text, positions, None))
+                logits = gather_from_tensor_model_parallel_region(model(text, positions, Documents.whole(*text.shape)))
             logits = logits[0, :, : arch.vocab_size]
             logits[:, 2] = float("-inf")  # the reference may not end early either
             result.append(logits.argmax(-1))
