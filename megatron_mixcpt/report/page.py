@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -157,8 +156,8 @@ class Page:
         inner = "".join(block.html() for block in blocks)
         self._parts.append(("", [[Figure(f"<details><summary>{html(title)}</summary>{inner}</details>")]], False))
 
-    def html(self, footer: str = "") -> str:
-        """The whole file."""
+    def html(self) -> str:
+        """The whole file: the same content gives the same bytes, so there is no time of day in it."""
         body = []
         for title, cards, beside in self._parts:
             inner = ["".join(block.html() for block in card) for card in cards]
@@ -170,7 +169,6 @@ class Page:
                 body.append(f'<div class="charts">{"".join(f"<div class=card>{card}</div>" for card in inner)}</div>')
             else:
                 body.append(f'<div class="card">{inner[0]}</div>')
-        now = datetime.now().strftime("%Y-%m-%d %H:%M")
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -179,8 +177,7 @@ class Page:
             f'<header><div><h1>{escape(self.title)}</h1><div class="soft">{html(self.subtitle)}</div></div>'
             '<button id="theme" type="button">Dark</button></header>\n'
             + "\n".join(body)
-            + f"\n<footer>Written {now} by "
-            f"megatron-mixcpt {__version__}{escape(footer)}.</footer></main>"
+            + f"\n<footer>Written by megatron-mixcpt {__version__}.</footer></main>"
             f'<div id="tip" hidden></div>\n<script>\n{_asset("page.js")}</script></body></html>\n'
         )
 
@@ -192,9 +189,9 @@ class Page:
             lines += [f"## {title}"] * bool(title and texts) + texts
         return "\n\n".join(lines) + "\n"
 
-    def write(self, path: Path, footer: str = "") -> None:
+    def write(self, path: Path) -> None:
         """Write the page at `path`, and beside it its Markdown."""
-        write_whole(path, self.html(footer))
+        write_whole(path, self.html())
         write_whole(path.with_suffix(".md"), self.markdown())
 
 
