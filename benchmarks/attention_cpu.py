@@ -34,7 +34,7 @@ from megatron_mixcpt.attention.documents import QUERIES, Documents
 from megatron_mixcpt.attention.reference import dense_mask
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import parallel_context
@@ -110,7 +110,12 @@ def trainer(preset: str) -> ForwardBackward:
     model = DistributedDataParallel(stage.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), stage)
     stage.config.finalize_model_grads_func = finalize_model_grads
     loss = MixCPTLoss(
-        LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=torch.device("cpu")
+        LossConfig(target="none"),
+        None,
+        group=None,
+        vocab_start=0,
+        vocab_size=arch.vocab_size,
+        device=torch.device("cpu"),
     )
     return ForwardBackward(model, loss, num_sources=1, contributes=True)
 
