@@ -25,7 +25,8 @@ RUNS = {
     "LoRA": {"adapter": {"method": "lora"}, "teacher": {"source": "adapter_off"}},
     "ALoRA": {"adapter": {"method": "alora", "rank": 32}, "loss": {"target": "none"}, "teacher": {"source": "none"}},
     "DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
-    "CP2": {"parallel": {"context": 2}},
+    # As many tokens a rank as the others: what gloo needs beside them counts for no more.
+    "CP2": {"parallel": {"context": 2}, "train": {"micro_batch_size": 6, "global_batch_size": 12}},
     "recompute mlp": {"train": {"recompute": "mlp"}},
     "recompute attention": {"train": {"recompute": "attention"}},
     "uneven PP2": {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}, "train": {"global_batch_size": 12}},
