@@ -22,6 +22,7 @@ LAYOUTS = {
     "TP2": (2, {"tensor": 2}, 2),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}, 2),
     "PP2": (2, {"pipeline": 2}, 2),
+    "PP2xV2": (2, {"pipeline": 2, "interleave": 2}, 2),
     "DP2": (2, {}, 3),
     "CP2": (2, {"context": 2}, 2),
 }
