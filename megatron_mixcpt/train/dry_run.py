@@ -29,8 +29,8 @@ def dry_run(config: Config, components: Components, state: ParallelState) -> Non
         message = (
             f"rank {state.rank}: out of memory in a trial step with train.micro_batch_size={size} x "
             f"{components.task.row_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes "
-            "how much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or a "
-            "larger parallel.tensor or parallel.pipeline"
+            "how much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or "
+            "a larger parallel.tensor or parallel.pipeline"
         )
         raise tell_alone(ConfigError(message)) from None
     finally:
