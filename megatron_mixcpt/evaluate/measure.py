@@ -96,7 +96,7 @@ def measure_model(
             max_samples=settings.max_samples,
         )
         done(measured)
-    if settings.tasks or what.gci:
+    if settings.tasks or settings.gci:
         with as_hf_directory(path) as folder:
             if settings.tasks:
                 tasks = [name for task in settings.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
@@ -120,7 +120,7 @@ def check_models(paths: Sequence[Path], settings: EvalSettings) -> None:
     from megatron_mixcpt.evaluate.held_out import check_vocabulary
     from megatron_mixcpt.evaluate.target import architecture_of
 
-    mix = open_mix(what.mix_path) if settings.mix_path is not None else None
+    mix = open_mix(settings.mix_path) if settings.mix_path is not None else None
     for path in paths:
         arch = architecture_of(path)
         if mix is not None:
