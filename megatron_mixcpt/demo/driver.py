@@ -241,16 +241,7 @@ class Demo:
                 f"{settings.select_instructions} easiest instructions and {settings.dpo_steps} steps of DPO "
                 f"(lr {settings.dpo_lr:g}, beta 0.1) on the {settings.select_pairs} easiest pairs of the mixture",
             ),
-            *[
-                (
-                    "recall",
-                    "as mixcpt, with {:.0%} instructions and {:.0%} general text that the model itself wrote, of ".format(
-                        *shares[1:]
-                    )
-                    + f"{settings.recall_instructions} and {settings.recall_texts} drawn",
-                )
-            ]
-            * self.with_recall,
+            *[("recall", _rehearsal(settings))] * self.with_recall,
             ("layout", f"tensor parallel {settings.tensor}, {self.threads} threads in all"),
             (
                 "machine",
@@ -263,7 +254,8 @@ class Demo:
 def run_demo(settings: Settings, folder: Path, *, fresh: bool = False, with_recall: bool = False) -> dict[str, Any]:
     """Run the demo in `folder`, continuing where an earlier run stopped unless `fresh`; returns the measurements.
 
-    Raises ConfigError if `folder` holds something else or the model cannot write, MixcptError with the end of the log if a command fails.
+    Raises ConfigError if `folder` holds something else or the model cannot write what it is to rehearse, MixcptError
+    with the end of the log if a command fails.
     """
     if with_recall and not settings.recall_instructions:
         raise ConfigError(f"--arm recall: {settings.title} has no chat template to write from; use --model smollm2")
@@ -279,6 +271,13 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False, with_reca
         return Demo(settings, folder, console, Stages(folder, console), threads, with_recall).run()
     finally:
         console.close()
+
+
+def _rehearsal(settings: Settings) -> str:
+    return (
+        f"as mixcpt, but {settings.instruction_weight:.0%} instructions (of {settings.recall_instructions} drawn) and "
+        f"{settings.preference_weight:.0%} general text (of {settings.recall_texts}) that the model itself wrote"
+    )
 
 
 def _batch(settings: Settings, arm: str) -> int:

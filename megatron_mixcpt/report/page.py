@@ -103,6 +103,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    text: str
+
+    def html(self) -> str:
+        return f"<pre>{escape(self.text)}</pre>"
+
+    def markdown(self) -> str:
+        return f"```\n{self.text}\n```"
+
+
+@dataclass(frozen=True)
 class Figure:
     """An image with what it shows, for the page alone."""
 
@@ -119,7 +132,7 @@ class Figure:
         return ""
 
 
-Block = Text | Table | Figure
+Block = Text | Table | Code | Figure
 
 
 @dataclass
