@@ -53,13 +53,18 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     if summary["overlap"]:
         page.section("Overlap with given files", _overlap(summary["overlap"]))
     page.section(
-        "Distinct word n-grams", _distinct(streams), Text("Share that occur once, over the first 5000 samples kept.")
+        "Distinct word n-grams",
+        _distinct(streams),
+        Text("Different ones as a share of all, in the first 5000 samples kept."),
     )
     for stream, counts in streams.items():
-        if counts["kept"]:
-            found = counts["clusters"]
-            title = f"What {stream} are about (effective number of clusters: {found['effective']:.1f})"
-            page.section(title, _clusters(found["groups"]))
+        found = counts["clusters"]
+        if found["groups"]:
+            page.section(
+                f"Topics of {stream}",
+                _clusters(found["groups"]),
+                Text(f"As many as {found['effective']:.1f} topics of equal size."),
+            )
     for stream, counts in streams.items():
         if counts["kept"]:
             page.section(f"Examples: {stream}", _examples(out, stream, counts["kept"]))
