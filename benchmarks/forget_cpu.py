@@ -1,0 +1,127 @@
+"""A forgetting budget against a sweep of fixed distillation weights, on SmolLM2-135M: what is learned for what is forgotten.
+
+    python -m benchmarks.forget_cpu [--work work/forget] [--out benchmarks/results/forget_cpu.md]
+
+The model learns invented facts (the demo's people); what it forgets is measured on general prose that nobody trains on.
+Each point is an ordinary run of `mixcpt train` in the work folder: what has finished is not run again, what was stopped goes on.
+The report is written after each point. All runs share data, seed, learning rate and steps; needs what `make demo` needs.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import megatron_mixcpt
+from benchmarks.train_cpu import cpu_name
+from megatron_mixcpt.demo.base_model import save_smollm2
+from megatron_mixcpt.demo.commands import run_mixcpt
+from megatron_mixcpt.demo.settings import SMOLLM2
+from megatron_mixcpt.demo.texts import write_texts
+from megatron_mixcpt.evaluate.loading import quiet_libraries
+from megatron_mixcpt.files import write_whole
+
+WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0)
+BUDGETS = (0.02, 0.05, 0.1)
+STEPS, EVERY, SEQ_LENGTH, ROWS, LR = 40, 5, 256, 2, 3e-4
+HELD_OUT = 16  # sequences of general prose that are measured
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one measurement of a run found: nats a token, over what the base model had."""
+
+    step: int
+    forgotten: float
+    learned: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the benchmark: with a fixed `weight`, or with a `budget`."""
+
+    name: str
+    weight: float
+    budget: float | None = None
+
+    def config(self, folder: Path) -> dict:
+        forget = {"forget": {"budget": self.budget, "on": ["prose"], "every": EVERY}} if self.budget else {}
+        return forget | {
+            "model": {"hf": str(folder / "base")},
+            "data": {"mix": str(folder / "data/mix.json"), "seq_length": SEQ_LENGTH},
+            "train": {
+                "steps": STEPS, "micro_batch_size": ROWS, "global_batch_size": ROWS, "lr": LR, "warmup_steps": 4,
+                "schedule": "cosine", "weight_decay": 0.0, "seed": SMOLLM2.seed, "dtype": "fp32",
+            },
+            "loss": {"target": "swap", "kd_weight": self.weight},
+            "eval": {"every": EVERY, "max_samples": HELD_OUT},
+            "checkpoint": {"every": EVERY if self.budget else 0, "every_minutes": 0, "keep": 1},
+            "run_dir": str(folder / self.name),
+        }  # fmt: skip
+
+    def points(self, folder: Path) -> list[Point]:
+        """All measurements after the first, which is that of the base model."""
+        rows = [json.loads(line) for line in (folder / self.name / "metrics.jsonl").read_text().splitlines()]
+        deltas = ("forget/prose/delta", "forget/facts/delta")
+        measured = {row["step"]: [row[name] for name in deltas] for row in rows if deltas[0] in row and row["step"]}
+        return [Point(step, forgotten, -rise) for step, (forgotten, rise) in sorted(measured.items())]
+
+    def result(self, folder: Path) -> Point:
+        """Of a run with a budget what it chose, of another its end."""
+        points = self.points(folder)
+        latest = json.loads((folder / self.name / "checkpoints/latest.json").read_text())
+        step = int(latest["checkpoint"].split("_")[-1]) if self.budget else points[-1].step
+        return next(point for point in points if point.step == step)
+
+
+RUNS = [Run("budget-0.05", 1.0, 0.05), *(Run(f"weight-{w:g}", w) for w in WEIGHTS)]
+RUNS += [Run(f"budget-{b:g}", 1.0, b) for b in BUDGETS if b != 0.05]
+
+
+def prepare(folder: Path, threads: int) -> None:
+    """Texts, base model and mixture, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "data/mix.json").is_file():
+        return
+    write_texts(replace(SMOLLM2, num_people=12), folder / "texts")
+    save_smollm2(folder / "base")
+    texts = folder / "texts"
+    facts = {"name": "facts", "kind": "domain", "paths": [str(texts / "domain.jsonl")], "text": "{text}"}
+    tasks = {"name": "tasks", "kind": "instruction", "paths": [str(texts / "instructions.jsonl")]}
+    prose = {"name": "prose", "kind": "general", "heldout": [str(texts / "heldout/general.jsonl")], "text": "{text}"}
+    sources = [
+        facts | {"heldout": [str(texts / "heldout/domain.jsonl")], "weight": 0.9},
+        tasks | {"prompt": "{instruction}", "response": "{response}", "weight": 0.1},
+        prose,
+    ]
+    config = {"tokenizer": str(folder / "base"), "out": str(folder / "data"), "seq_length": SEQ_LENGTH}
+    path = folder / "preprocess.yaml"
+    path.write_text(json.dumps(config | {"valid_fraction": 0, "sources": sources}))  # JSON is YAML
+    run_mixcpt(["preprocess", str(path)], folder / "log.txt", threads=threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("work/forget"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/forget_cpu.md"))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="some of the runs")
+    args = parser.parse_args()
+    quiet_libraries()
+    prepare(args.work, args.threads)
+    for run in RUNS:
+        if args.only and run.name not in args.only:
+            continue
+        path = args.work / f"{run.name}.yaml"
+        if not (args.work / run.name / "done").exists():
+            path.write_text(json.dumps(run.config(args.work)))
+            run_mixcpt(["train", str(path)], args.work / "log.txt", threads=args.threads)
+            (args.work / run.name / "done").touch()
+        print(run.name, run.result(args.work), flush=True)
+
+
+if __name__ == "__main__":
+    main()
