@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from megatron_mixcpt.demo.texts import write_texts
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.files import write_whole
 
-WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0)
-BUDGETS = (0.02, 0.05, 0.1)
-STEPS, EVERY, SEQ_LENGTH, ROWS, LR = 40, 5, 256, 2, 3e-4
-HELD_OUT = 16  # sequences of general prose that are measured
+WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+BUDGETS = (0.05, 0.1, 0.2)
+STEPS, EVERY, SEQ_LENGTH, LR = 24, 4, 256, 5e-4
+HELD_OUT = 8  # sequences of a source that are measured
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Run:
             "model": {"hf": str(folder / "base")},
             "data": {"mix": str(folder / "data/mix.json"), "seq_length": SEQ_LENGTH},
             "train": {
-                "steps": STEPS, "micro_batch_size": ROWS, "global_batch_size": ROWS, "lr": LR, "warmup_steps": 4,
+                "steps": STEPS, "micro_batch_size": 1, "global_batch_size": 1, "lr": LR, "warmup_steps": 4,
                 "schedule": "cosine", "weight_decay": 0.0, "seed": SMOLLM2.seed, "dtype": "fp32",
             },
             "loss": {"target": "swap", "kd_weight": self.weight},
-            "eval": {"every": EVERY, "max_samples": HELD_OUT},
+            "eval": {"every": 0 if self.budget else STEPS // 2, "max_samples": HELD_OUT},
             "checkpoint": {"every": EVERY if self.budget else 0, "every_minutes": 0, "keep": 1},
             "run_dir": str(folder / self.name),
         }  # fmt: skip
@@ -77,8 +77,7 @@ class Run:
         return next(point for point in points if point.step == step)
 
 
-RUNS = [Run("budget-0.05", 1.0, 0.05), *(Run(f"weight-{w:g}", w) for w in WEIGHTS)]
-RUNS += [Run(f"budget-{b:g}", 1.0, b) for b in BUDGETS if b != 0.05]
+RUNS = [*(Run(f"budget-{b:g}", 1.0, b) for b in BUDGETS), *(Run(f"weight-{w:g}", w) for w in WEIGHTS)]
 
 
 def prepare(folder: Path, threads: int) -> None:
@@ -86,17 +85,13 @@ def prepare(folder: Path, threads: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "data/mix.json").is_file():
         return
-    write_texts(replace(SMOLLM2, num_people=12), folder / "texts")
-    save_smollm2(folder / "base")
+    write_texts(SMOLLM2, folder / "texts")
+    if not (folder / "base/model.safetensors").is_file():
+        save_smollm2(folder / "base")
     texts = folder / "texts"
     facts = {"name": "facts", "kind": "domain", "paths": [str(texts / "domain.jsonl")], "text": "{text}"}
-    tasks = {"name": "tasks", "kind": "instruction", "paths": [str(texts / "instructions.jsonl")]}
     prose = {"name": "prose", "kind": "general", "heldout": [str(texts / "heldout/general.jsonl")], "text": "{text}"}
-    sources = [
-        facts | {"heldout": [str(texts / "heldout/domain.jsonl")], "weight": 0.9},
-        tasks | {"prompt": "{instruction}", "response": "{response}", "weight": 0.1},
-        prose,
-    ]
+    sources = [facts | {"heldout": [str(texts / "heldout/domain.jsonl")], "weight": 1.0}, prose]
     config = {"tokenizer": str(folder / "base"), "out": str(folder / "data"), "seq_length": SEQ_LENGTH}
     path = folder / "preprocess.yaml"
     path.write_text(json.dumps(config | {"valid_fraction": 0, "sources": sources}))  # JSON is YAML

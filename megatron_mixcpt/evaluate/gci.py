@@ -60,6 +60,10 @@ class Answer:
     answer: str
     domain: bool
     general: bool
+    sure: float | None = None
+    """Mean log-probability of the answer's tokens."""
+    chance: float = 0.0
+    """Of guessing the general part right, where there are options."""
 
     @property
     def both(self) -> bool:
@@ -117,11 +121,22 @@ def _number(text: str) -> float:
     return float(text.replace(",", "") if GROUPED.match(text.lstrip("-")) else text.replace(",", "."))
 
 
-def score(instances: Sequence[Instance], answers: Sequence[str]) -> list[Answer]:
-    """Judge the answers, in the order of the instances."""
+def score(
+    instances: Sequence[Instance], answers: Sequence[str], sures: Sequence[float] | None = None
+) -> list[Answer]:
+    """Judge the answers, in the order of the instances; `sures`: how sure the model was of each."""
     return [
-        Answer(i.id, i.skill, i.prompt, answer, passes(i.domain, answer), passes(i.general, answer))
-        for i, answer in zip(instances, answers, strict=True)
+        Answer(
+            i.id,
+            i.skill,
+            i.prompt,
+            answer,
+            passes(i.domain, answer),
+            passes(i.general, answer),
+            sure,
+            1 / len(set(i.general["options"])) if i.general.get("options") else 0.0,
+        )
+        for i, answer, sure in zip(instances, answers, sures or [None] * len(answers), strict=True)
     ]
 
 
@@ -147,13 +162,14 @@ def run_gci(
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers of the model in a Hugging Face directory, judged. `ask` makes an instance's prompt the model's."""
-    from megatron_mixcpt.evaluate.generate import generate_greedy
+    from megatron_mixcpt.evaluate.generate import say
     from megatron_mixcpt.evaluate.loading import load_directory
 
     model, tokenizer = load_directory(hf_dir)
     prompts = [ask(instance.prompt) for instance in instances]
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": 3, "batch_size": batch_size}
-    return score(instances, generate_greedy(model, tokenizer, prompts, **length, on_progress=on_progress))
+    said = say(model, tokenizer, prompts, **length, on_progress=on_progress)
+    return score(instances, [answer.text for answer in said], [answer.sure for answer in said])
 
 
 def read_instances(path: Path) -> list[Instance]:
