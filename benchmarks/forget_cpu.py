@@ -24,8 +24,8 @@ from megatron_mixcpt.demo.texts import write_texts
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.files import write_whole
 
-WEIGHTS = (0.1, 0.3, 1.0, 3.0)
-BUDGETS = (0.05, 0.1, 0.2)
+WEIGHTS = (1.0, 4.0, 16.0, 64.0)
+BUDGETS = (0.1, 0.2, 0.4)
 STEPS, EVERY, SEQ_LENGTH, LR = 24, 4, 256, 5e-4
 HELD_OUT = 8  # sequences of a source that are measured
 

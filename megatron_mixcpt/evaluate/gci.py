@@ -32,8 +32,10 @@ from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.answers import contains_answer
+from megatron_mixcpt.evaluate.ledger import Item
 
 Check = dict[str, Any]
+SCORES = ("domain", "general", "both")
 KINDS = ("all", "any", "none", "sorted", "answer_for")
 # Commas before three digits each group thousands, another stands for a decimal point; "10-2500" is a range.
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
@@ -121,9 +123,7 @@ def _number(text: str) -> float:
     return float(text.replace(",", "") if GROUPED.match(text.lstrip("-")) else text.replace(",", "."))
 
 
-def score(
-    instances: Sequence[Instance], answers: Sequence[str], sures: Sequence[float] | None = None
-) -> list[Answer]:
+def score(instances: Sequence[Instance], answers: Sequence[str], sures: Sequence[float] | None = None) -> list[Answer]:
     """Judge the answers, in the order of the instances; `sures`: how sure the model was of each."""
     return [
         Answer(
@@ -146,10 +146,22 @@ def summarize(answers: Sequence[Answer]) -> list[GciScore]:
     scores = []
     for skill in skills:
         chosen = [answer for answer in answers if skill in ("all", answer.skill)]
-        for name in ("domain", "general", "both"):
+        for name in SCORES:
             right = sum(getattr(answer, name) for answer in chosen)
             scores.append(GciScore(skill, name, len(chosen), right / len(chosen), *wilson(right, len(chosen))))
     return scores
+
+
+def items(answers: Sequence[Answer]) -> list[Item]:
+    """One for each answer and score, for the ledger."""
+    return [
+        Item(
+            f"GCI, {name}", answer.skill, answer.id, answer.prompt, "", answer.answer, getattr(answer, name),
+            answer.sure, answer.chance if name == "general" else 0.0,
+        )
+        for name in SCORES
+        for answer in answers
+    ]  # fmt: skip
 
 
 def run_gci(

@@ -1,14 +1,15 @@
 """The ledger of what was lost and learned: which answers went from right to wrong and back, against the base model.
 
-An average hides it: a model can lose as many answers as it learns. With c the chance of guessing right, and both models
-guessing what they do not know, each for itself, the shares of the items that went right -> wrong (RW), wrong -> right
-(WR), and were wrong twice (WW), are
+An average hides it: a model can lose as many answers as it learns. Where there are answers to choose from, some of them
+change because both models guess. With c the chance of guessing right, and each model guessing for itself, the shares of
+the items that went right -> wrong (RW), wrong -> right (WR), and were wrong twice (WW), are
 
-    RW = lost (1 - c) + neither c (1 - c)      WR = learned (1 - c) + neither c (1 - c)      WW = neither (1 - c)^2
+    RW = lost (1 - c) + guessed      WR = learned (1 - c) + guessed      WW = neither (1 - c)^2
 
-so lost = (RW - WW c / (1 - c)) / (1 - c), and learned likewise. Two models of one family guess alike, so that this takes
-out too much rather than too little; below 0 it says that nothing was seen to be lost. Item-level forgetting: arXiv
-2510.17776.
+with guessed = neither c (1 - c) = WW c / (1 - c). Two models of one family guess alike, which makes that less, and it
+is never more than RW and WR. So the smallest of the three is taken out: lost and learned are lower bounds, where all
+changes that guessing can explain are explained by it, and learned - lost holds in any case. Item-level forgetting:
+arXiv 2510.17776.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Entry:
     """What was lost and learned of one task, or of one group of it."""
 
     task: str
-    group: str
+    group: str | None
+    """None: all of the task."""
     count: int
     num_lost: int
     num_learned: int
@@ -95,7 +97,7 @@ def ledger(base: Sequence[Item], model: Sequence[Item]) -> list[Entry]:
     entries = []
     for task in dict.fromkeys(b.task for b, _ in pairs):
         of_task = [pair for pair in pairs if pair[0].task == task]
-        entries.append(_entry(task, task, of_task))
+        entries.append(_entry(task, None, of_task))
         groups = list(dict.fromkeys(b.group for b, _ in of_task))
         if len(groups) > 1:
             entries += [_entry(task, group, [pair for pair in of_task if pair[0].group == group]) for group in groups]
@@ -111,18 +113,21 @@ def _paired(base: Sequence[Item], model: Sequence[Item]) -> list[tuple[Item, Ite
     return [(item, answers[item.task, item.id]) for item in base]
 
 
-def _entry(task: str, group: str, pairs: Sequence[tuple[Item, Item]]) -> Entry:
+def _entry(task: str, group: str | None, pairs: Sequence[tuple[Item, Item]]) -> Entry:
     chance = np.array([b.chance for b, _ in pairs])
     before, after = (np.array([item.right for item in items]) for items in zip(*pairs))
-    guessed = (~before & ~after) * chance / (1 - chance)
-    lost = ((before & ~after).astype(float) - guessed) / (1 - chance)
-    learned = ((~before & after).astype(float) - guessed) / (1 - chance)
-    shares = np.stack([lost, learned, learned - lost])  # [3, items]
+    lost, learned = (before & ~after) / (1 - chance), (~before & after) / (1 - chance)
+    guessed = (~before & ~after) * chance / (1 - chance) ** 2
+    terms = np.stack([lost, learned, lost * (chance > 0), learned * (chance > 0), guessed])  # [5, items]
     generator = np.random.default_rng(SEED)
     # One by one: all of them at once would take RESAMPLED times the memory.
-    drawn = [shares[:, generator.integers(0, len(pairs), len(pairs))].mean(axis=1) for _ in range(RESAMPLED)]
+    drawn = [_shares(terms[:, generator.integers(0, len(pairs), len(pairs))]) for _ in range(RESAMPLED)]
     low, high = np.percentile(drawn, [LOW, HIGH], axis=0)
-    estimates = (Estimate(*map(float, three)) for three in zip(shares.mean(axis=1), low, high))
-    return Entry(
-        task, group, len(pairs), int((before & ~after).sum()), int((~before & after).sum()), *estimates
-    )
+    estimates = (Estimate(*map(float, three)) for three in zip(_shares(terms), low, high))
+    return Entry(task, group, len(pairs), int((before & ~after).sum()), int((~before & after).sum()), *estimates)
+
+
+def _shares(terms: np.ndarray) -> np.ndarray:
+    """(lost, learned, learned - lost) of what `_entry` sums: changes, those of them that can be guessed, and guessing."""
+    lost, learned, *guessing = terms.mean(axis=1)
+    return np.array([lost, learned, learned]) - np.array([min(guessing), min(guessing), lost])

@@ -38,6 +38,17 @@ def test_guessing_is_taken_out(chance):
         assert entry.lost.value == lost and entry.num_lost == round(lost * 20000)
 
 
+def test_guesses_that_agree_make_no_loss_of_nothing_and_nothing_negative():
+    generator = random.Random(0)
+    base = [item(number, generator.random() < 0.3, chance=0.25) for number in range(500)]
+    model = [item(number, i.right if number >= 5 else not i.right, chance=0.25) for number, i in enumerate(base)]
+    (same,), (near,) = ledger(base, base), ledger(base, model)
+    assert same.lost.value == same.learned.value == same.lost.low == 0.0
+    assert 0.0 <= near.lost.low <= near.lost.value <= 5 / 500 / 0.75
+    right = [sum(i.right for i in items) / 500 for items in (base, model)]
+    assert near.change.value == pytest.approx((right[1] - right[0]) / 0.75)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     held = 0
     for seed in range(60):
@@ -68,7 +79,7 @@ def test_groups_are_told_apart_and_a_task_of_one_group_is_told_once():
     model = [item(n, n % 2 == 0, task="skills", group=i.group) for n, i in enumerate(base)]
     entries = ledger([*base, item(0, True, task="one")], [*model, item(0, True, task="one")])
     assert [(e.task, e.group, e.count, e.num_lost) for e in entries] == [
-        ("skills", "skills", 6, 3), ("skills", "even", 3, 0), ("skills", "odd", 3, 3), ("one", "one", 1, 0),
+        ("skills", None, 6, 3), ("skills", "even", 3, 0), ("skills", "odd", 3, 3), ("one", None, 1, 0),
     ]  # fmt: skip
 
 
