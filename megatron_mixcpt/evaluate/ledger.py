@@ -128,6 +128,6 @@ def _entry(task: str, group: str | None, pairs: Sequence[tuple[Item, Item]]) -> 
 
 
 def _shares(terms: np.ndarray) -> np.ndarray:
-    """(lost, learned, learned - lost) of what `_entry` sums: changes, those of them that can be guessed, and guessing."""
+    """(lost, learned, learned - lost) of what `_entry` sums: changes, those that can be guessed, and guessing."""
     lost, learned, *guessing = terms.mean(axis=1)
     return np.array([lost, learned, learned]) - np.array([min(guessing), min(guessing), lost])
