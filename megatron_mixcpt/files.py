@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_mixcpt.errors import ConfigError, MixcptError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing alone can end with
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+PROBE = 65536  # bytes that a folder must have room for
 
 
 class WriteError(MixcptError):
@@ -67,6 +70,14 @@ def claim(out: Path) -> None:
         raise ConfigError(f"{out} exists and is not empty: choose another --out or remove it")
     with _told_of(out):
         out.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try to write in it, before hours go into what it is to hold. Raises WriteError."""
+    with _told_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="A", help=f"{kinds} (default: what the tuned run started from)")
     parser.add_argument("--tuned", required=True, metavar="B", help=kinds)
     parser.add_argument("--alpha", required=True, nargs="+", type=float, metavar="X", help="shares of the tuned model")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory for alpha-X/, average.json, average.md")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for alpha-X/ and the report average.*")
     add_allow_older(parser)
     measure.add_arguments(parser)
     parser.add_argument("--no-eval", action="store_true", help="write the models and measure nothing")
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.evaluate.averages import write_averages
     from megatron_mixcpt.evaluate.loading import quiet_libraries
     from megatron_mixcpt.evaluate.target import as_hf_directory, is_hf_directory
+    from megatron_mixcpt.files import check_writable
     from megatron_mixcpt.progress import Progress
 
     tuned, base, mix_path = Path(args.tuned), args.base and Path(args.base), args.mix and Path(args.mix)
@@ -50,8 +51,15 @@ def run(args: argparse.Namespace) -> int:
     for alpha in alphas:
         if not 0.0 <= alpha <= 1.0:
             raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
+    taken = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (what is not None)
+    if there := [path for path in taken if path.exists()]:
+        raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
+    if what is not None:
+        measure.check_models([base, tuned], what)
+    check_writable(out)
     quiet_libraries()
     models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
+    paths = {name: str(path) for name, path in models.items()}
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(as_hf_directory(path, allow_older=args.allow_older)) for path in (base, tuned)
@@ -60,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
             with Progress(f"averaging at {alpha:g}", num_tensors(second), "tensors") as progress:
                 average(first, second, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
         if what is not None:
-            hf = {"base": first, "tuned": second}
-            measured = {name: measure.measure_model(hf.get(name, path), what) for name, path in models.items()}
-            write_averages(out, measured, {name: str(path) for name, path in models.items()})
+            hf, measured = {"base": first, "tuned": second}, {}
+            for name, path in models.items():
+                measured[name] = measure.measure_model(hf.get(name, path), what)
+                write_averages(out, measured, paths, complete=name == "tuned")
             print((out / "average.md").read_text())
     return 0

@@ -1,20 +1,31 @@
-"""eval.json for programs and eval.md for people: a model's measurements beside those of the model it started from."""
+"""What was measured of several models side by side: eval.json for programs, a page and its Markdown for people."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.convert.card import not_measured
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
-from megatron_mixcpt.evaluate.held_out import SourcePerplexity
-from megatron_mixcpt.files import write_json, write_whole
+from megatron_mixcpt.files import write_json
+from megatron_mixcpt.report.figures import bar_chart, legend
+from megatron_mixcpt.report.page import Cell, Figure, Page, Table, Text
 
-Measured = Mapping[str, list]  # "sources": [SourcePerplexity], "tasks": [TaskScore], perhaps "gci": [GciScore]
+Measured = Mapping[str, list]
+"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], perhaps `gci`: [GciScore]; parts that are not measured yet are
+empty or missing."""
+
+CHANGES = {
+    "domain_gain": ("learned: fall of the loss on domain sources, nats a token", "{:+.4f}"),
+    "general_forgetting": ("forgotten: rise of the loss on all other sources, nats a token", "{:+.4f}"),
+    "task_change": ("tasks: mean change of the accuracy", "{:+.1%}"),
+}
 
 
 def change(measured: Mapping[str, Measured]) -> dict[str, float]:
@@ -23,104 +34,160 @@ def change(measured: Mapping[str, Measured]) -> dict[str, float]:
     `domain_gain`: fall of the mean loss (nats a token) over the domain sources; `general_forgetting`: its rise over all
     other sources; `task_change`: mean change of the tasks' accuracy. Only what can be told is there.
     """
-    if "base" not in measured:
+    if "base" not in measured or "model" not in measured:
         return {}
-    before = {source.name: source.value for source in measured["base"]["sources"]}
+    before = {source.name: source.value for source in measured["base"].get("sources", ())}
     rise: dict[bool, list[float]] = {True: [], False: []}
-    for source in measured["model"]["sources"]:
-        rise[source.kind == "domain"].append(math.log(source.value / before[source.name]))
+    for source in measured["model"].get("sources", ()):
+        if source.name in before:
+            rise[source.kind == "domain"].append(math.log(source.value / before[source.name]))
     result = {}
     if rise[True]:
         result["domain_gain"] = -sum(rise[True]) / len(rise[True])
     if rise[False]:
         result["general_forgetting"] = sum(rise[False]) / len(rise[False])
-    scores = {(score.task, score.metric): score.value for score in measured["base"]["tasks"]}
+    scores = {(score.task, score.metric): score.value for score in measured["base"].get("tasks", ())}
     changes = [
-        score.value - scores[score.task, score.metric] for score in measured["model"]["tasks"] if score.metric == "acc"
+        score.value - scores[score.task, score.metric]
+        for score in measured["model"].get("tasks", ())
+        if score.metric == "acc" and (score.task, score.metric) in scores
     ]
     if changes:
         result["task_change"] = sum(changes) / len(changes)
     return result
 
 
+def rows_of(parts: Measured) -> dict[str, Any]:
+    """Measurements as JSON has them."""
+    return {part: [dataclasses.asdict(row) for row in rows] for part, rows in parts.items()}
+
+
+def check_unwritten(out: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError where a whole evaluation stands in `out` already; what was cut short may be written over."""
+    path = out / "eval.json"
+    if overwrite or not path.exists():
+        return
+    try:
+        complete = json.loads(path.read_text()).get("complete", True)
+    except (ValueError, AttributeError):
+        complete = True  # nothing of ours, so it stays
+    if complete:
+        raise ConfigError(f"{path} is there already: give another --out, or --overwrite to measure again")
+
+
 def write_comparison(
-    out: Path, measured: Mapping[str, Measured], *, model: str, base: str | None, unmeasured: Sequence[str] = ()
+    out: Path,
+    measured: Mapping[str, Measured],
+    *,
+    model: str,
+    base: str | None,
+    unmeasured: Sequence[str] = (),
+    complete: bool = True,
 ) -> None:
-    """Write `eval.json` and `eval.md` into `out`; `measured` has the keys `model` and, with a base, `base`.
+    """Write `eval.json`, `eval.html` and `eval.md` into `out`.
 
     Args:
+        measured: has the keys `model` and, with a base, `base`.
         unmeasured: sources of the mixture without a perplexity.
+        complete: False while there is more to come.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"model": {"path": model}, "base": {"path": base}, "change": change(measured)}
-    content["unmeasured"] = list(unmeasured)
+    content: dict[str, Any] = {"complete": complete, "model": {"path": model}, "base": {"path": base}}
+    content |= {"change": change(measured), "unmeasured": list(unmeasured)}
     for name, parts in measured.items():
-        for part, rows in parts.items():
-            content[name][part] = [dataclasses.asdict(row) for row in rows]
+        content[name] |= rows_of(parts)
     write_json(out / "eval.json", content)
-    write_whole(out / "eval.md", _markdown(measured, model, base, unmeasured))
+    against = f"Compared with {base}." if base else "No base model was given: figures stand alone."
+    cut = "" if complete else " Not complete: it is being measured, or was interrupted."
+    page = Page(Path(model).name or model, f"{model}. {against}{cut}")
+    changes = change(measured)
+    page.section("", *[Table(["change", "since the base"], told(changes))] * bool(changes))
+    add_measurements(page, {name: measured[name] for name in ("base", "model") if name in measured}, unmeasured)
+    page.write(out / "eval.html")
 
 
-def _markdown(measured: Mapping[str, Measured], model: str, base: str | None, unmeasured: Sequence[str]) -> str:
-    lines = [f"# {model}", ""]
-    lines += [f"Compared with {base}." if base else "No base model was given: figures stand alone.", ""]
-    lines += _summary(change(measured))
-    if measured["model"]["sources"]:
-        lines += ["## Perplexity of held-out text (lower is better)", ""]
-        lines += _table("source | kind", measured, "sources", _source_row)
-        lines += not_measured(unmeasured)
-    if measured["model"].get("gci"):
-        lines += ["## A domain fact and a general skill in one answer (GCI), share right with 95 % interval", ""]
-        lines += gci_table({name: measured[name]["gci"] for name in ("base", "model") if name in measured})
-    if measured["model"]["tasks"]:
-        lines += ["## Tasks", "", *_table("task | metric", measured, "tasks", _task_row)]
-    return "\n".join(lines)
+def told(changes: Mapping[str, float]) -> list[list[Cell]]:
+    """The changes in words, a row each."""
+    return [[text, form.format(changes[name])] for name, (text, form) in CHANGES.items() if name in changes]
 
 
-def _summary(changes: Mapping[str, float]) -> list[str]:
-    told = {
-        "domain_gain": "domain gain (fall of the loss on domain sources): {:+.4f} nats a token",
-        "general_forgetting": "general forgetting (rise of the loss on all other sources): {:+.4f} nats a token",
-        "task_change": "tasks: accuracy changed by {:+.1%} on average",
+def add_measurements(
+    page: Page, columns: Mapping[str, Measured], unmeasured: Sequence[str] = (), figures: Sequence[Figure] = ()
+) -> None:
+    """Figures, after those given, and tables of perplexity, GCI and tasks: a column a model, and how the second
+    changed where there are `base` and `model`."""
+    sources = _table(
+        ["source", "kind"],
+        columns,
+        "sources",
+        lambda entry: (entry.name, entry.kind),
+        lambda before, after: f"{after / before - 1:+.1%}",
+    )
+    scored = {name: parts["gci"] for name, parts in columns.items() if parts.get("gci")}
+    tasks = _table(["task", "metric"], columns, "tasks", _task_key, lambda before, after: f"{after - before:+.4f}")
+    page.figures("", [*figures, *_losses(columns, [str(row[0]) for row in sources.rows]), *_both_right(scored)])
+    if sources.rows:
+        notes = (Text(line) for line in not_measured(unmeasured) if line)
+        page.section("Perplexity of held-out text (lower is better)", *notes, sources)
+    if scored:
+        title = "A domain fact and a general skill in one answer (GCI), share right with 95 % interval"
+        page.section(title, _gci_table(scored))
+    if tasks.rows:
+        page.section("Tasks", tasks)
+
+
+def _losses(columns: Mapping[str, Measured], sources: list[str]) -> list[Figure]:
+    losses = {
+        name: [math.log(entry.value) for entry in parts["sources"]]
+        for name, parts in columns.items()
+        if len(parts.get("sources", ())) == len(sources)
     }
-    return [f"- {text.format(changes[name])}" for name, text in told.items() if name in changes] + [""] * bool(changes)
+    if not sources or any(loss < 0 for values in losses.values() for loss in values):
+        return []
+    chart = bar_chart("loss of held-out text, by source", sources, losses)
+    return [Figure(chart, "Loss of held-out text", "nats a token", _legend(losses))]
 
 
-def _table(key: str, measured: Mapping[str, Measured], part: str, row: Any) -> list[str]:
-    compared = "base" in measured
-    header = f"| {key} |" + (" base | model | change |" if compared else " model |")
-    rule = "| --- | --- |" + " ---: |" * (3 if compared else 1)
-    before = {row(entry)[0]: row(entry)[1] for entry in measured["base"][part]} if compared else {}
-    rows = []
-    for entry in measured["model"][part]:
-        name, value = row(entry)
-        cells = (
-            [f"{before[name]:.4g}", f"{value:.4g}", _change(part, before[name], value)]
-            if compared
-            else [f"{value:.4g}"]
-        )
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return [header, rule, *rows, ""]
+def _both_right(columns: Mapping[str, list[GciScore]]) -> list[Figure]:
+    if not columns:
+        return []
+    both = {name: [entry for entry in scores if entry.score == "both"] for name, scores in columns.items()}
+    skills = [entry.skill for entry in next(iter(both.values()))]
+    shares = {name: [100 * entry.value for entry in scores] for name, scores in both.items()}
+    chart = bar_chart("fact and skill both right, by skill", skills, shares, unit=" %")
+    return [Figure(chart, "Fact and skill both right", "share of the answers, by skill", _legend(columns))]
 
 
-def gci_table(columns: Mapping[str, list[GciScore]]) -> list[str]:
-    """One column a model, one row a skill and score."""
-    first = next(iter(columns.values()))
-    lines = [f"| skill | score | questions | {' | '.join(columns)} |", "| --- | --- | ---: |" + " --- |" * len(columns)]
-    for row, entry in enumerate(first):
+def _table(
+    head: list[str],
+    columns: Mapping[str, Measured],
+    part: str,
+    key: Callable[[Any], tuple[str, ...]],
+    changed: Callable[[float, float], str],
+) -> Table:
+    found = {name: {key(entry): entry.value for entry in parts.get(part, ())} for name, parts in columns.items()}
+    compared = list(found) == ["base", "model"]
+    rows: list[list[Cell]] = []
+    for cells in dict.fromkeys(key for values in found.values() for key in values):
+        values = [column.get(cells) for column in found.values()]
+        row: list[Cell] = [*cells, *(None if value is None else f"{value:.4g}" for value in values)]
+        if compared:
+            before, after = values
+            row.append(None if before is None or after is None else changed(before, after))
+        rows.append(row)
+    return Table([*head, *found, *["change"] * compared], rows)
+
+
+def _task_key(score: TaskScore) -> tuple[str, str]:
+    return score.task, score.metric + ("" if score.higher_is_better else " (lower is better)")
+
+
+def _gci_table(columns: Mapping[str, list[GciScore]]) -> Table:
+    rows: list[list[Cell]] = []
+    for row, entry in enumerate(next(iter(columns.values()))):
         cells = [f"{s[row].value:.0%} [{s[row].low:.0%}, {s[row].high:.0%}]" for s in columns.values()]
-        lines.append(f"| {entry.skill} | {entry.score} | {entry.count} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append([entry.skill, entry.score, str(entry.count), *cells])
+    return Table(["skill", "score", "questions", *columns], rows)
 
 
-def _change(part: str, before: float, after: float) -> str:
-    return f"{after / before - 1:+.1%}" if part == "sources" else f"{after - before:+.4f}"
-
-
-def _source_row(source: SourcePerplexity) -> tuple[str, float]:
-    return f"{source.name} | {source.kind}", source.value
-
-
-def _task_row(score: TaskScore) -> tuple[str, float]:
-    direction = "" if score.higher_is_better else " (lower is better)"
-    return f"{score.task} | {score.metric}{direction}", score.value
+def _legend(columns: Mapping[str, Any]) -> str:
+    return legend((name, index) for index, name in enumerate(columns))

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.target import is_hf_directory
@@ -20,6 +21,15 @@ class SourcePerplexity:
     name: str
     kind: str
     value: float
+
+
+def check_vocabulary(path: Path, arch: Architecture, mix: Mix) -> None:
+    """Raise ConfigError where the model at `path` has fewer embedding rows than the mixture's tokenizer needs."""
+    if mix.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
+            "they do not belong together"
+        )
 
 
 def validation_perplexity(
@@ -50,11 +60,7 @@ def validation_perplexity(
     else:
         info = read_info(newest_checkpoint(path))
         arch, adapter = info.architecture, info.adapter
-    if mix.vocab_size > arch.vocab_size:
-        raise ConfigError(
-            f"{path} has {arch.vocab_size} embedding rows, the tokenizer of {mix.path} {mix.vocab_size} entries: "
-            "they do not belong together"
-        )
+    check_vocabulary(path, arch, mix)
     with parallel_context() as state, tempfile.TemporaryDirectory() as cache:
         from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.model.gpt import build_gpt

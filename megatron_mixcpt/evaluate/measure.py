@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, run_harness
+from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, resolve_task, run_harness
 from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
 from megatron_mixcpt.progress import Progress
 
@@ -64,13 +64,22 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
         raise ConfigError("nothing to measure: give --mix (a mix.json), --tasks, --gci, or several of them")
     if args.tasks:
         require_harness()
+        for task in args.tasks:
+            if task != "bundled":
+                resolve_task(task)
     if args.gci:
         gci_instances(args.gci)
     return What(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
 
 
-def measure_model(path: Path, what: What) -> Measured:
-    """Measure a run, a checkpoint or a Hugging Face directory. Raises ConfigError."""
+def measure_model(path: Path, what: What, done: Callable[[Measured], None] = lambda measured: None) -> Measured:
+    """Measure a run, a checkpoint or a Hugging Face directory.
+
+    Args:
+        done: called after each part with all that has been measured so far.
+
+    Raises ConfigError.
+    """
     from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.evaluate.held_out import validation_perplexity
     from megatron_mixcpt.evaluate.target import as_hf_directory
@@ -84,6 +93,7 @@ def measure_model(path: Path, what: What) -> Measured:
             micro_batch_size=what.micro_batch_size,
             max_samples=what.max_samples,
         )
+        done(measured)
     if what.tasks or what.gci:
         with as_hf_directory(path) as folder:
             if what.tasks:
@@ -92,12 +102,27 @@ def measure_model(path: Path, what: What) -> Measured:
                     measured["tasks"] = run_harness(
                         folder, tasks, limit=what.max_samples, dtype=what.dtype, done=progress.advance
                     )
+                done(measured)
             if what.gci:
                 from megatron_mixcpt.evaluate.gci import summarize
 
                 measured["gci_answers"] = _answers(folder, gci_instances(what.gci), path.name, chat=what.chat)
                 measured["gci"] = summarize(measured["gci_answers"])
+                done(measured)
     return measured
+
+
+def check_models(paths: Sequence[Path], what: What) -> None:
+    """Raise what measuring these models would, as far as it can be told without their weights."""
+    from megatron_mixcpt.data.mix import open_mix
+    from megatron_mixcpt.evaluate.held_out import check_vocabulary
+    from megatron_mixcpt.evaluate.target import architecture_of
+
+    mix = open_mix(what.mix_path) if what.mix_path is not None else None
+    for path in paths:
+        arch = architecture_of(path)
+        if mix is not None:
+            check_vocabulary(path, arch, mix)
 
 
 def gci_instances(text: str) -> list[Instance]:

@@ -7,12 +7,26 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 
 
 def is_hf_directory(path: Path) -> bool:
     """Whether transformers itself can open `path`."""
     return (path / "config.json").is_file()
+
+
+def architecture_of(path: Path) -> Architecture:
+    """Of a Hugging Face directory or of the newest checkpoint of a run, which is verified.
+
+    Raises:
+        ConfigError: it is neither.
+        VerificationError: the checkpoint is damaged.
+    """
+    from megatron_mixcpt.checkpoint import find_checkpoint, read_info
+    from megatron_mixcpt.huggingface.config import architecture_from_hf
+
+    return architecture_from_hf(path) if is_hf_directory(path) else read_info(find_checkpoint(path)).architecture
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def page(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.settings:
             result.folded(f"All settings of {run.name}", run_tables.settings(run))
-    return result.html(f" from {', '.join(f'{run.path}/metrics.jsonl' for run in runs)}")
+    return result.html()
 
 
 def _is_further(name: str, known: Sequence[str]) -> bool:

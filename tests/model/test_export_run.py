@@ -215,7 +215,7 @@ def test_eval_repeats_the_runs_own_validation_and_agrees_with_the_export(folder,
     assert from_run["change"]["domain_gain"] == pytest.approx(gain)
     assert from_run["change"]["general_forgetting"] == pytest.approx(forgetting)
     report = (tmp_path / "run/eval.md").read_text()
-    assert f"{gain:+.4f} nats" in report and f"{forgetting:+.4f} nats" in report
+    assert f"nats a token | {gain:+.4f} |" in report and f"nats a token | {forgetting:+.4f} |" in report
 
 
 def test_generate_says_what_transformers_says(folder, exported, capsys):
