@@ -24,9 +24,9 @@ from megatron_mixcpt.demo.texts import write_texts
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.files import write_whole
 
-WEIGHTS = (1.0, 4.0, 16.0, 64.0)
-BUDGETS = (0.1, 0.2, 0.4)
-STEPS, EVERY, SEQ_LENGTH, LR = 24, 4, 256, 5e-4
+WEIGHTS = (0.25, 1.0, 4.0, 16.0)
+BUDGETS = (0.05, 0.1, 0.2)
+STEPS, EVERY, SEQ_LENGTH, LR = 24, 4, 256, 3e-4
 HELD_OUT = 8  # sequences of a source that are measured
 
 

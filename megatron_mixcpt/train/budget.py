@@ -26,6 +26,7 @@ LARGEST_DEADBAND = (
     0.25  # of the budget: with more noise than that the budget cannot be resolved, and is kept all the same
 )
 PATIENCE = 2  # measurements beyond the budget under the highest pressure, after which training ends
+USUAL_RATIO = 0.3  # of what is forgotten to the divergence, as if measured once where it would have used the budget
 TOLD = math.log(2.0)  # the pressure is told when it has moved so far
 
 
@@ -45,7 +46,7 @@ class _State:
     divergence: float | None = None  # averaged over the last steps
     divergence_measured: float = 0.0  # as it was at the last measurement
     products: float = 0.0  # running sums for the ratio of what is forgotten to the divergence
-    squares: float = 0.0
+    squares: float = 0.0  # both begin with USUAL_RATIO
     beyond: int = 0  # measurements in a row that were beyond the budget under the highest pressure
     best_step: int | None = None
     best_gain: float = -math.inf
@@ -64,6 +65,8 @@ class BudgetController:
     def __init__(self, budget: float, every: int, state: dict[str, Any] | None = None) -> None:
         self.budget, self.every = budget, every
         self._state = _State(**state) if state else _State()
+        if not self._state.squares:
+            self._forget_the_ratio()
 
     @property
     def weight_factor(self) -> float:
@@ -149,7 +152,8 @@ class BudgetController:
     def mixture_changed(self) -> None:
         """Another mixture has another divergence: it says nothing until it is measured against."""
         state = self._state
-        state.divergence, state.divergence_measured, state.products, state.squares = None, 0.0, 0.0, 0.0
+        state.divergence, state.divergence_measured = None, 0.0
+        self._forget_the_ratio()
 
     def state(self) -> dict[str, Any]:
         """JSON types; floats survive JSON exactly."""
@@ -171,9 +175,12 @@ class BudgetController:
         self._state.pressure = min(max(self._state.pressure + step, lowest), self._highest())
 
     def _ratio(self) -> float:
-        """What is forgotten for each nat of divergence; 0 until something was."""
-        state = self._state
-        return max(state.products, 0.0) / state.squares if state.squares > 0.0 else 0.0
+        """What is forgotten for each nat of divergence."""
+        return max(self._state.products, 0.0) / self._state.squares
+
+    def _forget_the_ratio(self) -> None:
+        """Before anything was forgotten nothing tells how fast it will be: the usual, until what is measured counts."""
+        self._state.products, self._state.squares = self.budget**2 / USUAL_RATIO, (self.budget / USUAL_RATIO) ** 2
 
     def _highest(self) -> float:
         return math.log(WEIGHT_RANGE[1] / LOWEST_RATE)
