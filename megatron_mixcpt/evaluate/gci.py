@@ -22,6 +22,7 @@ with one key in each CHECK, over whole words and whatever their case:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -136,7 +137,7 @@ def score(instances: Sequence[Instance], answers: Sequence[str], sures: Sequence
             sure,
             1 / len(set(i.general["options"])) if i.general.get("options") else 0.0,
         )
-        for i, answer, sure in zip(instances, answers, sures or [None] * len(answers), strict=True)
+        for i, answer, sure in zip(instances, answers, sures or itertools.repeat(None, len(answers)), strict=True)
     ]
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate import measure
 from megatron_mixcpt.evaluate.gci import Answer, GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from megatron_mixcpt.evaluate.ledger import Entry, Item, ledger
 from megatron_mixcpt.evaluate.ledger_report import answered, shortened
-from megatron_mixcpt.evaluate.measure import Measured, What, measure_model
+from megatron_mixcpt.evaluate.measure import Measured, What
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
@@ -55,7 +56,7 @@ def measure_history(run: Path, base: Path, what: What, out: Path, *, overwrite: 
     for step, path in [(0, base), *((step_of(path), path) for path in checkpoints)]:
         if any(point.step == step for point in points):
             continue
-        points.append(Point(step, str(path), measure_model(path, what)))
+        points.append(Point(step, str(path), measure.measure_model(path, what)))
         points.sort(key=lambda point: point.step)
         _write(out, str(run), how, points)
     _write(out, str(run), how, points)
@@ -94,8 +95,8 @@ def _write(out: Path, run: str, how: dict[str, Any], points: Sequence[Point]) ->
     ledgers = {step: [dataclasses.asdict(entry) for entry in entries] for step, entries in books.items()}
     write_json(out / "history.json", {"run": run, "measured": how, "points": rows, "ledger": ledgers})
     page = Page(Path(run).name, f"What went when: {len(points) - 1} checkpoints of {run} beside {how['base']}.")
-    page.figures("Held-out text", [_losses(points)] if points[0].measured["sources"] and len(points) > 1 else [])
-    page.figures("Answers", [_curve(books, kind) for kind in ("lost", "learned")] if books else [])
+    figures = [_losses(points)] if points[0].measured["sources"] and len(points) > 1 else []
+    page.figures("Curves", [*figures, *(_curve(books, kind) for kind in ("lost", "learned") if books)])
     if books:
         page.section("Answers lost and learned", Text(CAPTION), _table(books))
         page.section("What was lost, and since when", *_fates(points))
@@ -138,7 +139,7 @@ def _curve(books: dict[int, list[Entry]], kind: str) -> Figure:
         for colour, task in enumerate(tasks)
     ]
     chart = line_chart(f"answers {kind}", series, "step", zero=True)
-    return Figure(chart, kind.capitalize(), "% of the questions", _legend(series))
+    return Figure(chart, f"Answers {kind}", "% of the questions", _legend(series))
 
 
 def _legend(series: Sequence[Series]) -> str:
@@ -148,8 +149,8 @@ def _legend(series: Sequence[Series]) -> str:
 def _table(books: dict[int, list[Entry]]) -> Table:
     rows: list[list[Cell]] = [
         [
-            str(step),
             entry.task,
+            str(step),
             str(entry.count),
             str(entry.num_lost),
             str(entry.num_learned),
@@ -159,7 +160,7 @@ def _table(books: dict[int, list[Entry]]) -> Table:
         for entry in entries
         if entry.group is None
     ]
-    return Table(["step", "questions", "number", "lost", "learned", "change, 95 % interval"], rows)
+    return Table(["questions", "step", "number", "lost", "learned", "change, 95 % interval"], rows)
 
 
 def _fates(points: Sequence[Point]) -> list[Text | Table]:
@@ -181,13 +182,14 @@ def _fates(points: Sequence[Point]) -> list[Text | Table]:
         return [Text(text)]
     rows: list[list[Cell]] = [
         [
-            str(since),
+            shortened(item.question),
             item.task,
+            str(since),
             None if item.sure is None else f"{item.sure:.2f}",
-            *(shortened(words) for words in (item.question, item.expected, item.answer, now)),
+            *(shortened(words) for words in (item.expected, item.answer, now)),
         ]
         for since, item, now in lost[:SHOWN]
     ]
-    head = ["lost since step", "questions", "base was sure", "question", "expected", "base said", "last says"]
+    head = ["question", "of", "lost since step", "base was sure", "expected", "base said", "last says"]
     more = [Text(f"{len(lost) - SHOWN} more are in history.json.")] * (len(lost) > SHOWN)
     return [Text(text), Table(head, rows), *more]

@@ -87,15 +87,13 @@ def _chart(tasks: Sequence[Entry]) -> Any:
 
 def _questions(kind: Sequence[Flip]) -> list[Text | Table]:
     """Surest first, as they come."""
-    head = ["base was sure", "group", "question", "expected", "base said", "now says"]
+    head = ["question", "group", "base was sure", "expected", "base said", "now says"]
     rows: list[list[Cell]] = [
         [
-            None if flip.base.sure is None else f"{flip.base.sure:.2f}",
+            shortened(flip.base.question),
             flip.base.group,
-            *(
-                shortened(text)
-                for text in (flip.base.question, flip.base.expected, flip.base.answer, flip.model.answer)
-            ),
+            None if flip.base.sure is None else f"{flip.base.sure:.2f}",
+            *map(shortened, (flip.base.expected, flip.base.answer, flip.model.answer)),
         ]
         for flip in kind[:SHOWN]
     ]
