@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         measure.check_models([base, model], what)
         check_writable(out)
         quiet_libraries()
-        measure_history(model, base, what, out, overwrite=args.overwrite)
+        measure_history(Path(args.model), base, what, out, overwrite=args.overwrite)
         print((out / "history.md").read_text())
         return 0
     check_unwritten(out, overwrite=args.overwrite)

@@ -19,7 +19,7 @@ from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from megatron_mixcpt.evaluate.ledger import Entry, Item, ledger
 from megatron_mixcpt.evaluate.ledger_report import answered, shortened
-from megatron_mixcpt.evaluate.measure import Measured, What
+from megatron_mixcpt.evaluate.measure import EvalSettings, Measured
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
@@ -41,7 +41,7 @@ class Point:
     measured: Measured
 
 
-def measure_history(run: Path, base: Path, what: What, out: Path, *, overwrite: bool = False) -> None:
+def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *, overwrite: bool = False) -> None:
     """Measure `base` and the checkpoints that `run` keeps, oldest first; write history.json, .html and .md into `out`.
 
     Raises ConfigError where the run has no checkpoint, or `out` holds a history that was measured otherwise.
@@ -51,12 +51,12 @@ def measure_history(run: Path, base: Path, what: What, out: Path, *, overwrite: 
     checkpoints = sorted(list_checkpoints(run / "checkpoints"), key=step_of)
     if not checkpoints:
         raise ConfigError(f"{run} is no run with checkpoints: --history measures those that a run has kept")
-    how = json.loads(json.dumps(dataclasses.asdict(what) | {"base": base}, default=str))
+    how = json.loads(json.dumps(dataclasses.asdict(settings) | {"base": base}, default=str))
     points = [] if overwrite else _read(out / "history.json", how)
     for step, path in [(0, base), *((step_of(path), path) for path in checkpoints)]:
         if any(point.step == step for point in points):
             continue
-        points.append(Point(step, str(path), measure.measure_model(path, what)))
+        points.append(Point(step, str(path), measure.measure_model(path, settings)))
         points.sort(key=lambda point: point.step)
         _write(out, str(run), how, points)
     _write(out, str(run), how, points)

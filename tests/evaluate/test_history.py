@@ -59,9 +59,9 @@ def test_a_history_goes_on_where_it_was_and_tells_since_when_an_answer_is_lost(r
     base, out = tmp_path / "base", tmp_path / "out"
     broken.append(20)
     with pytest.raises(KeyboardInterrupt):
-        measure_history(folder, base, measure.What(), out)
+        measure_history(folder, base, measure.EvalSettings(), out)
     broken.clear()
-    measure_history(folder, base, measure.What(), out)
+    measure_history(folder, base, measure.EvalSettings(), out)
     assert measured == [0, 10, 20, 30]
     content = json.loads((out / "history.json").read_text())
     lost = {step: [e["num_lost"] for e in entries if e["group"] is None] for step, entries in content["ledger"].items()}
@@ -70,9 +70,9 @@ def test_a_history_goes_on_where_it_was_and_tells_since_when_an_answer_is_lost(r
     assert "2 answers are wrong at the last checkpoint; 1 were wrong at an earlier one and came back." in text
     assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| What")] == ["20", "30"]
     with pytest.raises(ConfigError, match="another tasks: give another --out"):
-        measure_history(folder, base, measure.What(tasks=["bundled"]), out)
+        measure_history(folder, base, measure.EvalSettings(tasks=["bundled"]), out)
     with pytest.raises(ConfigError, match="no run with checkpoints"):
-        measure_history(base, base, measure.What(), out)
+        measure_history(base, base, measure.EvalSettings(), out)
 
 
 def test_the_page_of_one_model_lists_the_questions_that_were_lost_the_surest_first(tmp_path):
@@ -92,7 +92,7 @@ def test_the_page_of_one_model_lists_the_questions_that_were_lost_the_surest_fir
 
 
 def test_the_pages_open_without_errors_on_a_narrow_screen(run, tmp_path):
-    measure_history(run[0], tmp_path / "base", measure.What(), tmp_path)
+    measure_history(run[0], tmp_path / "base", measure.EvalSettings(), tmp_path)
     write_comparison(tmp_path, {"base": parts_of(0), "model": parts_of(30)}, model="m", base="b")
     for name, count in (("history", 3), ("eval", 2)):
         document, console = open_page(tmp_path / f"{name}.html", size=(400, 900))
