@@ -3,7 +3,8 @@
 One quantity, the *pressure*, is all that it moves. Up to a bound it is the logarithm of a factor on the distillation
 weight, of a teacher that holds on to what the base model knew; beyond, that factor stays and the learning rate falls.
 Dual ascent: the pressure rises while more is forgotten than is aimed at and falls while less is, so that it settles at
-the least pressure that keeps the budget, which is where most is learned. Where even the highest does not keep it, training ends.
+the least pressure that keeps the budget, which is where most is learned. Where even the highest does not keep it,
+training ends.
 
 Held-out losses are measured now and then, the divergence from the base model at every step. What is forgotten grows
 with that divergence (arXiv 2509.04259), so that it tells between two measurements where the next one would come out.
