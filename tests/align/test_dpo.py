@@ -149,10 +149,10 @@ def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1
 
 
 def train_with_a_known_peak(rank, world_size, runs):
-    from megatron_mixcpt.train import progress
+    from megatron_mixcpt.train import bookkeeping
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "peak_flops", lambda device, dtype: 1e15)
+        patch.setattr(bookkeeping, "peak_flops", lambda device, dtype: 1e15)
         train_all(rank, world_size, runs)
 
 
