@@ -18,10 +18,12 @@ from megatron_mixcpt.architecture.stages import Stages, stages_of
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import open_source
+from megatron_mixcpt.kernels.reference import BLOCK_ELEMENTS
 from megatron_mixcpt.plan.schedule import most_in_flight
 
 FP32 = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+SCRATCH_BUFFERS = 3  # of the reference of the losses
 FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
 
 
@@ -107,8 +109,8 @@ def _stage(
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
     head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens) if last else 0
-    # Logits are gone when the first layer is computed again.
-    activations = layers * kept + max(again - logits, 0) + head + transient
+    # Logits are gone when the gradients reach the layers.
+    activations = layers * kept + max(again + transient - logits, 0) + head
     if cut.interleave > 1:
         activations += parts * tokens * arch.hidden_size * size  # what each has sent on is not let go
     if pipeline > 1 and config.runs_teacher and last:
@@ -206,9 +208,11 @@ def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
-    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more."""
+    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more.
+    Also what the loss needs beside them where no fused kernel computes it."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.fuses_lm_head:
         return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
     copies = 2 if config.train.dtype == "fp32" else 3
-    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
+    scratch = SCRATCH_BUFFERS * min(BLOCK_ELEMENTS, tokens * vocabulary) * FP32
+    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype] + scratch
