@@ -33,8 +33,8 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 	  || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
-demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, OUT=runs/demo)
-	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT)
+demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, ARM=recall, OUT=runs/demo)
+	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT) $(if $(ARM),--arm $(ARM))
 
 test: install ## run all tests that need no GPU (WORKERS=2 ARGS='-k layouts -x')
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -33,19 +33,19 @@ from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.runtime.launcher import free_port
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.optimizer import optimizer_step
-from megatron_mixcpt.train.setup import Parts, build
+from megatron_mixcpt.train.setup import Components, build
 from tests.helpers.corpus import write_mix
 
 SEQ_LENGTH, VOCAB = 128, 30000
 RANKS, RANKS_VOCAB = 4, 60000
 
 
-def step(parts: Parts, config: Config, number: int) -> float:
+def step(components: Components, config: Config, number: int) -> float:
     began = time.monotonic()
-    parts.model.zero_grad_buffer()
-    parts.optimizer.zero_grad()
-    parts.run([parts.task.fullest_batch(1)])
-    optimizer_step(parts.optimizer, number, config.train)
+    components.model.zero_grad_buffer()
+    components.optimizer.zero_grad()
+    components.run([components.task.fullest_batch(1)])
+    optimizer_step(components.optimizer, number, config.train)
     return time.monotonic() - began
 
 
@@ -61,20 +61,20 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     }
     config = validate(Config, values, "benchmark")
     with parallel_context() as state:
-        parts = build(config, state)
+        components = build(config, state)
         taken: dict[str, list[float]] = {name: [] for name in ("step", "foreground", "blocked", "during", "verify")}
         savers = [Saver(folder / "checkpoints", keep=1, background=background) for background in (False, True)]
         number = 0
         for _ in range(rounds):
             for background in (False, True):
                 for _ in range(2):
-                    taken["step"].append(step(parts, config, number))
+                    taken["step"].append(step(components, config, number))
                     number += 1
                 saver = savers[background]
-                saver.begin(number, parts.model, parts.optimizer)
+                saver.begin(number, components.model, components.optimizer)
                 outcome = None
                 while background and (outcome := saver.poll()) is None:
-                    taken["during"].append(step(parts, config, number))
+                    taken["during"].append(step(components, config, number))
                     number += 1
                 outcome = outcome or saver.finish()
                 assert outcome is not None and outcome.path is not None, outcome

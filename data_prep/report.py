@@ -12,7 +12,7 @@ from megatron_mixcpt.data_prep.mix import Mix, Source, Split
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.show import TOKENS_SHOWN, Decode, legend_block, record_blocks
 from megatron_mixcpt.report.figures import bar_chart
-from megatron_mixcpt.report.page import Cell, Figure, Html, Page, Table, Text, bar, join, key, stack
+from megatron_mixcpt.report.page import Block, Cell, Figure, Html, Page, Table, Text, bar, join, key, stack
 from megatron_mixcpt.units import number, percent, size
 
 TOP_REASONS = 8
@@ -141,9 +141,9 @@ def _lengths(source: Source, mix: Mix, corpus: Corpus) -> Figure:
     return Figure(chart, source.name, f"documents by tokens; middle {middle}, {longer:.1%} longer than a sequence")
 
 
-def _samples(mix: Mix, decode: Decode) -> list[Text | Table | Figure]:
+def _samples(mix: Mix, decode: Decode) -> list[Block]:
     """Records of every source, from the beginning, the middle and so on of its prefix."""
-    blocks: list[Text | Table | Figure] = [legend_block()]
+    blocks: list[Block] = [legend_block()]
     splits = [
         (source, source.pairs[0] or source.train or source.valid, bool(source.pairs[0])) for source in mix.sources
     ]

@@ -145,9 +145,9 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from megatron_mixcpt.kernels import fused, triton_kernels
+    from megatron_mixcpt.kernels import fused
 
-    function = getattr(triton_kernels, f"{variant.kernel}_kernel")
+    function = getattr(fused, f"{variant.kernel}_kernel")
     constants = variant.options | {"BLOCK": fused.COMBINE_BLOCK if variant.kernel == "combine" else fused.BLOCK}
     if variant.kernel == "stats":
         constants["STAGES"] = fused.NUM_STAGES if variant.aligned else 1

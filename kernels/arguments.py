@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mixcpt.kernels.collectives import Group, size_of
-from megatron_mixcpt.kernels.objective import MAX_VOCAB, TARGETS, Objective
+from megatron_mixcpt.kernels.constants import MAX_VOCAB, TARGETS, LossConstants
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,7 +33,7 @@ def check_teacher_logits(teacher: Tensor, student: Tensor, valid: int, *, padded
         raise ValueError("grad_buffer='teacher' overwrites the teacher's logits: compute them under torch.no_grad()")
 
 
-def make_objective(
+def make_constants(
     labels: Tensor,
     width: int,
     *,
@@ -47,7 +47,7 @@ def make_objective(
     vocab_start: int = 0,
     valid_vocab: int | None = None,
     ignore_index: int = -100,
-) -> Objective:
+) -> LossConstants:
     """The constants of a call on a shard of `width` columns."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels are {labels.dtype}; int64 is needed")
@@ -62,7 +62,7 @@ def make_objective(
         raise ValueError(f"vocab_start={vocab_start}, valid_vocab={valid_vocab}: ids must lie in 0 .. {MAX_VOCAB}")
     if group is not None and size_of(group) > 1 and dist.get_rank(group) > 0 and vocab_start == 0:
         raise ValueError(f"vocab_start=0 on rank {dist.get_rank(group)} of the group: pass the id of the first column")
-    return Objective(
+    return LossConstants(
         has_teacher=has_teacher,
         target=target,
         temperature=float(temperature) if has_teacher else 1.0,

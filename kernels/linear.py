@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_mixcpt.kernels.arguments import FLOAT_DTYPES, make_objective
+from megatron_mixcpt.kernels.arguments import FLOAT_DTYPES, make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
 from megatron_mixcpt.kernels.collectives import Group, all_gather, all_reduce, reduce_scatter, size_of
 from megatron_mixcpt.kernels.lssd import Loss, pack_outputs, shape_outputs
@@ -63,7 +63,7 @@ def linear_lssd_loss(
         raise ValueError(f"head_grad must be float32 {list(student_head.shape)}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens}: must be at least 1")
-    objective = make_objective(
+    constants = make_constants(
         labels,
         student_head.shape[0],
         has_teacher=teacher_hidden is not None,
@@ -79,14 +79,14 @@ def linear_lssd_loss(
     )
     if teacher_hidden is not None and teacher_head is not None:
         _check("teacher", teacher_hidden, teacher_head, labels, group if sequence_parallel else None)
-        columns = student_head.shape[0] if valid_vocab is None else objective.valid
+        columns = student_head.shape[0] if valid_vocab is None else constants.valid
         if teacher_head.shape[0] < columns or (valid_vocab is None and teacher_head.shape[0] > columns):
             raise ValueError(f"teacher_head has {teacher_head.shape[0]} rows for {columns} of the vocabulary")
         teacher_hidden = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
         teacher_head = teacher_head.detach()
     plan = _Plan(labels.numel(), chunk_tokens, group, sequence_parallel)
-    objective = dataclasses.replace(
-        objective, ce_weight=plan.arrange(objective.ce_weight), kd_weight=plan.arrange(objective.kd_weight)
+    constants = dataclasses.replace(
+        constants, ce_weight=plan.arrange(constants.ce_weight), kd_weight=plan.arrange(constants.kd_weight)
     )
     outputs = _LinearLSSD.apply(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
@@ -94,7 +94,7 @@ def linear_lssd_loss(
         teacher_hidden,
         teacher_head,
         plan.arrange(labels.reshape(-1)),
-        objective,
+        constants,
         plan,
         head_grad,
         return_details,
@@ -152,25 +152,25 @@ class _LinearLSSD(torch.autograd.Function):
     """Saves its inputs and the record; nothing of the size of the logits outlives a chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, head, t_hidden, t_head, labels, objective, plan, head_grad, with_details):
+    def forward(ctx, hidden, head, t_hidden, t_head, labels, constants, plan, head_grad, with_details):
         backend = choose_backend(hidden.device)
-        words = torch.empty(1, objective.num_words, labels.numel(), device=hidden.device, dtype=torch.float32)
+        words = torch.empty(1, constants.num_words, labels.numel(), device=hidden.device, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
             for local, tokens in plan.chunks():
                 student = _product(plan.gather(hidden[local]), head.t())
                 teacher = None if t_head is None else _product(plan.gather(t_hidden[local]), t_head.t())
-                backend.stats(student, teacher, labels[tokens], objective, words[..., tokens])
+                backend.stats(student, teacher, labels[tokens], constants, words[..., tokens])
                 del student, teacher  # before the next chunk's are made
-        results = backend.combine(all_gather(words, plan.group), words[0], labels, objective, with_details)
+        results = backend.combine(all_gather(words, plan.group), words[0], labels, constants, with_details)
         ctx.save_for_backward(hidden, head, t_hidden, t_head, labels, words[0])
-        ctx.objective, ctx.plan, ctx.head_grad, ctx.backend = objective, plan, head_grad, backend
+        ctx.constants, ctx.plan, ctx.head_grad, ctx.backend = constants, plan, head_grad, backend
         return pack_outputs(ctx, {name: plan.restore(value) for name, value in results.items()}, with_details)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         hidden, head, t_hidden, t_head, labels, record = ctx.saved_tensors
-        plan, objective = ctx.plan, ctx.objective
+        plan, constants = ctx.plan, ctx.constants
         upstream = plan.arrange(upstream.reshape(-1))
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -181,8 +181,8 @@ class _LinearLSSD(torch.autograd.Function):
             chunk = plan.gather(hidden[local])
             grad = _product(chunk, head.t())
             teacher = None if t_head is None else _product(plan.gather(t_hidden[local]), t_head.t())
-            weights = {name: _part(getattr(objective, name), tokens) for name in ("ce_weight", "kd_weight")}
-            part = dataclasses.replace(objective, **weights)
+            weights = {name: _part(getattr(constants, name), tokens) for name in ("ce_weight", "kd_weight")}
+            part = dataclasses.replace(constants, **weights)
             ctx.backend.gradient(grad, teacher, labels[tokens], record[:, tokens], upstream[tokens], part, grad)
             del teacher
             grad = grad.to(head.dtype)

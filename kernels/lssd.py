@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_mixcpt.kernels import reference
-from megatron_mixcpt.kernels.arguments import check_logits, check_teacher_logits, make_objective
+from megatron_mixcpt.kernels.arguments import check_logits, check_teacher_logits, make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
 from megatron_mixcpt.kernels.collectives import Group, all_gather
 from megatron_mixcpt.kernels.layout import is_grid
@@ -104,15 +104,15 @@ def _loss(backend: ModuleType, student, teacher, labels, group, grad_buffer, ret
     check_logits("student", student, labels)
     if grad_buffer not in ("new", "teacher") or (grad_buffer == "teacher" and teacher is None):
         raise ValueError(f"grad_buffer={grad_buffer!r}: must be 'new', or 'teacher' where there is a teacher")
-    objective = make_objective(labels, student.shape[-1], has_teacher=teacher is not None, group=group, **options)
+    constants = make_constants(labels, student.shape[-1], has_teacher=teacher is not None, group=group, **options)
     overwrite = grad_buffer == "teacher"
     student = student if is_grid(student) else student.contiguous()
     if teacher is not None:
         check_logits("teacher", teacher, labels)
         padded = options.get("valid_vocab") is not None
-        check_teacher_logits(teacher, student, objective.valid, padded=padded, overwrite=overwrite)
+        check_teacher_logits(teacher, student, constants.valid, padded=padded, overwrite=overwrite)
         teacher = teacher.detach() if is_grid(teacher) else teacher.detach().contiguous()
-    outputs = _LSSD.apply(student, teacher, labels.reshape(-1), objective, group, overwrite, return_details, backend)
+    outputs = _LSSD.apply(student, teacher, labels.reshape(-1), constants, group, overwrite, return_details, backend)
     return shape_outputs(outputs, labels.shape, return_details)
 
 
@@ -120,14 +120,14 @@ class _LSSD(torch.autograd.Function):
     """Saves the logits and one record of a few words a token; the gradient is rebuilt from them in backward."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, objective, group, overwrite_teacher, with_details, backend):
+    def forward(ctx, student, teacher, labels, constants, group, overwrite_teacher, with_details, backend):
         splits, num_tokens = backend.num_splits(labels.numel()), labels.numel()
-        words = torch.empty(splits, objective.num_words, num_tokens, device=student.device, dtype=torch.float32)
-        backend.stats(student, teacher, labels, objective, words)
+        words = torch.empty(splits, constants.num_words, num_tokens, device=student.device, dtype=torch.float32)
+        backend.stats(student, teacher, labels, constants, words)
         record = words[0]
-        results = backend.combine(all_gather(words, group), record, labels, objective, with_details)
+        results = backend.combine(all_gather(words, group), record, labels, constants, with_details)
         ctx.save_for_backward(student, teacher, labels, record)
-        ctx.objective, ctx.overwrite_teacher, ctx.backend, ctx.spent = objective, overwrite_teacher, backend, False
+        ctx.constants, ctx.overwrite_teacher, ctx.backend, ctx.spent = constants, overwrite_teacher, backend, False
         return pack_outputs(ctx, results, with_details)
 
     @staticmethod
@@ -144,7 +144,7 @@ class _LSSD(torch.autograd.Function):
             grad = teacher.detach()
         else:
             grad = torch.empty_like(student)
-        ctx.backend.gradient(student, teacher, labels, record, upstream.reshape(-1), ctx.objective, grad)
+        ctx.backend.gradient(student, teacher, labels, record, upstream.reshape(-1), ctx.constants, grad)
         if ctx.overwrite_teacher:
             torch.autograd.graph.increment_version(teacher)  # anyone else who saved these logits must notice
         return grad, None, None, None, None, None, None, None

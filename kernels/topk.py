@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_mixcpt.kernels.arguments import check_logits, make_objective
+from megatron_mixcpt.kernels.arguments import check_logits, make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
 from megatron_mixcpt.kernels.collectives import Group, all_gather
+from megatron_mixcpt.kernels.constants import L_1, L_S, M_S, S_Y, LossConstants
 from megatron_mixcpt.kernels.layout import is_grid
 from megatron_mixcpt.kernels.lssd import Loss, pack_outputs, shape_outputs
-from megatron_mixcpt.kernels.objective import L_1, L_S, M_S, S_Y, Objective
 from megatron_mixcpt.kernels.reference import common_maximum, edited_target, finite, owned_value, weighted
 
 TINY = 2.0**-24  # the rest of the student's mass is a difference of fp32 numbers: it is not resolved below this share
@@ -58,7 +58,7 @@ def topk_lssd_loss(
             raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} must be floating point {list(shape)}")
     if ids.shape[:-1] != labels.shape or ids.dtype not in (torch.int32, torch.int64) or ids.shape[-1] == 0:
         raise ValueError(f"ids {list(ids.shape)} {ids.dtype} must be int32 or int64 {[*labels.shape, 'k']}")
-    objective = make_objective(
+    constants = make_constants(
         labels,
         student.shape[-1],
         has_teacher=True,
@@ -78,7 +78,7 @@ def topk_lssd_loss(
         logp.detach().reshape(-1, ids.shape[-1]).float(),
         gold_logp.detach().reshape(-1).float(),
         labels.reshape(-1),
-        objective,
+        constants,
         group,
         return_details,
     )
@@ -89,24 +89,24 @@ class _TopkLSSD(torch.autograd.Function):
     """The dense sweeps are those of `lssd_loss` without a teacher; the explicit columns are worked on apart."""
 
     @staticmethod
-    def forward(ctx, student, ids, logp, gold_logp, labels, objective, group, with_details):
+    def forward(ctx, student, ids, logp, gold_logp, labels, constants, group, with_details):
         backend = choose_backend(student.device)
-        dense = dataclasses.replace(objective, has_teacher=False)
+        dense = dataclasses.replace(constants, has_teacher=False)
         words = torch.empty(
             backend.num_splits(labels.numel()), dense.num_words, labels.numel(),
             device=student.device, dtype=torch.float32,
         )  # fmt: skip
         backend.stats(student, None, labels, dense, words)
-        explicit = _Explicit(ids, logp, gold_logp, labels, objective)
+        explicit = _Explicit(ids, logp, gold_logp, labels, constants)
         shards, sparse = _gather_both(words, explicit.words(student, words[:, M_S].amax(0)), group)
         record = words.new_empty(words.shape[1:])
         results = backend.combine(shards, record, labels, dense, True)
         kl, kl_base, rest_factor = explicit.divergence(sparse, record)
         kl = torch.where(owned_value(shards[:, S_Y]).isnan(), torch.nan, kl)  # no shard has the label
-        ignored = labels == objective.ignore_index
-        results["loss"] += weighted(kl, objective.kd_weight).masked_fill_(ignored, 0)
+        ignored = labels == constants.ignore_index
+        results["loss"] += weighted(kl, constants.kd_weight).masked_fill_(ignored, 0)
         ctx.save_for_backward(student, labels, record, rest_factor, explicit.column, explicit.target, explicit.total)
-        ctx.objective, ctx.dense, ctx.backend = objective, dense, backend
+        ctx.constants, ctx.dense, ctx.backend = constants, dense, backend
         if with_details:
             details = {"kl": kl, "kl_base": kl_base, "swapped": ~explicit.same}
             details |= {"p_argmax": explicit.p_argmax, "p_label": explicit.p_label}
@@ -117,19 +117,19 @@ class _TopkLSSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, *_):
         student, labels, record, rest_factor, column, target, total = ctx.saved_tensors
-        objective, tau = ctx.objective, ctx.objective.temperature
-        upstream = upstream.reshape(-1).masked_fill(labels == objective.ignore_index, 0)
-        dense = dataclasses.replace(ctx.dense, kd_weight=weighted(rest_factor, objective.kd_weight))
+        constants, tau = ctx.constants, ctx.constants.temperature
+        upstream = upstream.reshape(-1).masked_fill(labels == constants.ignore_index, 0)
+        dense = dataclasses.replace(ctx.dense, kd_weight=weighted(rest_factor, constants.kd_weight))
         grad = torch.empty_like(student)
         ctx.backend.gradient(student, None, labels, record, upstream, dense, grad)
         if grad.numel():
             shifted = _values(student, column) - record[M_S].unsqueeze(-1)
             q = (shifted / tau).exp() / record[L_S].unsqueeze(-1)
-            q_1 = shifted.exp() / record[L_1].unsqueeze(-1) if objective.separate_ce else q
-            is_label = column == (labels - objective.vocab_start).unsqueeze(-1)
-            kd = _rows(objective.kd_weight) / tau * (q * total.unsqueeze(-1) - target)
-            ce = _rows(objective.ce_weight) * (q_1 - is_label.float())
-            value = upstream.unsqueeze(-1) * (_where_weighted(kd, objective.kd_weight) + ce)
+            q_1 = shifted.exp() / record[L_1].unsqueeze(-1) if constants.separate_ce else q
+            is_label = column == (labels - constants.vocab_start).unsqueeze(-1)
+            kd = _rows(constants.kd_weight) / tau * (q * total.unsqueeze(-1) - target)
+            ce = _rows(constants.ce_weight) * (q_1 - is_label.float())
+            value = upstream.unsqueeze(-1) * (_where_weighted(kd, constants.kd_weight) + ce)
             _overwrite(grad, column, value.masked_fill((upstream == 0).unsqueeze(-1), 0))
         return grad, None, None, None, None, None, None, None
 
@@ -137,7 +137,7 @@ class _TopkLSSD(torch.autograd.Function):
 class _Explicit:
     """The explicit set of each token, `[N, k + 1]`: its columns in this shard, the teacher's p and target p'."""
 
-    def __init__(self, ids: Tensor, logp: Tensor, gold_logp: Tensor, labels: Tensor, objective: Objective):
+    def __init__(self, ids: Tensor, logp: Tensor, gold_logp: Tensor, labels: Tensor, constants: LossConstants):
         label = labels.unsqueeze(-1)
         repeated = (ids == label).any(-1, keepdim=True)  # the label is among the ids: its own column is not needed
         ids = torch.cat([ids.long(), label], -1)
@@ -148,7 +148,7 @@ class _Explicit:
         argmax = torch.where(logp == top, ids, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
         self.p_argmax, self.p_label = top.squeeze(-1).exp(), gold_logp.exp()
         self.same = (argmax == label).squeeze(-1)
-        keep, new_argmax, new_label = edited_target(self.p_argmax, self.p_label, self.same, objective)
+        keep, new_argmax, new_label = edited_target(self.p_argmax, self.p_label, self.same, constants)
         base = logp.exp()  # 0 where not used
         target = keep.unsqueeze(-1) * base
         target = torch.where(ids == argmax, new_argmax.unsqueeze(-1), target)
@@ -157,9 +157,9 @@ class _Explicit:
         self.base_rest = (-torch.expm1(logp.logsumexp(-1))).clamp(min=0)
         self.rest = keep * self.base_rest
         self.total = self.target.sum(-1) + self.rest
-        column = ids - objective.vocab_start
-        self.column = column.masked_fill(~used | (column < 0) | (column >= objective.valid), -1)  # -1: not here
-        self.tau = objective.temperature
+        column = ids - constants.vocab_start
+        self.column = column.masked_fill(~used | (column < 0) | (column >= constants.valid), -1)  # -1: not here
+        self.tau = constants.temperature
 
     def words(self, student: Tensor, maximum: Tensor) -> Tensor:
         """This shard's part `[6, N]`, with x = (S - maximum) / tau: the student's maximum, sum e^x, then for the target

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_mixcpt.demo", description=__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="smollm2", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo; default: %(default)s")
+    parser.add_argument("--arm", choices=["recall"], help="one more arm: rehearsal of what the model wrote itself")
     parser.add_argument("--fresh", action="store_true", help="start anew instead of continuing an earlier run")
     args = parser.parse_args(argv)
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_mixcpt.demo.driver import run_demo
 
     try:
-        run_demo(MODELS[args.model], args.out, fresh=args.fresh)
+        run_demo(MODELS[args.model], args.out, fresh=args.fresh, with_recall=args.arm == "recall")
     except MixcptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

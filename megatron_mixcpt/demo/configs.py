@@ -8,9 +8,14 @@ from pathlib import Path
 from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
 
+DRAWN = "drawn"  # in the folder of the arm `recall`: what the model wrote
+
 
 def preprocess_yaml(settings: Settings, arm: str, texts: Path, tokenizer: Path, out: Path) -> str:
-    """`mixcpt preprocess` for `arm`: `cpt` is the domain, `mixcpt` the mixture, `pretrain` (tiny) general text."""
+    """`mixcpt preprocess` for `arm`: `cpt` is the domain, `mixcpt` the mixture, `pretrain` (tiny) general text.
+
+    `recall` is the mixture with what the model wrote itself; `texts` then holds that beside the domain's documents.
+    """
     head = f"""\
 # Made by the demo. Run it by hand with: mixcpt preprocess <this file>
 tokenizer: {_quoted(tokenizer)}
@@ -28,6 +33,16 @@ sources:
         mixture += "# Everything general that the model will ever know, before it meets the domain.\n"
         mixture += _documents("scenes", texts / "pretrain.jsonl", 0.7)
         weights = (0.2, 0.1)
+    elif arm == "recall":
+        mixture += "# Mix-CPT with nobody's old data: documents, and what the model itself remembers (mixcpt recall).\n"
+        mixture += domain
+        drawn = out.parent / DRAWN
+        return (
+            head
+            + mixture
+            + _questions(drawn, "instructions", "instruction", settings.instruction_weight)
+            + _documents("remembered", drawn / "text.jsonl", settings.preference_weight, kind="general")
+        )
     else:
         mixture += "# Mix-CPT: domain documents, general instructions and preferences in one stream of plain text.\n"
         mixture += domain
@@ -45,10 +60,10 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path))
 
 
-def _documents(name: str, path: Path, weight: float) -> str:
+def _documents(name: str, path: Path, weight: float, kind: str = "domain") -> str:
     return f"""\
 - name: {name}
-  kind: domain
+  kind: {kind}
   paths: [{_quoted(path)}]
   text: "{{text}}"
   weight: {weight}
@@ -75,7 +90,7 @@ def _questions(texts: Path, name: str, kind: str, weight: float) -> str:
 def train_yaml(settings: Settings, arm: str, base: Path, mix: Path, run_dir: Path) -> str:
     """`mixcpt train` for `arm`. `cpt` and `mixcpt` differ in the data and in the loss, in nothing else."""
     pretrain = arm == "pretrain"
-    distil = arm == "mixcpt"
+    distil = arm in ("mixcpt", "recall")
     steps = settings.pretrain_steps if pretrain else settings.steps
     batch = settings.pretrain_global_batch_size if pretrain else settings.global_batch_size
     model = "{preset: tiny}       # random weights" if pretrain else f"{{hf: {_quoted(base)}}}"
@@ -103,6 +118,24 @@ loss: {loss}
 teacher: {{source: {"initial" if distil else "none"}}}
 checkpoint: {{every: 0, keep: 1}}    # one at the end, and one when it is stopped
 run_dir: {_quoted(run_dir)}
+"""
+
+
+def recall_yaml(settings: Settings, base: Path, out: Path) -> str:
+    """`mixcpt recall`: instructions with answers, and texts, that the base model writes from nothing."""
+    return f"""\
+# Made by the demo. Run it by hand with: mixcpt recall <this file> --nproc 2
+model: {{hf: {_quoted(base)}}}
+out: {_quoted(out)}
+n: {{instructions: {settings.recall_instructions}, text: {settings.recall_texts}}}
+engine: {{transformers: {{dtype: fp32, batch_size: 16, block_size: 16}}}}
+text: {{start_token: "<|endoftext|>"}}   # SmolLM2's bos begins a turn of a conversation
+sampling:
+  temperatures: [0.7]
+  max_instruction_tokens: 64
+  max_answer_tokens: 160      # with its instruction it must fit into {settings.seq_length} tokens
+  max_text_tokens: 128
+  seed: {settings.seed}
 """
 
 

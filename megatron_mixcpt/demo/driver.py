@@ -16,6 +16,7 @@ from megatron_mixcpt.demo.console import DemoConsole
 from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.demo.stages import Done, Progress, Stages, open_folder
 from megatron_mixcpt.demo.texts import read_probe, read_training_texts, write_texts
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.report import metrics_table, verdict, write_report
 from megatron_mixcpt.units import duration
 
@@ -23,22 +24,24 @@ ARM_TITLES = {
     "pretrain": "Pre-training the tiny model on general text",
     "cpt": "Plain continual pre-training (arm `cpt`)",
     "aligned": "Alignment: a few samples of the mixture teach the format (SFT, then DPO)",
+    "recall": "Mix-CPT from documents and a model alone: it writes what it rehearses (arm `recall`)",
     "mixcpt": "Mix-CPT: knowledge mixture and logit-swap self-distillation (arm `mixcpt`)",
 }
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One run of the demo in `folder`; `expected` maps stages to their usual seconds (for the ETA)."""
+    """One run of the demo in `folder`; `with_recall` adds the arm that rehearses what the model wrote itself."""
 
     settings: Settings
     folder: Path
     console: DemoConsole
     stages: Stages
     threads: int
+    with_recall: bool = False
 
     def run(self) -> dict[str, Any]:
-        """Run all stages that are not yet done and write the report; returns the measurements of the four models."""
+        """Run all stages that are not yet done and write the report; returns the measurements of all models."""
         settings, folder, console = self.settings, self.folder, self.console
         # One base a model: a folder may see `--model tiny` after `--model smollm2` and the other way round.
         texts, base = folder / "texts", folder / f"base-{settings.model}"
@@ -55,9 +58,13 @@ class Demo:
             )
         console.heading("Before: what the base model knows")
         done["base-measure"] = self._measure("base", base, texts, fingerprint, done["base"])
-        for arm in ("cpt", "mixcpt"):
+        trained = ["cpt", "mixcpt"] + ["recall"] * self.with_recall
+        for arm in trained:
             console.heading(ARM_TITLES[arm])
-            done |= self._train(arm, base, texts, fingerprint, base, done["base"])
+            start = done["base"]
+            if arm == "recall":
+                start = done["recall-draw"] = self._recall(base, start)
+            done |= self._train(arm, base, texts, fingerprint, base, start)
             exported = done[f"{arm}-export"]
             done[f"{arm}-measure"] = self._measure(arm, folder / arm / "hf", texts, fingerprint, exported)
         console.heading(ARM_TITLES["aligned"])
@@ -65,7 +72,7 @@ class Demo:
         done["aligned-measure"] = self._measure(
             "aligned", folder / "aligned" / "hf", texts, fingerprint, done["aligned-export"]
         )
-        arms = {arm: done[f"{arm}-measure"].result for arm in ("base", "cpt", "mixcpt", "aligned")}
+        arms = {arm: done[f"{arm}-measure"].result for arm in ("base", *trained, "aligned")}
         self._report(arms, done)
         return arms
 
@@ -114,6 +121,20 @@ class Demo:
         trained = run(f"{arm}-train", f"mixcpt train: {tokens}", [__version__, train], [run_dir], fit, [prepared])
         exported = run(f"{arm}-export", "mixcpt export", [__version__], [out], export, [trained])
         return {f"{arm}-data": prepared, f"{arm}-train": trained, f"{arm}-export": exported}
+
+    def _recall(self, base: Path, after: Done) -> Done:
+        """Let the base model write what the arm `recall` rehearses."""
+        settings, folder = self.settings, self.folder / "recall"
+        out = folder / configs.DRAWN
+        text = configs.recall_yaml(settings, base, out)
+
+        def draw(progress: Progress) -> None:
+            path = _write(folder / "recall.yaml", text)
+            command = ["recall", str(path)] + (["--nproc", str(self.threads)] if self.threads > 1 else [])
+            run_mixcpt(command, self.folder / "logs" / "recall.log", threads=1)
+
+        title = f"mixcpt recall: {settings.recall_instructions} instructions, {settings.recall_texts} texts"
+        return self.stages.run("recall-draw", title, [__version__, text], [out], draw, [after])
 
     def _align(self, trained: Done) -> dict[str, Done]:
         """select, SFT, DPO and export, from the `mixcpt` arm."""
@@ -220,6 +241,7 @@ class Demo:
                 f"{settings.select_instructions} easiest instructions and {settings.dpo_steps} steps of DPO "
                 f"(lr {settings.dpo_lr:g}, beta 0.1) on the {settings.select_pairs} easiest pairs of the mixture",
             ),
+            *[("recall", _rehearsal(settings))] * self.with_recall,
             ("layout", f"tensor parallel {settings.tensor}, {self.threads} threads in all"),
             (
                 "machine",
@@ -229,11 +251,14 @@ class Demo:
         ]
 
 
-def run_demo(settings: Settings, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
+def run_demo(settings: Settings, folder: Path, *, fresh: bool = False, with_recall: bool = False) -> dict[str, Any]:
     """Run the demo in `folder`, continuing where an earlier run stopped unless `fresh`; returns the measurements.
 
-    Raises ConfigError if `folder` holds something else, MixcptError with the end of the log if a command fails.
+    Raises ConfigError if `folder` holds something else or the model cannot write what it is to rehearse, MixcptError
+    with the end of the log if a command fails.
     """
+    if with_recall and not settings.recall_instructions:
+        raise ConfigError(f"--arm recall: {settings.title} has no chat template to write from; use --model smollm2")
     open_folder(folder, fresh=fresh)
     threads = len(os.sched_getaffinity(0))
     console = DemoConsole(settings.expected_seconds)
@@ -243,9 +268,16 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False) -> dict[s
         import torch
 
         torch.set_num_threads(max(1, threads // settings.tensor))  # as many as a process of the training has
-        return Demo(settings, folder, console, Stages(folder, console), threads).run()
+        return Demo(settings, folder, console, Stages(folder, console), threads, with_recall).run()
     finally:
         console.close()
+
+
+def _rehearsal(settings: Settings) -> str:
+    return (
+        f"as mixcpt, but {settings.instruction_weight:.0%} instructions (of {settings.recall_instructions} drawn) and "
+        f"{settings.preference_weight:.0%} general text (of {settings.recall_texts}) that the model itself wrote"
+    )
 
 
 def _batch(settings: Settings, arm: str) -> int:

@@ -37,6 +37,9 @@ class Settings:
     sft_lr: float = 5e-5
     dpo_steps: int = 4
     dpo_lr: float = 5e-6
+    recall_instructions: int = 0
+    """Samples that the model writes for the arm `recall`; 0 where it has no chat template to write from."""
+    recall_texts: int = 0
     seed: int = 1234
     expected_seconds: dict[str, float] = field(default_factory=dict)
     """Usual duration of each stage on two CPU cores, for the first estimate of the remaining time."""
@@ -61,6 +64,8 @@ SMOLLM2 = Settings(
     domain_weight=0.65,
     instruction_weight=0.25,
     preference_weight=0.1,
+    recall_instructions=160,
+    recall_texts=32,
     expected_seconds={
         "base": 20,
         "base-measure": 30,
@@ -72,6 +77,11 @@ SMOLLM2 = Settings(
         "mixcpt-train": 205,
         "mixcpt-export": 10,
         "mixcpt-measure": 30,
+        "recall-draw": 300,
+        "recall-data": 5,
+        "recall-train": 205,
+        "recall-export": 10,
+        "recall-measure": 30,
         "aligned-select": 35,
         "aligned-sft": 30,
         "aligned-dpo": 30,

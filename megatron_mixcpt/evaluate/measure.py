@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
 
 Measured = dict[str, list]
-"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], `gci`: [GciScore], `gci_answers`: [Answer]."""
+"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], `items`: [Item] of the tasks, `gci`: [GciScore], `gci_answers`:
+[Answer]."""
 
 
 @dataclass(frozen=True)
-class What:
+class EvalSettings:
     """What to measure, and how."""
 
     mix_path: Path | None = None
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-samples", type=int, metavar="N", help="sequences a source, and questions a task")
 
 
-def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
+def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> EvalSettings:
     """Raises ConfigError for what cannot be measured, before any model is opened."""
     for name in ("micro_batch_size", "max_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -69,10 +70,12 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> What:
                 resolve_task(task)
     if args.gci:
         gci_instances(args.gci)
-    return What(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
+    return EvalSettings(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
 
 
-def measure_model(path: Path, what: What, done: Callable[[Measured], None] = lambda measured: None) -> Measured:
+def measure_model(
+    path: Path, settings: EvalSettings, done: Callable[[Measured], None] = lambda measured: None
+) -> Measured:
     """Measure a run, a checkpoint or a Hugging Face directory.
 
     Args:
@@ -84,41 +87,41 @@ def measure_model(path: Path, what: What, done: Callable[[Measured], None] = lam
     from megatron_mixcpt.evaluate.held_out import validation_perplexity
     from megatron_mixcpt.evaluate.target import as_hf_directory
 
-    measured: Measured = {"sources": [], "tasks": [], "gci": [], "gci_answers": []}
-    if what.mix_path is not None:
+    measured: Measured = {"sources": [], "tasks": [], "items": [], "gci": [], "gci_answers": []}
+    if settings.mix_path is not None:
         measured["sources"] = validation_perplexity(
             path,
-            open_mix(what.mix_path),
-            dtype=what.dtype,
-            micro_batch_size=what.micro_batch_size,
-            max_samples=what.max_samples,
+            open_mix(settings.mix_path),
+            dtype=settings.dtype,
+            micro_batch_size=settings.micro_batch_size,
+            max_samples=settings.max_samples,
         )
         done(measured)
-    if what.tasks or what.gci:
+    if settings.tasks or settings.gci:
         with as_hf_directory(path) as folder:
-            if what.tasks:
-                tasks = [name for task in what.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
+            if settings.tasks:
+                tasks = [name for task in settings.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
                 with Progress(f"{path.name}: tasks", len(tasks), "tasks") as progress:
-                    measured["tasks"] = run_harness(
-                        folder, tasks, limit=what.max_samples, dtype=what.dtype, done=progress.advance
+                    measured["tasks"], measured["items"] = run_harness(
+                        folder, tasks, limit=settings.max_samples, dtype=settings.dtype, done=progress.advance
                     )
                 done(measured)
-            if what.gci:
+            if settings.gci:
                 from megatron_mixcpt.evaluate.gci import summarize
 
-                measured["gci_answers"] = _answers(folder, gci_instances(what.gci), path.name, chat=what.chat)
+                measured["gci_answers"] = _answers(folder, gci_instances(settings.gci), path.name, chat=settings.chat)
                 measured["gci"] = summarize(measured["gci_answers"])
                 done(measured)
     return measured
 
 
-def check_models(paths: Sequence[Path], what: What) -> None:
+def check_models(paths: Sequence[Path], settings: EvalSettings) -> None:
     """Raise what measuring these models would, as far as it can be told without their weights."""
     from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.evaluate.held_out import check_vocabulary
     from megatron_mixcpt.evaluate.target import architecture_of
 
-    mix = open_mix(what.mix_path) if what.mix_path is not None else None
+    mix = open_mix(settings.mix_path) if settings.mix_path is not None else None
     for path in paths:
         arch = architecture_of(path)
         if mix is not None:

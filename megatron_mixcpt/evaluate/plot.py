@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"base": "#6b7280", "cpt": "#d9622b", "mixcpt": "#1f6feb", "aligned": "#2da44e"}
-LABELS = {"base": "before", "cpt": "plain CPT", "mixcpt": "Mix-CPT", "aligned": "aligned"}
+COLOURS = {"base": "#6b7280", "cpt": "#d9622b", "mixcpt": "#1f6feb", "recall": "#8250df", "aligned": "#2da44e"}
+LABELS = {"base": "before", "cpt": "plain CPT", "mixcpt": "Mix-CPT", "recall": "recall", "aligned": "aligned"}
 INK, GRID = "#1f2937", "#e5e7eb"
 
 
@@ -53,7 +53,7 @@ def plot_tradeoff(arms: Mapping[str, Mapping[str, Any]], title: str, out: Path) 
         axes.annotate(
             f"{LABELS[name]}\n{point[1]:.0f} % answered, ppl {point[0]:.1f}",
             point,
-            xytext=(11, -26) if name in ("base", "aligned") else (11, 6),
+            xytext=(11, -26) if name in ("base", "recall", "aligned") else (11, 6),
             textcoords="offset points",
             color=colour,
             fontsize=10,

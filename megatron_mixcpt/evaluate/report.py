@@ -9,11 +9,9 @@ from typing import Any
 from megatron_mixcpt.files import write_json, write_whole
 
 Arm = Mapping[str, Any]
-"""What `measure` returned for one model."""
+"""What `measure` returned for one model: `base`, `cpt`, `mixcpt`, and `aligned`, which goes on from `mixcpt`."""
 
 NUM_SAMPLES = 3
-ARMS = ("base", "cpt", "mixcpt", "aligned")
-"""`aligned` goes on from `mixcpt`: a few samples taught it the format."""
 
 
 def general_loss(arms: Mapping[str, Arm], name: str) -> float:
@@ -76,11 +74,11 @@ def write_report(
     seconds: Sequence[tuple[str, float]],
     plot: str,
 ) -> None:
-    """Write `report.json` (measurements by arm) and `report.md` into `folder`.
+    """Write `report.json` (measurements by arm, in their order) and `report.md` into `folder`.
 
     `settings` are (name, value) lines, `seconds` the parts of the run with their duration, `plot` an image's file name.
     """
-    write_json(folder / "report.json", {name: arms[name] for name in ARMS})
+    write_json(folder / "report.json", dict(arms))
     write_whole(folder / "report.md", _markdown(arms, title, settings, seconds, plot))
 
 
@@ -88,14 +86,14 @@ def metrics_table(arms: Mapping[str, Arm]) -> str:
     """The measurements as a Markdown table, one column a model."""
     base = arms["base"]
     rows = [
-        ("**facts: held-out questions answered**", [f"**{arms[name]['fact_recall']:.0%}**" for name in ARMS]),
-        ("facts: training sentences completed", [f"{arms[name]['fact_completion']:.0%}" for name in ARMS]),
-        ("answers in the asked format", [f"{arms[name]['format_following']:.0%}" for name in ARMS]),
-        ("domain perplexity (unseen documents)", [f"{arms[name]['domain_ppl']:.2f}" for name in ARMS]),
-        ("**general perplexity** (never trained on)", [f"**{arms[name]['general_ppl']:.2f}**" for name in ARMS]),
-        ("change of the general perplexity", ["", *(_change(general_loss(arms, name)) for name in ARMS[1:])]),
+        ("**facts: held-out questions answered**", [f"**{arms[name]['fact_recall']:.0%}**" for name in arms]),
+        ("facts: training sentences completed", [f"{arms[name]['fact_completion']:.0%}" for name in arms]),
+        ("answers in the asked format", [f"{arms[name]['format_following']:.0%}" for name in arms]),
+        ("domain perplexity (unseen documents)", [f"{arms[name]['domain_ppl']:.2f}" for name in arms]),
+        ("**general perplexity** (never trained on)", [f"**{arms[name]['general_ppl']:.2f}**" for name in arms]),
+        ("change of the general perplexity", ["", *(_change(general_loss(arms, name)) for name in list(arms)[1:])]),
     ]
-    lines = [f"| | {' | '.join(ARMS)} |", "|---|" + "---:|" * len(ARMS)]
+    lines = [f"| | {' | '.join(arms)} |", "|---|" + "---:|" * len(arms)]
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]
     lines += [
         "",
@@ -134,7 +132,7 @@ def _markdown(
 def _sample(arms: Mapping[str, Arm], index: int) -> str:
     first = arms["base"]["answers"][index]
     lines = [f"**{first['question']}** Expected: *{first['expected']}*", ""]
-    for name in ARMS:
+    for name in arms:
         answer = arms[name]["answers"][index]
         lines.append(f"- {name}: {answer['answer'] or '(nothing)'} {'✓' if answer['right'] else '✗'}")
     return "\n".join(lines)

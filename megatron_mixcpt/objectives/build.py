@@ -28,15 +28,15 @@ def build_task(
     stage: Stage,
     state: ParallelState,
     empty_stage: Callable[[], MixGPTModel],
-    beat: Callable[[str], None],
+    heartbeat: Callable[[str], None],
 ) -> Task:
     """The configuration's task, with its teacher or reference. Collective.
 
     Args:
         stage: holds the starting weights and is not wrapped yet.
         empty_stage: makes another one like it, with uninitialised weights.
-        beat: called with a few words whenever something long goes on.
+        heartbeat: called with a few words whenever something long goes on.
     """
     if config.kind == "dpo":
-        return build_dpo(config, mix, arch, stage, state, beat)
+        return build_dpo(config, mix, arch, stage, state, heartbeat)
     return build_packed_text(config, mix, arch, stage, state, empty_stage)

@@ -168,7 +168,7 @@ def build_dpo(
     arch: Architecture,
     stage: Stage,
     state: ParallelState,
-    beat: Callable[[str], None],
+    heartbeat: Callable[[str], None],
 ) -> DPOTask:
     """The task, with the reference log-probabilities computed or read. Collective; arguments as in build.build_task."""
     assert config.align is not None
@@ -179,6 +179,6 @@ def build_dpo(
             if split:
                 rows = task.datasets[split.prefix]
                 rows.reference = reference_log_probs(
-                    config, f"{name}-{part}", split, rows, stage, state, log_probs, beat
+                    config, f"{name}-{part}", split, rows, stage, state, log_probs, heartbeat
                 )
     return task

@@ -41,7 +41,7 @@ def reference_log_probs(
     stage: Stage,
     state: ParallelState,
     log_probs: TokenLogProbs,
-    beat: Callable[[str], None],
+    heartbeat: Callable[[str], None],
 ) -> np.ndarray:
     """fp64 `[pairs, 2]`, the same on every rank. Collective; `stage` holds the starting weights.
 
@@ -76,7 +76,7 @@ def reference_log_probs(
 
     def done(part: int, computed: bool) -> None:
         nonlocal told
-        beat(f"reference log-probabilities of {name}")
+        heartbeat(f"reference log-probabilities of {name}")
         now, share = time.monotonic(), min(1.0, (part + 1) * stride / len(rows))
         if computed and state.rank == 0 and (now - told > TELL_SECONDS or share == 1.0):
             told = now

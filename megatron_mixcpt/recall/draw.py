@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.recall.asking import Ask, Asker
 from megatron_mixcpt.recall.config import INSTRUCTIONS, TEXT, RecallConfig
 from megatron_mixcpt.recall.store import Sample, Store
@@ -18,16 +19,6 @@ class Engine(Protocol):
 
     def draw(self, stream: str, store: Store, block: int, on_tokens: Callable[[int], None]) -> None:
         """Complete a block of `store`; `on_tokens` is told of tokens as they are made."""
-
-
-class Watch(Protocol):
-    """Whom drawing reports to."""
-
-    def tokens(self, count: int) -> None:
-        """So many tokens were made."""
-
-    def samples(self, count: int) -> None:
-        """So many samples were stored."""
 
 
 def stores(config: RecallConfig, identity: Callable[[str], dict[str, Any]]) -> dict[str, Store]:
@@ -55,11 +46,11 @@ def share_of(
     return whole[first::step][rank::world_size]
 
 
-def draw(engine: Engine, found: dict[str, Store], blocks: list[tuple[str, int]], watch: Watch) -> None:
+def draw(engine: Engine, found: dict[str, Store], blocks: list[tuple[str, int]], progress: Progress) -> None:
     """Draw `blocks` one after the other."""
     for stream, block in blocks:
-        engine.draw(stream, found[stream], block, watch.tokens)
-        watch.samples(found[stream].size)
+        engine.draw(stream, found[stream], block, lambda tokens: progress.advance(0, tokens=tokens))
+        progress.advance(found[stream].size)
 
 
 def part(text: str, ending: str, tokens: list[int] | None, logprobs: list[float] | None) -> Sample:

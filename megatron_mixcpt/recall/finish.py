@@ -17,12 +17,13 @@ import orjson
 from megatron_mixcpt.data_prep.config import NearDuplicates
 from megatron_mixcpt.data_prep.neardup import Signer, near_duplicates
 from megatron_mixcpt.data_prep.parts import hash_file
+from megatron_mixcpt.files import writing
 from megatron_mixcpt.recall.asking import Asker
 from megatron_mixcpt.recall.config import INSTRUCTIONS, RecallConfig
 from megatron_mixcpt.recall.diversity import MOST_TEXTS, clusters, distinct_ngrams
 from megatron_mixcpt.recall.filters import REASONS, Judge, Rejection, perplexity, texts_of
 from megatron_mixcpt.recall.overlap import shares_found
-from megatron_mixcpt.recall.store import Sample, Store, whole_file
+from megatron_mixcpt.recall.store import Sample, Store
 
 FORMAT = "mixcpt-recall/1"
 SUMMARY = "recall.json"
@@ -53,9 +54,9 @@ def finish(config: RecallConfig, asker: Asker, found: dict[str, Store], fingerpr
         "overlap": overlap,
         "streams": {},
     }
-    with whole_file(out / "rejected.jsonl") as rejected, whole_file(out / "tokens.jsonl") as tokens:
+    with writing(out / "rejected.jsonl") as rejected, writing(out / "tokens.jsonl") as tokens:
         for stream, store in found.items():
-            with whole_file(out / f"{stream}.jsonl") as kept:
+            with writing(out / f"{stream}.jsonl") as kept:
                 summary["streams"][stream] = _write(config, stream, store, verdicts[stream], kept, rejected, tokens)
     names = [*(f"{stream}.jsonl" for stream in found), "rejected.jsonl", "tokens.jsonl"]
     summary["files"] = {name: {"size": (out / name).stat().st_size, "xxh3": hash_file(out / name)} for name in names}
@@ -64,7 +65,7 @@ def finish(config: RecallConfig, asker: Asker, found: dict[str, Store], fingerpr
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Last of all files: with it the result is complete."""
-    with whole_file(out / SUMMARY) as file:
+    with writing(out / SUMMARY) as file:
         file.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
 
 

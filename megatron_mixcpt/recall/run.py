@@ -19,11 +19,11 @@ from megatron_mixcpt.data_prep.inputs import resolve_paths
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.errors import MixcptError, StoppedError, VerificationError
 from megatron_mixcpt.observe.provenance import record_provenance
+from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.recall.asking import Asker
 from megatron_mixcpt.recall.config import RecallConfig
 from megatron_mixcpt.recall.draw import draw, missing_blocks, share_of, stores
 from megatron_mixcpt.recall.finish import SUMMARY, finish, write_summary
-from megatron_mixcpt.recall.progress import DrawProgress
 from megatron_mixcpt.recall.report import write_report
 from megatron_mixcpt.recall.server import ServerEngine, ServerGoneError
 from megatron_mixcpt.recall.store import Store
@@ -150,7 +150,8 @@ def _draw_share(
     else:
         engine = ServerEngine(config, asker)
     done = (len(mine) - len(missing)) * size
-    with DrawProgress(len(mine) * size, done, world_size, shown=rank == 0) as progress:
+    title = "drawing" if world_size == 1 else f"drawing, share of rank 0 of {world_size}"
+    with Progress(title, len(mine) * size, "samples", done=done, shown=rank == 0) as progress:
         draw(engine, found, missing, progress)
 
 

@@ -8,14 +8,14 @@ A block that does not match its seal is drawn again. Any number of processes may
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 import xxhash
+
+from megatron_mixcpt.files import writing
 
 FOLDER = ".samples"
 Sample = dict[str, Any]
@@ -51,8 +51,7 @@ class Store:
     def complete(self, block: int, samples: list[Sample]) -> None:
         """Write a block; it appears under its name when all of it is on disk."""
         body = b"".join(orjson.dumps(sample, option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path(block)) as file:
+        with writing(self._path(block)) as file:
             file.write(_seal(body) + b"\n" + body)
         self._growing(block).unlink(missing_ok=True)
 
@@ -97,17 +96,3 @@ class Store:
 
 def _seal(body: bytes) -> bytes:
     return xxhash.xxh3_128_hexdigest(body).encode()
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Any]:
-    """A binary file that appears under its name when all of it is on disk, and not at all after an error."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

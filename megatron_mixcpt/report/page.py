@@ -103,6 +103,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    text: str
+
+    def html(self) -> str:
+        return f"<pre>{escape(self.text)}</pre>"
+
+    def markdown(self) -> str:
+        return f"```\n{self.text}\n```"
+
+
+@dataclass(frozen=True)
 class Figure:
     """An image with what it shows, for the page alone."""
 
@@ -119,7 +132,7 @@ class Figure:
         return ""
 
 
-Block = Text | Table | Figure
+Block = Text | Table | Code | Figure
 
 
 @dataclass
@@ -156,7 +169,7 @@ class Page:
         inner = "".join(block.html() for block in blocks)
         self._parts.append(("", [[Figure(f"<details><summary>{html(title)}</summary>{inner}</details>")]], False))
 
-    def html(self) -> str:
+    def html(self, origin: str = "") -> str:
         """The whole file: the same content gives the same bytes, so there is no time of day in it."""
         body = []
         for title, cards, beside in self._parts:
@@ -177,7 +190,7 @@ class Page:
             f'<header><div><h1>{escape(self.title)}</h1><div class="soft">{html(self.subtitle)}</div></div>'
             '<button id="theme" type="button">Dark</button></header>\n'
             + "\n".join(body)
-            + f"\n<footer>Written by megatron-mixcpt {__version__}.</footer></main>"
+            + f"\n<footer>Written by megatron-mixcpt {__version__}{escape(origin)}.</footer></main>"
             f'<div id="tip" hidden></div>\n<script>\n{_asset("page.js")}</script></body></html>\n'
         )
 

@@ -18,7 +18,7 @@ GRACE_SECONDS = 3.0  # between writing the stacks and ending: peers that lose co
 
 
 class Watchdog:
-    """Context. `beat(phase)` says that this rank is alive and what it does next.
+    """Context. `heartbeat(phase)` says that this rank is alive and what it does next.
 
     Args:
         folder: where `rank_<rank>.txt` is written; made when there is something to write.
@@ -27,7 +27,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int, seconds: float) -> None:
         self._path, self._rank, self._seconds = folder / f"rank_{rank:05d}.txt", rank, seconds
-        self._phase, self._beat = "setup", time.monotonic()
+        self._phase, self._last = "setup", time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -40,12 +40,12 @@ class Watchdog:
         if isinstance(error, RuntimeError):  # of a collective whose peer is gone, most of all
             self._dump("".join(traceback.format_exception(error)))
 
-    def beat(self, phase: str) -> None:
-        self._phase, self._beat = phase, time.monotonic()
+    def heartbeat(self, phase: str) -> None:
+        self._phase, self._last = phase, time.monotonic()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            idle = time.monotonic() - self._beat
+            idle = time.monotonic() - self._last
             if idle <= self._seconds:
                 continue
             reason = f"no progress for {idle:.0f} s in {self._phase} (train.timeout_minutes)"

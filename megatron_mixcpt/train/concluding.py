@@ -21,16 +21,18 @@ from megatron_mixcpt.checkpoint.store import choose_result, list_checkpoints, st
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.runtime.first_rank import from_first
+from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.forgetting import Forgetting
-from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.setup import Parts, build_stage
+from megatron_mixcpt.train.setup import Components, build_stage
 from megatron_mixcpt.train.validation import RunValidation
 
 ALPHAS = (0.25, 0.5, 0.75)
 AVERAGES = "average"  # folder of the run with the averaged weights, from which no training goes on
 
 
-def conclude(config: Config, parts: Parts, progress: Progress, forgetting: Forgetting, evaluate: RunValidation) -> None:
+def conclude(
+    config: Config, components: Components, bookkeeping: Bookkeeping, forgetting: Forgetting, evaluate: RunValidation
+) -> None:
     """Make `latest.json` name the result. Collective; nothing to do without a budget.
 
     Raises StoppedError where a stop came while averages were measured.
@@ -46,19 +48,19 @@ def conclude(config: Config, parts: Parts, progress: Progress, forgetting: Forge
     if not kept:
         text = f"step {step_of(result)}, the newest: no checkpoint kept the budget of {config.forget.budget:g}"
     if config.forget.average:
-        alpha = _best_average(config, parts, progress, forgetting, evaluate, result, within=bool(kept))
+        alpha = _best_average(config, components, bookkeeping, forgetting, evaluate, result, within=bool(kept))
         if alpha < 1.0:
             text = f"{alpha:g} x step {step_of(result)} + {1 - alpha:g} x the starting weights"
             described |= {"alpha": alpha, "within": True}
-            result = _save_average(parent, parts, progress, step_of(result))
+            result = _save_average(parent, components, bookkeeping, step_of(result))
     from_first(lambda: choose_result(parent, result, described))
-    progress.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
+    bookkeeping.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
 
 
 def _best_average(
     config: Config,
-    parts: Parts,
-    progress: Progress,
+    components: Components,
+    bookkeeping: Bookkeeping,
     forgetting: Forgetting,
     evaluate: RunValidation,
     result: Path,
@@ -67,8 +69,8 @@ def _best_average(
 ) -> float:
     """The share of the result that learned most within the budget; the model then holds that average."""
     assert config.forget is not None
-    stage = unwrap_model(parts.model)
-    start = build_stage(config, parts.arch).model
+    stage = unwrap_model(components.model)
+    start = build_stage(config, components.arch).model
     load_model_weights(stage, result)
     ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
     best, most = 1.0, forgetting.best_gain if within else -math.inf
@@ -78,7 +80,7 @@ def _best_average(
         if stopping:
             raise StoppedError("stopped while averages were measured: run the same command to go on")
         forgotten, gain = forgetting.compared(items)
-        progress.message(f"average with {alpha:g} of the result: forgotten {forgotten:.4f}, learned {gain:.4f}")
+        bookkeeping.message(f"average with {alpha:g} of the result: forgotten {forgotten:.4f}, learned {gain:.4f}")
         if forgotten <= config.forget.budget and gain > most:
             best, most = alpha, gain
     _mix(ends, best)
@@ -91,8 +93,8 @@ def _mix(ends: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], alpha: flo
         parameter.copy_(torch.lerp(start.float(), end.float(), alpha))
 
 
-def _save_average(parent: Path, parts: Parts, progress: Progress, step: int) -> Path:
+def _save_average(parent: Path, components: Components, bookkeeping: Bookkeeping, step: int) -> Path:
     """Weights alone; an earlier average is replaced."""
     folder = parent.parent / AVERAGES
     from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-    return save_checkpoint(folder, step, parts.model, training=progress.training_state())
+    return save_checkpoint(folder, step, components.model, training=bookkeeping.training_state())

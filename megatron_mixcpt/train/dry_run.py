@@ -9,10 +9,10 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.failures import tell_alone
 from megatron_mixcpt.runtime.parallel import ParallelState
-from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.train.setup import Components
 
 
-def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
+def dry_run(config: Config, components: Components, state: ParallelState) -> None:
     """Forward and backward over as many micro-batches as are in flight at once; leaves no trace in the model.
 
     Raises ConfigError, naming what to change, where memory runs out.
@@ -20,22 +20,22 @@ def dry_run(config: Config, parts: Parts, state: ParallelState) -> None:
     size = config.train.micro_batch_size
     count = min(config.train.global_batch_size // (size * state.data_size), state.pipeline_size)
     try:
-        allocate_state(parts.optimizer)
-        parts.model.zero_grad_buffer()
-        parts.run([parts.task.fullest_batch(size) for _ in range(count)])
+        allocate_state(components.optimizer)
+        components.model.zero_grad_buffer()
+        components.run([components.task.fullest_batch(size) for _ in range(count)])
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         message = (
             f"rank {state.rank}: out of memory in a trial step with train.micro_batch_size={size} x "
-            f"{parts.task.row_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes how "
-            "much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or a "
-            "larger parallel.tensor or parallel.pipeline"
+            f"{components.task.row_length} tokens ({str(error).splitlines()[0][:120]}). `mixcpt plan` shows what takes "
+            "how much; lower train.micro_batch_size, or set train.recompute=full, train.distributed_optimizer=true, or "
+            "a larger parallel.tensor or parallel.pipeline"
         )
         raise tell_alone(ConfigError(message)) from None
     finally:
-        parts.model.zero_grad_buffer()
-        parts.optimizer.zero_grad()
+        components.model.zero_grad_buffer()
+        components.optimizer.zero_grad()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -18,11 +18,11 @@ from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
+from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
 from megatron_mixcpt.train.ended import nothing_left
 from megatron_mixcpt.train.optimizer import optimizer_step
-from megatron_mixcpt.train.progress import Progress
 from megatron_mixcpt.train.resume import resume
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
@@ -66,9 +66,9 @@ def _train(
     trust: bool,
 ) -> None:
     run_dir, settings = Path(config.run_dir), config.train
-    parts = build(config, state, watchdog.beat)
-    watchdog.beat("resuming")
-    step, position, guard, forgetting, saved, notes = resume(config, parts, trust=trust)
+    components = build(config, state, watchdog.heartbeat)
+    watchdog.heartbeat("resuming")
+    step, position, guard, forgetting, saved, notes = resume(config, components, trust=trust)
     due = step in (0, settings.steps) or _due(step, config.eval.every)
     due = due or forgetting.due(step, saves=_due(step, config.checkpoint.every))
     validates = due and (saved is None or saved.validated is False)  # what a stop left out is made up
@@ -78,52 +78,52 @@ def _train(
         changed = record_settings(run_dir, step, config)
         notes += [f"settings from step {step + 1} on: {', '.join(changed)}"] if changed else []
         record_provenance(run_dir / "provenance")
-    progress = stack.enter_context(Progress(config, state, parts, position, guard, forgetting, step, saved))
+    bookkeeping = stack.enter_context(Bookkeeping(config, state, components, position, guard, forgetting, step, saved))
     for note in notes:
-        progress.message(note)
-    watchdog.beat("the dry run")
-    dry_run(config, parts, state)
-    watchdog.beat("opening the data")
+        bookkeeping.message(note)
+    watchdog.heartbeat("the dry run")
+    dry_run(config, components, state)
+    watchdog.heartbeat("opening the data")
 
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * state.data_size)
     batches = train_batches(
-        parts.task.train_dataset(settings.seed, run_dir / INDEX_CACHE),
+        components.task.train_dataset(settings.seed, run_dir / INDEX_CACHE),
         position,
-        parts.task.collate,
+        components.task.collate,
         micro_batch_size=settings.micro_batch_size,
         data_rank=state.data_rank,
         data_size=state.data_size,
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, parts, progress, forgetting, step, watchdog.beat)
-    evaluate = RunValidation(config, parts, state, progress, stop, watchdog.beat)
+    saver = RunSaver(config, components, bookkeeping, forgetting, step, watchdog.heartbeat)
+    evaluate = RunValidation(config, components, state, bookkeeping, stop, watchdog.heartbeat)
 
-    progress.start_clock()
+    bookkeeping.start_clock()
     stopping = stop.defer(state.device)
     if not stopping and validates:
         stopping = evaluate(step)
     while step < settings.steps and not stopping and not forgetting.exhausted:
-        watchdog.beat(f"step {step + 1}")
-        progress.begin_step(step + 1)
+        watchdog.heartbeat(f"step {step + 1}")
+        bookkeeping.begin_step(step + 1)
         stop.answer = saver.answer(step)
         with section("data"):
             step_batches = [next(batches) for _ in range(micro_batches)]
-        parts.model.zero_grad_buffer()
-        parts.optimizer.zero_grad()
+        components.model.zero_grad_buffer()
+        components.optimizer.zero_grad()
         if config.adapter is not None and config.adapter.dropout > 0.0:
             seed_step(state, settings.seed, step)
-        sums = parts.run(step_batches)
+        sums = components.run(step_batches)
         digest = sum(batch.digest for batch in step_batches) if state.speaks_for_replica else 0
         with section("communication"):
             totals = agree(sums, digest % 2**64, stop=stop.received is not None, save=saver.is_late)
         with section("optimizer"):
             admits = partial(guard.admits, forgetting.level(totals))
-            grad_norm = optimizer_step(parts.optimizer, step, settings, admits, forgetting.rate_factor)
+            grad_norm = optimizer_step(components.optimizer, step, settings, admits, forgetting.rate_factor)
         position.draw(settings.global_batch_size)
         step += 1
 
-        progress.stepped(step, totals, grad_norm)
+        bookkeeping.stepped(step, totals, grad_norm)
         guard.check(step)
         saver.poll()
         last, stopping = step == settings.steps, totals.stopping
@@ -132,15 +132,15 @@ def _train(
             stopping = evaluate(step, saves=saves)
         last = last or forgetting.exhausted
         if stopping or last or saves or totals.saving or forgetting.wants_saved(step):
-            watchdog.beat(f"saving step {step}")
+            watchdog.heartbeat(f"saving step {step}")
             saver.save(step, last=stopping or last)
-    watchdog.beat("the end of the run")
+    watchdog.heartbeat("the end of the run")
     if stopping or (step < settings.steps and not forgetting.exhausted):
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )
-    conclude(config, parts, progress, forgetting, evaluate)
-    progress.message(f"finished: {step} of {settings.steps} steps")
+    conclude(config, components, bookkeeping, forgetting, evaluate)
+    bookkeeping.message(f"finished: {step} of {settings.steps} steps")
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,9 +12,9 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.convert.export import write_adapter_of
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.runtime.timing import section
+from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.forgetting import Forgetting
-from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.train.setup import Components
 
 
 class RunSaver:
@@ -24,19 +24,24 @@ class RunSaver:
 
     Args:
         step: that the run begins at.
-        beat: told what goes on while a save gets on (see Watchdog).
+        heartbeat: told what goes on while a save gets on (see Watchdog).
     """
 
     def __init__(
         self,
         config: Config,
-        parts: Parts,
-        progress: Progress,
+        components: Components,
+        bookkeeping: Bookkeeping,
         forgetting: Forgetting,
         step: int,
-        beat: Callable[[str], None],
+        heartbeat: Callable[[str], None],
     ) -> None:
-        self._parts, self._progress, self._forgetting, self._beat = parts, progress, forgetting, beat
+        self._components, self._bookkeeping, self._forgetting, self._heartbeat = (
+            components,
+            bookkeeping,
+            forgetting,
+            heartbeat,
+        )
         self._longest = 60.0 * config.checkpoint.every_minutes
         self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
@@ -44,17 +49,19 @@ class RunSaver:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             background=config.checkpoint.background,
-            add_files=partial(write_adapter_of, arch=parts.arch, config=config.adapter) if config.adapter else _nothing,
+            add_files=partial(write_adapter_of, arch=components.arch, config=config.adapter)
+            if config.adapter
+            else _nothing,
         )
 
     @section("checkpoint")
     def save(self, step: int, *, last: bool) -> None:
         """Save; in the background, unless it is the `last` of this run. Raises MixcptError where that one fails."""
         self._finish()
-        parts = self._parts
+        components = self._components
         self._saved_step, self._saved_at = step, monotonic()
         self._saver.spared = self._forgetting.best_step
-        self._saver.begin(step, parts.model, parts.optimizer, self._progress.training_state())
+        self._saver.begin(step, components.model, components.optimizer, self._bookkeeping.training_state())
         if last or not self._saver.background:
             self._finish(last=last)
 
@@ -75,7 +82,7 @@ class RunSaver:
         self._settle(self._saver.poll())
 
     def _finish(self, *, last: bool = False) -> None:
-        self._settle(self._saver.finish(lambda: self._beat("writing a checkpoint")), last=last)
+        self._settle(self._saver.finish(lambda: self._heartbeat("writing a checkpoint")), last=last)
 
     def _settle(self, outcome: Outcome | None, *, last: bool = False) -> None:
         if outcome is None:
@@ -85,7 +92,7 @@ class RunSaver:
                 f"the checkpoint of step {outcome.step} was not saved ({outcome.error}); what was saved before is "
                 "intact: make room and run the same command again"
             )
-        self._progress.saved(outcome)
+        self._bookkeeping.saved(outcome)
 
 
 def _nothing(folder: Path) -> None:

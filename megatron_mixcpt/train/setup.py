@@ -44,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
-class Parts:
+class Components:
     """What the loop works with."""
 
     mix: Mix
@@ -194,11 +194,11 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def build(config: Config, state: ParallelState, beat: Callable[[str], None] = lambda phase: None) -> Parts:
+def build(config: Config, state: ParallelState, heartbeat: Callable[[str], None] = lambda phase: None) -> Components:
     """Build model, task (its teacher or reference) and optimizer at the starting weights. Collective."""
     arch, mix = read_model_and_mix(config)
     stage = build_stage(config, arch)
-    task = build_task(config, mix, arch, stage, state, lambda: empty_stage(config, arch), beat)
+    task = build_task(config, mix, arch, stage, state, lambda: empty_stage(config, arch), heartbeat)
     model = DistributedDataParallel(
         stage.model.config,
         DistributedDataParallelConfig(
@@ -218,7 +218,7 @@ def build(config: Config, state: ParallelState, beat: Callable[[str], None] = la
     validation = ForwardBackward(
         model, task.validation, num_sources=config.train.micro_batch_size, contributes=contributes
     )
-    return Parts(mix, arch, model, optimizer, task, run, validation, stage.start)
+    return Components(mix, arch, model, optimizer, task, run, validation, stage.start)
 
 
 def build_stage(config: Config, arch: Architecture) -> Stage:

@@ -15,31 +15,31 @@ from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.runtime.timing import section
-from megatron_mixcpt.train.progress import Progress
-from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.train.bookkeeping import Bookkeeping
+from megatron_mixcpt.train.setup import Components
 
 INDEX_CACHE = "index_cache"  # in the run directory: in which order samples are read
 
 
 class RunValidation:
-    """Validates every source and tells `progress`. All methods are collective.
+    """Validates every source and tells `bookkeeping`. All methods are collective.
 
     Args:
-        beat: told before each micro-batch what is being done.
+        heartbeat: told before each micro-batch what is being done.
     """
 
     def __init__(
         self,
         config: Config,
-        parts: Parts,
+        components: Components,
         state: ParallelState,
-        progress: Progress,
+        bookkeeping: Bookkeeping,
         stop: StopRequest,
-        beat: Callable[[str], None],
+        heartbeat: Callable[[str], None],
     ) -> None:
-        self._config, self._parts, self._state = config, parts, state
-        self._progress, self._stop, self._beat = progress, stop, beat
-        self._datasets = parts.task.valid_datasets(config.train.seed, Path(config.run_dir) / INDEX_CACHE)
+        self._config, self._components, self._state = config, components, state
+        self._bookkeeping, self._stop, self._heartbeat = bookkeeping, stop, heartbeat
+        self._datasets = components.task.valid_datasets(config.train.seed, Path(config.run_dir) / INDEX_CACHE)
 
     def __call__(self, step: int, *, saves: bool = False) -> bool:
         """After `step` steps; whether some rank was asked to stop meanwhile, which cuts it short.
@@ -48,7 +48,7 @@ class RunValidation:
             saves: a checkpoint of this step is due.
         """
         metrics, items, stopping = self.measure(f"validation after step {step}")
-        self._progress.validated(step, metrics, items, whole=not stopping, saves=saves)
+        self._bookkeeping.validated(step, metrics, items, whole=not stopping, saves=saves)
         return stopping
 
     def measure(self, phase: str) -> tuple[dict[str, float], dict[str, torch.Tensor], bool]:
@@ -56,14 +56,14 @@ class RunValidation:
         items: dict[str, torch.Tensor] = {}
 
         def stop_requested() -> bool:
-            self._beat(phase)
+            self._heartbeat(phase)
             return self._stop.agreed(self._state.device)
 
         metrics, stopping = validate(
             self._datasets,
-            self._parts.validation,
-            self._parts.task.collate,
-            self._parts.task.validation_metrics,
+            self._components.validation,
+            self._components.task.collate,
+            self._components.task.validation_metrics,
             state=self._state,
             micro_batch_size=self._config.train.micro_batch_size,
             max_samples=self._config.eval.limit,

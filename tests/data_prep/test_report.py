@@ -58,6 +58,14 @@ def test_the_page_shows_shares_lengths_and_records_with_their_masks_and_escapes_
         assert f"{name} {share:.1f}%" in page
 
 
+def test_the_pages_bytes_do_not_depend_on_the_time(result, config_values):
+    before = (result / "report.html").read_bytes()
+    assert not re.search(rb"20\d\d-\d\d-\d\d|\d:\d\d\b", before.split(b"<footer>")[1])
+    (result / "report.html").unlink()
+    preprocess(parse_config(config_values))
+    assert (result / "report.html").read_bytes() == before
+
+
 def test_bars_are_as_high_as_their_values():
     chart = bar_chart("a & b", ["x", "y"], {"one": [1, 4], "two": [2, 0]})
     found = re.findall(r'height="([^"]+)"><title>([^<]+)', chart)

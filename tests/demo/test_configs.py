@@ -7,12 +7,13 @@ import pytest
 from megatron_mixcpt.config import Config, load_config
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.data_prep.template import compile_template
-from megatron_mixcpt.demo.configs import preprocess_yaml, train_yaml
+from megatron_mixcpt.demo.configs import preprocess_yaml, recall_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS
 from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
+from megatron_mixcpt.recall.config import RecallConfig
 
 FOLDER = Path("/a folder, with: odd {characters} 'and' \"quotes\"")
-ARMS = {"smollm2": ("cpt", "mixcpt"), "tiny": ("pretrain", "cpt", "mixcpt")}
+ARMS = {"smollm2": ("cpt", "mixcpt", "recall"), "tiny": ("pretrain", "cpt", "mixcpt")}
 CASES = [(model, arm) for model, arms in ARMS.items() for arm in arms]
 
 
@@ -34,6 +35,14 @@ def test_preprocess_yaml_is_valid_and_keeps_paths_as_they_are(tmp_path, model, a
     assert config.out == str(FOLDER / "data") and config.seq_length == MODELS[model].seq_length
     assert all(path.startswith(str(FOLDER)) for source in config.sources for path in source.paths)
     assert sum(source.weight for source in config.sources) == pytest.approx(1.0)
+
+
+def test_recall_yaml_is_valid_and_what_is_written_fits_into_a_sequence(tmp_path):
+    settings, path = MODELS["smollm2"], tmp_path / "recall.yaml"
+    path.write_text(recall_yaml(settings, FOLDER / "base", FOLDER / "drawn"))
+    config = load_config(RecallConfig, path)
+    assert config.out == str(FOLDER / "drawn") and config.model.hf == str(FOLDER / "base")
+    assert config.sampling.max_instruction_tokens + config.sampling.max_answer_tokens < settings.seq_length - 16
 
 
 @pytest.mark.parametrize("model", MODELS)

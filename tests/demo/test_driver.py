@@ -34,7 +34,7 @@ class Commands:
             (out / "origin").write_text((target / "origin").read_text())
             return
         config = yaml.safe_load(target.read_text())
-        out = Path(config["out"] if name in ("preprocess", "select") else config["run_dir"])
+        out = Path(config["out"] if name in ("preprocess", "select", "recall") else config["run_dir"])
         out.mkdir(parents=True, exist_ok=True)
         if name in ("train", "align"):
             base = config["model"].get("hf") or config["model"].get("checkpoint")
@@ -100,6 +100,20 @@ def test_both_arms_start_from_the_base_and_the_base_is_measured_first(commands, 
         *ALIGNED,
     ]  # fmt: skip
     assert origins(tmp_path) == SMOLLM2_ORIGINS
+
+
+def test_the_arm_recall_writes_first_and_trains_on_what_was_written(commands, tmp_path, capsys):
+    assert command_line.main(["--out", str(tmp_path / "demo"), "--arm", "recall"]) == 0
+    assert commands.ran[10:15] == [
+        "recall recall", "preprocess recall", "train recall", "export recall", "measure smollm2 > recall swap",
+    ]  # fmt: skip
+    arms = origins(tmp_path / "demo")
+    assert list(arms) == ["base", "cpt", "mixcpt", "recall", "aligned"] and arms["recall"] == "smollm2 > recall swap"
+    done = len(commands.ran)
+    assert command_line.main(["--out", str(tmp_path / "demo")]) == 0  # nothing runs again for the arms without it
+    assert len(commands.ran) == done and "recall" not in origins(tmp_path / "demo")
+    assert command_line.main(["--out", str(tmp_path / "tiny"), "--model", "tiny", "--arm", "recall"]) == 2
+    assert "--model smollm2" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
 
 
 def test_the_tiny_base_is_pretrained_by_the_same_commands(commands, tmp_path):

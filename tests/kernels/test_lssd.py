@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_mixcpt.kernels import lssd_loss
-from megatron_mixcpt.kernels.arguments import make_objective
+from megatron_mixcpt.kernels.arguments import make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
-from megatron_mixcpt.kernels.objective import L_S, L_T, M_S, M_T
+from megatron_mixcpt.kernels.constants import L_S, L_T, M_S, M_T
 from tests.kernels.oracle import loss_and_gradient, oracle
 from tests.kernels.problems import problem, with_details
 
@@ -244,9 +244,9 @@ def test_kernels_take_no_statistics_of_ignored_rows(device):
         pytest.skip("the reference masks afterwards what it takes from blocks of rows")
     student, teacher, labels, _ = problem((4,), 300, device, ignore=False)
     labels[1] = -100
-    objective = make_objective(labels, 300, has_teacher=True, group=None)
-    words = torch.empty(1, objective.num_words, 4, device=device)
-    fused.stats(student, teacher, labels, objective, words)
+    constants = make_constants(labels, 300, has_teacher=True, group=None)
+    words = torch.empty(1, constants.num_words, 4, device=device)
+    fused.stats(student, teacher, labels, constants, words)
     assert words[0, M_S, 1] == -math.inf and (words[0, [L_S, L_T], 1] == 0).all()
     assert words[0, [M_S, M_T]][:, [0, 2, 3]].isfinite().all()
 

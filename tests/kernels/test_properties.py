@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.kernels.arguments import make_objective
+from megatron_mixcpt.kernels.arguments import make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
 from tests.kernels.oracle import loss_and_gradient, oracle
 
@@ -63,9 +63,9 @@ def in_shards(student, teacher, labels, upstream, starts, valid_vocab, **options
     """(loss, gradient) with the vocabulary cut at `starts`: what the ranks of a tensor-parallel group compute."""
     backend = choose_backend(student.device)
     slices = [slice(start, end) for start, end in zip(starts, [*starts[1:], student.shape[-1]])]
-    objectives, words = [], []
+    all_constants, words = [], []
     for part in slices:
-        objective = make_objective(
+        constants = make_constants(
             labels,
             part.stop - part.start,
             has_teacher=True,
@@ -74,16 +74,16 @@ def in_shards(student, teacher, labels, upstream, starts, valid_vocab, **options
             valid_vocab=valid_vocab,
             **options,
         )
-        objectives.append(objective)
+        all_constants.append(constants)
         words.append(
-            torch.empty(backend.num_splits(labels.numel()), objective.num_words, labels.numel()).to(labels.device)
+            torch.empty(backend.num_splits(labels.numel()), constants.num_words, labels.numel()).to(labels.device)
         )
-        backend.stats(student[:, part], teacher[:, part], labels, objective, words[-1])
+        backend.stats(student[:, part], teacher[:, part], labels, constants, words[-1])
     shards = torch.cat(words)
     losses, gradient = [], torch.full_like(student, 7.0)
-    for part, objective, own in zip(slices, objectives, words):
-        losses.append(backend.combine(shards, own[0], labels, objective, False)["loss"])
-        backend.gradient(student[:, part], teacher[:, part], labels, own[0], upstream, objective, gradient[:, part])
+    for part, constants, own in zip(slices, all_constants, words):
+        losses.append(backend.combine(shards, own[0], labels, constants, False)["loss"])
+        backend.gradient(student[:, part], teacher[:, part], labels, own[0], upstream, constants, gradient[:, part])
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     return losses[0], gradient
 

@@ -8,9 +8,6 @@ import torch
 import transformers
 
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
-from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
 from tests.model.families import read_all
@@ -117,18 +114,3 @@ def test_export_gives_back_every_weight_and_the_tokenizer(reference, checkpoint,
     assert torch.equal(
         again.generate(tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False), text
     )
-
-
-def test_a_gguf_directory_serves_as_a_model_and_the_named_commands_make_its_tokenizer(
-    reference, folder, checkpoint, tmp_path, capsys
-):
-    """`generate` says what the reference does; what `convert` and `export` make has its ids, both fit."""
-    _, tokenizer, texts = reference
-    assert main(["generate", str(folder), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW_TOKENS)]) == 0
-    assert capsys.readouterr().out.strip() == tokenizer.decode(texts[0][1][0], skip_special_tokens=True).strip()
-    assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 0
-    made = load_tokenizer(tmp_path / "model")
-    ids, _ = made.engine.encode(list(PROMPTS))
-    assert ids.tolist() == [token for prompt in PROMPTS for token in tokenizer(prompt)["input_ids"]]
-    rows = architecture_from_hf(folder).vocab_size
-    assert extended_vocab_size(folder, tmp_path / "model", rows) == rows

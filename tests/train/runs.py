@@ -41,9 +41,9 @@ def settings(mix, run_dir, **sections):
     return values
 
 
-def whole_tensors(parts, state, value):
+def whole_tensors(components, state, value):
     """`{name: whole tensor}` of `value(parameter)` over the grid, on every rank; tied copies must agree."""
-    stage = parts.model.module
+    stage = components.model.module
     if stage.adapter is not None:
         return _whole_adapters(stage, state, value)
     local = {slot.name: value(slot.parameter).detach().clone() for slot in stage.slots()}
@@ -58,7 +58,7 @@ def whole_tensors(parts, state, value):
             known = shards.setdefault(name, {})
             assert tensor_rank not in known or torch.equal(known[tensor_rank], tensor), f"{name}: tied copies differ"
             known[tensor_rank] = tensor
-    vocab_size = parts.arch.vocab_size
+    vocab_size = components.arch.vocab_size
     return {name: unshard(name, [of[r] for r in sorted(of)], vocab_size).numpy() for name, of in shards.items()}
 
 
@@ -96,11 +96,11 @@ def run_steps(values):
     """
     config = validated(Config, values, "test")
     with grid_of(config) as state:
-        parts = build(config, state)
+        components = build(config, state)
         batch_size, micro = config.train.global_batch_size, config.train.micro_batch_size
         batches = train_batches(
-            train_dataset(parts.mix, 1234, _cache(config)),
-            Position.start(parts.mix, 1234),
+            train_dataset(components.mix, 1234, _cache(config)),
+            Position.start(components.mix, 1234),
             micro_batch_size=micro,
             data_rank=state.data_rank,
             data_size=state.data_size,
@@ -109,20 +109,20 @@ def run_steps(values):
         )
         losses, norms, gradients = [], [], {}
         for step in range(config.train.steps):
-            parts.model.zero_grad_buffer()
-            parts.optimizer.zero_grad()
-            totals = parts.run([next(batches) for _ in range(batch_size // (micro * state.data_size))])
+            components.model.zero_grad_buffer()
+            components.optimizer.zero_grad()
+            totals = components.run([next(batches) for _ in range(batch_size // (micro * state.data_size))])
             torch.distributed.all_reduce(totals)
             if step == 0 and not config.train.distributed_optimizer:  # which leaves each rank a part of the gradient
-                gradients = whole_tensors(parts, state, lambda parameter: parameter.main_grad)
+                gradients = whole_tensors(components, state, lambda parameter: parameter.main_grad)
             losses.append((totals[:, STATISTICS.index("loss")].sum() / totals[:, 0].sum()).item())
-            norms.append(optimizer_step(parts.optimizer, step, config.train))
-        weights = whole_tensors(parts, state, lambda parameter: parameter.data.float())
+            norms.append(optimizer_step(components.optimizer, step, config.train))
+        weights = whole_tensors(components, state, lambda parameter: parameter.data.float())
         measured, _ = validate(
-            dict(valid_datasets(parts.mix, 1234, _cache(config))),
-            parts.validation,
+            dict(valid_datasets(components.mix, 1234, _cache(config))),
+            components.validation,
             collate,
-            parts.task.validation_metrics,
+            components.task.validation_metrics,
             state=state,
             micro_batch_size=micro,
             max_samples=None,

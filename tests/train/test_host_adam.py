@@ -85,18 +85,18 @@ def test_the_steps_are_those_of_the_resident_optimizer(compared, kind, name):
 def test_a_skipped_step_changes_nothing_and_masters_are_empty_on_the_device(mix, tmp_path):
     config = validate(Config, settings(mix, tmp_path / "run", train={"dtype": "bf16"}, **OFFLOAD), "test")
     with _AsOnADevice(), parallel_context() as state:
-        parts = build(config, state)
-        inner = parts.optimizer.optimizer if hasattr(parts.optimizer, "optimizer") else None
-        inner = inner or parts.optimizer.chained_optimizers[0].optimizer
+        components = build(config, state)
+        inner = components.optimizer.optimizer if hasattr(components.optimizer, "optimizer") else None
+        inner = inner or components.optimizer.chained_optimizers[0].optimizer
         masters = [p for group in inner.param_groups for p in group["params"] if p.dtype == torch.float32]
         shells = [p for p in masters if p.numel() > 1]
         assert shells and all(p.untyped_storage().nbytes() <= 4 for p in shells)
         before = [inner.master(p).clone() for p in masters]
-        for parameter in parts.model.parameters():
+        for parameter in components.model.parameters():
             parameter.main_grad.fill_(1.0)
-        optimizer.optimizer_step(parts.optimizer, 0, config.train, admits=lambda norm: False)
+        optimizer.optimizer_step(components.optimizer, 0, config.train, admits=lambda norm: False)
         assert all(torch.equal(a, inner.master(p)) for a, p in zip(before, masters))
-        optimizer.optimizer_step(parts.optimizer, 0, config.train)
+        optimizer.optimizer_step(components.optimizer, 0, config.train)
         assert not any(torch.equal(a, inner.master(p)) for a, p in zip(before, masters) if a.numel() > 1)
 
 

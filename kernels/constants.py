@@ -29,7 +29,7 @@ MAX_VOCAB = 2**24  # ids travel as fp32, which holds every integer up to here
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossConstants:
     """Constants of one call; `N` is the number of tokens, ids are global."""
 
     has_teacher: bool

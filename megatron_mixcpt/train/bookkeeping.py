@@ -23,13 +23,13 @@ from megatron_mixcpt.train.agreement import StepTotals
 from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.schedule import learning_rate
-from megatron_mixcpt.train.setup import Parts
+from megatron_mixcpt.train.setup import Components
 from megatron_mixcpt.units import duration
 
 SHORTEST_STEP = 1e-9  # seconds; guards a division
 
 
-class Progress:
+class Bookkeeping:
     """Bookkeeping of a run. All ranks keep the counters; rank 0 alone prints and writes.
 
     Args:
@@ -44,21 +44,21 @@ class Progress:
         self,
         config: Config,
         state: ParallelState,
-        parts: Parts,
+        components: Components,
         position: Position,
         guard: StepGuard,
         forgetting: Forgetting,
         step: int,
         saved: TrainingState | None,
     ) -> None:
-        self.config, self.state, self.parts, self.position, self.guard = config, state, parts, position, guard
+        self.config, self.state, self.components, self.position, self.guard = config, state, components, position, guard
         self.forgetting = forgetting
         self._step, self._validated_step = step, -1
-        self.sources = [source.name for source in parts.mix.train_sources]
+        self.sources = [source.name for source in components.mix.train_sources]
         self.tokens = dict.fromkeys(self.sources, 0) | (saved.tokens_by_source if saved else {})
         self.stream = saved.sample_stream if saved else ""
         """Chained hash of all samples so far: equal streams mean that none was lost, repeated or swapped."""
-        self._tokens_column = parts.task.objective.statistics.index("tokens")
+        self._tokens_column = components.task.objective.statistics.index("tokens")
         self._peak = peak_flops(state.device, config.train.dtype)
         self._before = dict(saved.validation_before or {}) if saved else {}
         self._timer = StepTimer(state.device)
@@ -76,7 +76,7 @@ class Progress:
             if 0 < step < config.train.steps:
                 self._record.write(step, {"train/tokens": sum(self.tokens.values()), "run/resumed": 1})
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Bookkeeping:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -128,12 +128,12 @@ class Progress:
         }
         if self._record is not None and metrics:
             self._write(step, metrics | forgotten | budget)
-            parts = [
+            measured = [
                 f"{name.split('/', 1)[1].replace('/', ' ')} {value:.2f}"
                 for name, value in metrics.items()
                 if name.endswith(("/ppl", "/accuracy"))
             ]
-            self.message(f"step {step}: validation | " + " | ".join(parts))
+            self.message(f"step {step}: validation | " + " | ".join(measured))
             self._tell(said and f"step {step}: {said}")
 
     def saved(self, outcome: Outcome) -> None:
@@ -157,7 +157,7 @@ class Progress:
 
     def training_state(self) -> TrainingState:
         """What a later run, export or report needs to know."""
-        config, mix = self.config, self.parts.mix
+        config, mix = self.config, self.components.mix
         return TrainingState(
             config_hash=xxhash.xxh3_128_hexdigest(config.model_dump_json(by_alias=True).encode()),
             data_fingerprint=mix.fingerprint,
@@ -171,7 +171,7 @@ class Progress:
             wandb_id=self._record.wandb_id if self._record else None,
             guard=self.guard.state(),
             forget=self.forgetting.state(),
-            start=self.parts.start,
+            start=self.components.start,
             dtype=config.train.dtype,
             kind=config.kind,
             steps=config.train.steps,
@@ -192,14 +192,14 @@ class Progress:
         rows = totals.rows
         total = [sum(column) for column in zip(*rows)]
         all_tokens = sum(self.tokens.values())
-        processed = self.config.train.global_batch_size * self.parts.task.row_length
+        processed = self.config.train.global_batch_size * self.components.task.row_length
         seconds = max(sum(times.values()) - times.get("time/checkpoint", 0.0), SHORTEST_STEP)
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
             "train/loss": _finite(totals.loss),
         }
-        own = self.parts.task.metrics(total, dict(zip(self.sources, rows)))
+        own = self.components.task.metrics(total, dict(zip(self.sources, rows)))
         metrics |= {name: _finite(value) for name, value in own.items()}
         for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
@@ -214,15 +214,15 @@ class Progress:
             "mem/peak_gib": peak_memory_gib(self.state.device),
             **times,
         }
-        flops = self.parts.task.flops_per_token
+        flops = self.components.task.flops_per_token
         if self._peak is not None and flops is not None:
             metrics["speed/mfu"] = rate * flops / self._peak
         return metrics
 
     def _introduce(self, step: int) -> None:
         """Every derived number, once, at the start."""
-        config, state, mix, arch = self.config, self.state, self.parts.mix, self.parts.arch
-        batch_tokens = config.train.global_batch_size * self.parts.task.row_length
+        config, state, mix, arch = self.config, self.state, self.components.mix, self.components.arch
+        batch_tokens = config.train.global_batch_size * self.components.task.row_length
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
         lines = [
             f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
@@ -231,9 +231,9 @@ class Progress:
             + f"x data {state.data_size} "
             f"on {state.device.type}" + (", sequence parallel" if config.parallel.sequence else ""),
             f"data    {mix.path}: {shares}",
-            f"batch   {config.train.global_batch_size} x {self.parts.task.row_length} = {batch_tokens} tokens; "
+            f"batch   {config.train.global_batch_size} x {self.components.task.row_length} = {batch_tokens} tokens; "
             f"{config.train.steps} steps = {batch_tokens * config.train.steps / 1e6:.2f} M tokens",
-            f"loss    {self.parts.task.describe()}",
+            f"loss    {self.components.task.describe()}",
         ]
         if config.adapter is not None:
             lines.insert(1, f"adapter {describe_adapter(arch, config.adapter)}")

@@ -1,6 +1,6 @@
-"""The device code of the loss: one program a row (or a part of one) for the logits, one lane a token for the rest.
+"""The device code that reads logits: one program a row, or a part of one, for the sums and for the gradient.
 
-Words and record are described in objective.py, the algebra in README.md. Tiles are read with vector loads wherever the
+Words and record are described in constants.py, the algebra in README.md. Tiles are read with vector loads wherever the
 rows are 16-byte aligned: only a row's last, partial tile is masked. Row offsets are 64-bit. Nothing depends on the
 vocabulary's size at compile time.
 """
@@ -8,23 +8,23 @@ vocabulary's size at compile time.
 import triton
 import triton.language as tl
 
-from megatron_mixcpt.kernels import objective
+from megatron_mixcpt.kernels import constants
 
-M_S: tl.constexpr = tl.constexpr(objective.M_S)
-L_S: tl.constexpr = tl.constexpr(objective.L_S)
-S_Y: tl.constexpr = tl.constexpr(objective.S_Y)
-M_T: tl.constexpr = tl.constexpr(objective.M_T)
-L_T: tl.constexpr = tl.constexpr(objective.L_T)
-T_Y: tl.constexpr = tl.constexpr(objective.T_Y)
-ARG: tl.constexpr = tl.constexpr(objective.ARG)
-S_A: tl.constexpr = tl.constexpr(objective.S_A)
-CROSS: tl.constexpr = tl.constexpr(objective.CROSS)
-L_1: tl.constexpr = tl.constexpr(objective.L_1)
-L_T1: tl.constexpr = tl.constexpr(objective.L_T1)
-CROSS_1: tl.constexpr = tl.constexpr(objective.CROSS_1)
-KEEP: tl.constexpr = tl.constexpr(objective.KEEP)
-NEW_A: tl.constexpr = tl.constexpr(objective.NEW_A)
-NEW_Y: tl.constexpr = tl.constexpr(objective.NEW_Y)
+M_S: tl.constexpr = tl.constexpr(constants.M_S)
+L_S: tl.constexpr = tl.constexpr(constants.L_S)
+S_Y: tl.constexpr = tl.constexpr(constants.S_Y)
+M_T: tl.constexpr = tl.constexpr(constants.M_T)
+L_T: tl.constexpr = tl.constexpr(constants.L_T)
+T_Y: tl.constexpr = tl.constexpr(constants.T_Y)
+ARG: tl.constexpr = tl.constexpr(constants.ARG)
+S_A: tl.constexpr = tl.constexpr(constants.S_A)
+CROSS: tl.constexpr = tl.constexpr(constants.CROSS)
+L_1: tl.constexpr = tl.constexpr(constants.L_1)
+L_T1: tl.constexpr = tl.constexpr(constants.L_T1)
+CROSS_1: tl.constexpr = tl.constexpr(constants.CROSS_1)
+KEEP: tl.constexpr = tl.constexpr(constants.KEEP)
+NEW_A: tl.constexpr = tl.constexpr(constants.NEW_A)
+NEW_Y: tl.constexpr = tl.constexpr(constants.NEW_Y)
 INF: tl.constexpr = tl.constexpr(float("inf"))
 NAN: tl.constexpr = tl.constexpr(float("nan"))
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -47,7 +47,7 @@ def _tile(row, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _shrink(old, new, scale):
+def shrink(old, new, scale):
     """(factor on sums taken under the old maximum, how far their exponents move)."""
     moved = old - new
     return tl.where(old == -INF, 0.0, tl.exp2(moved * scale)), moved  # not exp(-inf + inf)
@@ -67,14 +67,14 @@ def _accumulate(
         if (top_t > m_t) | (top_s > m_s):  # seldom, after a row's first tiles
             new_s = tl.maximum(m_s, top_s)
             new_t = tl.maximum(m_t, top_t)
-            beta, moved_s = _shrink(m_s, new_s, scale)
-            alpha, moved_t = _shrink(m_t, new_t, scale)
+            beta, moved_s = shrink(m_s, new_s, scale)
+            alpha, moved_t = shrink(m_t, new_t, scale)
             cross = tl.where(alpha == 0, 0.0, alpha * (cross + l_t * (moved_t - moved_s)))
             l_t *= alpha
             l_s *= beta
             if SEPARATE:
-                beta_1, _moved = _shrink(m_s, new_s, LOG2_E)
-                alpha_1, _moved = _shrink(m_t, new_t, LOG2_E)
+                beta_1, _moved = shrink(m_s, new_s, LOG2_E)
+                alpha_1, _moved = shrink(m_t, new_t, LOG2_E)
                 cross_1 = tl.where(alpha_1 == 0, 0.0, alpha_1 * (cross_1 + l_t1 * (moved_t - moved_s)))
                 l_t1 *= alpha_1
                 l_1 *= beta_1
@@ -84,10 +84,10 @@ def _accumulate(
             m_t = new_t
     else:
         if top_s > m_s:
-            beta, _ = _shrink(m_s, top_s, scale)
+            beta, _ = shrink(m_s, top_s, scale)
             l_s *= beta
             if SEPARATE:
-                beta_1, _moved = _shrink(m_s, top_s, LOG2_E)
+                beta_1, _moved = shrink(m_s, top_s, LOG2_E)
                 l_1 *= beta_1
             m_s = top_s
     s -= tl.where(m_s == -INF, 0.0, m_s)
@@ -166,150 +166,11 @@ def stats_kernel(
 
 
 @triton.jit
-def _weight(weight, token, mask, PER_TOKEN: tl.constexpr):
+def weight_of(weight, token, mask, PER_TOKEN: tl.constexpr):
     if PER_TOKEN:
         return tl.load(weight + token, mask=mask)
     else:
         return weight
-
-
-@triton.jit
-def _target(p_a, p_y, same, margin, TARGET: tl.constexpr):
-    """(KEEP, NEW_A, NEW_Y) from the teacher's probabilities at its argmax and at the label."""
-    if TARGET == "plain":
-        return p_a * 0 + 1, p_a, p_y
-    elif TARGET == "swap":
-        return p_a * 0 + 1, p_y, p_a
-    else:
-        raised = tl.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
-        overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b; as a difference it could round below 0
-        keep = tl.where(same, raised, overtake)
-        return keep, keep * p_a, keep * p_y + (1 - keep)
-
-
-@triton.jit
-def _times_log(x):
-    return tl.where(x == 0, 0.0, x * tl.log(x))
-
-
-@triton.jit
-def _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, inverse_tau, TARGET: tl.constexpr):
-    """KL(p' || q) from base = KL(p || q)."""
-    if TARGET == "plain":
-        return base
-    elif TARGET == "swap":
-        # With either logit at -inf the target has mass where the student has none.
-        return base + tl.where((s_a == -INF) | (s_y == -INF), INF, (p_a - p_y) * (s_a - s_y) * inverse_tau)
-    else:
-        label_part = _times_log(p_y) - tl.where(p_y == 0, 0.0, p_y * log_q_y)
-        others = keep * (base - label_part) + (1 - p_y) * _times_log(keep)
-        others = tl.where((keep == 0) | (log_q_y == -INF), 0.0, others)
-        return others + new_y * (tl.log(new_y) - log_q_y)
-
-
-@triton.jit
-def combine_kernel(
-    shards,  # [num_shards, words, N] fp32
-    record,  # [words, N] fp32, may be shards[0]
-    labels,  # [N] int64
-    ce_weight, kd_weight,  # fp32 numbers or [N]
-    loss, ce_out, kl_out, kl_base_out, p_argmax_out, p_label_out, swapped_out,  # [N] fp32, the last bool
-    num_tokens, num_shards, shard_stride, word_stride, record_stride, ignore_index,
-    inverse_tau, margin,
-    TARGET: tl.constexpr, HAS_TEACHER: tl.constexpr, SEPARATE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    DETAILS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Loss and record of `BLOCK` tokens from the words of all shards."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = token < num_tokens
-    label = tl.load(labels + token, mask=mask, other=0)
-    ignored = label == ignore_index
-    m_s = tl.full([BLOCK], -INF, tl.float32)
-    m_t = tl.full([BLOCK], -INF, tl.float32)
-    word = shards + token
-    for _shard in range(num_shards):  # not `_`: until triton 3.4 all its uses had to be of one type
-        m_s = tl.maximum(m_s, tl.load(word + M_S * word_stride, mask=mask, other=0.0))
-        if HAS_TEACHER:
-            m_t = tl.maximum(m_t, tl.load(word + M_T * word_stride, mask=mask, other=0.0))
-        word += shard_stride
-    zeros = tl.zeros([BLOCK], tl.float32)
-    l_s = zeros
-    l_1 = zeros
-    l_t = zeros
-    cross = zeros
-    l_t1 = zeros
-    cross_1 = zeros
-    s_a = zeros
-    s_y = zeros + NAN
-    t_y = zeros + NAN
-    arg = zeros + INF
-    scale = inverse_tau * LOG2_E
-    word = shards + token
-    for _shard in range(num_shards):
-        shard_m_s = tl.load(word + M_S * word_stride, mask=mask, other=0.0)
-        beta, moved_s = _shrink(shard_m_s, m_s, scale)
-        l_s += beta * tl.load(word + L_S * word_stride, mask=mask, other=0.0)
-        s_y = tl.where(s_y == s_y, s_y, tl.load(word + S_Y * word_stride, mask=mask, other=0.0))
-        if SEPARATE:
-            beta_1, _moved = _shrink(shard_m_s, m_s, LOG2_E)
-            l_1 += beta_1 * tl.load(word + L_1 * word_stride, mask=mask, other=0.0)
-        if HAS_TEACHER:
-            shard_m_t = tl.load(word + M_T * word_stride, mask=mask, other=0.0)
-            alpha, moved_t = _shrink(shard_m_t, m_t, scale)
-            shard_l_t = tl.load(word + L_T * word_stride, mask=mask, other=0.0)
-            l_t += alpha * shard_l_t
-            shard_cross = tl.load(word + CROSS * word_stride, mask=mask, other=0.0) + shard_l_t * (moved_t - moved_s)
-            cross += tl.where(alpha * shard_l_t == 0, 0.0, alpha * shard_cross)
-            if SEPARATE:
-                alpha_1, _moved = _shrink(shard_m_t, m_t, LOG2_E)
-                shard_l_t = tl.load(word + L_T1 * word_stride, mask=mask, other=0.0)
-                l_t1 += alpha_1 * shard_l_t
-                shard_cross = tl.load(word + CROSS_1 * word_stride, mask=mask, other=0.0)
-                shard_cross += shard_l_t * (moved_t - moved_s)
-                cross_1 += tl.where(alpha_1 * shard_l_t == 0, 0.0, alpha_1 * shard_cross)
-            t_y = tl.where(t_y == t_y, t_y, tl.load(word + T_Y * word_stride, mask=mask, other=0.0))
-            shard_arg = tl.load(word + ARG * word_stride, mask=mask, other=0.0)
-            better = (shard_m_t == m_t) & (shard_arg < arg)  # the lowest id among the shards that have the maximum
-            arg = tl.where(better, shard_arg, arg)
-            s_a = tl.where(better, tl.load(word + S_A * word_stride, mask=mask, other=0.0), s_a)
-        word += shard_stride
-    if not SEPARATE:
-        l_1 = l_s
-    ce = tl.log(l_1) - (s_y - m_s)
-    weight = _weight(ce_weight, token, mask, PER_TOKEN)
-    total = tl.where(weight == 0, 0.0, weight * ce)
-    out = record + token
-    if HAS_TEACHER:
-        same = arg == label.to(tl.float32)
-        p_a = 1.0 / l_t
-        p_y = tl.exp2((t_y - m_t) * scale) * p_a
-        keep, new_a, new_y = _target(p_a, p_y, same, margin, TARGET)
-        base = cross * inverse_tau * p_a - tl.log(l_t) + tl.log(l_s)
-        log_q_y = (s_y - m_s) * inverse_tau - tl.log(l_s)
-        kl = _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, inverse_tau, TARGET)
-        weight = _weight(kd_weight, token, mask, PER_TOKEN)
-        total += tl.where(weight == 0, 0.0, weight * kl)
-        tl.store(out + M_T * record_stride, m_t, mask=mask)
-        tl.store(out + L_T * record_stride, l_t, mask=mask)
-        tl.store(out + ARG * record_stride, arg, mask=mask)
-        tl.store(out + KEEP * record_stride, keep, mask=mask)
-        tl.store(out + NEW_A * record_stride, new_a, mask=mask)
-        tl.store(out + NEW_Y * record_stride, new_y, mask=mask)
-        if DETAILS:
-            if SEPARATE:
-                base = cross_1 / l_t1 - tl.log(l_t1) + tl.log(l_1)
-            tl.store(kl_base_out + token, tl.where(ignored, 0.0, base), mask=mask)
-            tl.store(kl_out + token, tl.where(ignored, 0.0, kl), mask=mask)
-            tl.store(p_argmax_out + token, tl.where(ignored, 0.0, p_a), mask=mask)
-            tl.store(p_label_out + token, tl.where(ignored, 0.0, p_y), mask=mask)
-            tl.store(swapped_out + token, (arg != label.to(tl.float32)) & (label != ignore_index), mask=mask)
-    tl.store(out + M_S * record_stride, m_s, mask=mask)
-    tl.store(out + L_S * record_stride, l_s, mask=mask)
-    if SEPARATE:
-        tl.store(out + L_1 * record_stride, l_1, mask=mask)
-    if DETAILS:
-        tl.store(ce_out + token, tl.where(ignored, 0.0, ce), mask=mask)
-    tl.store(loss + token, tl.where(ignored, 0.0, total), mask=mask)
 
 
 @triton.jit
@@ -378,8 +239,8 @@ def gradient_kernel(
     flow = tl.load(upstream + row)
     s_row = _row(student, row, num_inner, s_outer, s_inner)
     out_row = _row(out, row, num_inner, out_outer, out_inner)
-    ce = flow * _weight(ce_weight, row, None, PER_TOKEN)
-    kd = flow * _weight(kd_weight, row, None, PER_TOKEN) * inverse_tau
+    ce = flow * weight_of(ce_weight, row, None, PER_TOKEN)
+    kd = flow * weight_of(kd_weight, row, None, PER_TOKEN) * inverse_tau
     if (flow == 0) | (label == ignore_index) | ((ce == 0) & (kd == 0)):
         for start in range(first, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
