@@ -159,7 +159,7 @@ class Config(Section):
     def _shares_can_be_met(self) -> "Config":
         # Known before any work: beside fixed amounts and without a total, weights are fractions of the whole.
         weights = sum(source.weight for source in self.sources if source.weight is not None)
-        fixed = any(source.weight is None for source in self.sources)
+        fixed = any(source.weight is None for source in self.sources if source.paths)  # others ask for nothing
         if fixed and weights >= 1 and self.total_tokens is None:
             raise ValueError(
                 "beside sources with tokens or epochs, weights are fractions of the whole and must sum to less than 1; "

@@ -1,4 +1,4 @@
-"""`mixcpt eval RUN_OR_HF [--mix MIX] [--base HF] [--tasks TASK ...] [--gci FILE] --out DIR`."""
+"""`mixcpt eval RUN_OR_HF [--mix MIX] [--base HF] [--tasks TASK ...] [--gci FILE] [--history] --out DIR`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_mixcpt.evaluate import measure
 NAME = "eval"
 HELP = """Measure a run, a checkpoint or a Hugging Face directory, and what changed against the model it started from:
 perplexity of every source's held-out text, tasks of the lm-evaluation-harness, and questions that need a domain fact
-and a general skill at once. Writes eval.json, eval.html and eval.md, and keeps them
-up to date while it measures. Example:
+and a general skill at once; which answers were lost and learned. Writes eval.json, eval.html and eval.md, and keeps
+them up to date while it measures; with --history the same of all checkpoints that a run kept, as history.*. Example:
 `mixcpt eval runs/medquad --tasks bundled --gci questions.jsonl --out runs/medquad/eval`."""
 
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="HF", help="model to compare with (default: what the run started from)")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for eval.json, eval.html, eval.md")
     parser.add_argument("--overwrite", action="store_true", help="in place of an evaluation that is there already")
+    parser.add_argument("--history", action="store_true", help="all checkpoints that a run kept: what went when")
     add_allow_older(parser)
     measure.add_arguments(parser)
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.evaluate.comparison import check_unwritten, write_comparison
+    from megatron_mixcpt.evaluate.history import measure_history
     from megatron_mixcpt.evaluate.loading import quiet_libraries
     from megatron_mixcpt.evaluate.target import is_hf_directory
     from megatron_mixcpt.files import check_writable
@@ -47,6 +49,15 @@ def run(args: argparse.Namespace) -> int:
         mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
     what = measure.read_arguments(args, mix_path)
     out = Path(args.out)
+    if args.history:
+        if base is None:
+            raise ConfigError("--history compares with a base model, and none is known: give --base")
+        measure.check_models([base, model], what)
+        check_writable(out)
+        quiet_libraries()
+        measure_history(Path(args.model), base, what, out, overwrite=args.overwrite)
+        print((out / "history.md").read_text())
+        return 0
     check_unwritten(out, overwrite=args.overwrite)
     measure.check_models([model, *[base] * (base is not None)], what)
     check_writable(out)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mixcpt.convert.card import not_measured
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate import ledger_report
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
 from megatron_mixcpt.files import write_json
@@ -92,7 +93,7 @@ def write_comparison(
         complete: False while there is more to come.
     """
     content: dict[str, Any] = {"complete": complete, "model": {"path": model}, "base": {"path": base}}
-    content |= {"change": change(measured), "unmeasured": list(unmeasured)}
+    content |= {"change": change(measured), "unmeasured": list(unmeasured), "ledger": ledger_report.as_json(measured)}
     for name, parts in measured.items():
         content[name] |= rows_of(parts)
     write_json(out / "eval.json", content)
@@ -102,6 +103,7 @@ def write_comparison(
     changes = change(measured)
     page.section("", *[Table(["change", "since the base"], told(changes))] * bool(changes))
     add_measurements(page, {name: measured[name] for name in ("base", "model") if name in measured}, unmeasured)
+    ledger_report.add_ledger(page, measured)
     page.write(out / "eval.html")
 
 

@@ -22,6 +22,7 @@ with one key in each CHECK, over whole words and whatever their case:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -32,8 +33,10 @@ from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.answers import contains_answer
+from megatron_mixcpt.evaluate.ledger import Item
 
 Check = dict[str, Any]
+SCORES = ("domain", "general", "both")
 KINDS = ("all", "any", "none", "sorted", "answer_for")
 # Commas before three digits each group thousands, another stands for a decimal point; "10-2500" is a range.
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
@@ -60,6 +63,10 @@ class Answer:
     answer: str
     domain: bool
     general: bool
+    sure: float | None = None
+    """Mean log-probability of the answer's tokens."""
+    chance: float = 0.0
+    """Of guessing the general part right, where there are options."""
 
     @property
     def both(self) -> bool:
@@ -117,11 +124,20 @@ def _number(text: str) -> float:
     return float(text.replace(",", "") if GROUPED.match(text.lstrip("-")) else text.replace(",", "."))
 
 
-def score(instances: Sequence[Instance], answers: Sequence[str]) -> list[Answer]:
-    """Judge the answers, in the order of the instances."""
+def score(instances: Sequence[Instance], answers: Sequence[str], sures: Sequence[float] | None = None) -> list[Answer]:
+    """Judge the answers, in the order of the instances; `sures`: how sure the model was of each."""
     return [
-        Answer(i.id, i.skill, i.prompt, answer, passes(i.domain, answer), passes(i.general, answer))
-        for i, answer in zip(instances, answers, strict=True)
+        Answer(
+            i.id,
+            i.skill,
+            i.prompt,
+            answer,
+            passes(i.domain, answer),
+            passes(i.general, answer),
+            sure,
+            1 / len(set(i.general["options"])) if i.general.get("options") else 0.0,
+        )
+        for i, answer, sure in zip(instances, answers, sures or itertools.repeat(None, len(answers)), strict=True)
     ]
 
 
@@ -131,10 +147,22 @@ def summarize(answers: Sequence[Answer]) -> list[GciScore]:
     scores = []
     for skill in skills:
         chosen = [answer for answer in answers if skill in ("all", answer.skill)]
-        for name in ("domain", "general", "both"):
+        for name in SCORES:
             right = sum(getattr(answer, name) for answer in chosen)
             scores.append(GciScore(skill, name, len(chosen), right / len(chosen), *wilson(right, len(chosen))))
     return scores
+
+
+def items(answers: Sequence[Answer]) -> list[Item]:
+    """One for each answer and score, for the ledger."""
+    return [
+        Item(
+            f"GCI, {name}", answer.skill, answer.id, answer.prompt, "", answer.answer, getattr(answer, name),
+            answer.sure, answer.chance if name == "general" else 0.0,
+        )
+        for name in SCORES
+        for answer in answers
+    ]  # fmt: skip
 
 
 def run_gci(
@@ -147,13 +175,14 @@ def run_gci(
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers of the model in a Hugging Face directory, judged. `ask` makes an instance's prompt the model's."""
-    from megatron_mixcpt.evaluate.generate import generate_greedy
+    from megatron_mixcpt.evaluate.generate import say
     from megatron_mixcpt.evaluate.loading import load_directory
 
     model, tokenizer = load_directory(hf_dir)
     prompts = [ask(instance.prompt) for instance in instances]
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": 3, "batch_size": batch_size}
-    return score(instances, generate_greedy(model, tokenizer, prompts, **length, on_progress=on_progress))
+    said = say(model, tokenizer, prompts, **length, on_progress=on_progress)
+    return score(instances, [answer.text for answer in said], [answer.sure for answer in said])
 
 
 def read_instances(path: Path) -> list[Instance]:

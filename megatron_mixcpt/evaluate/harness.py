@@ -15,8 +15,11 @@ from typing import Any
 import yaml
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.ledger import Item
 
 BUNDLED = Path(__file__).parent / "tasks"
+RIGHT = ("acc", "exact_match")  # metrics that are 0 or 1 for a question, the first that a task has is taken
+GROUPS = ("skill", "source", "subject", "category")  # keys of a question that say what it belongs to
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ def run_harness(
     limit: int | None,
     dtype: str,
     done: Callable[[int], None] = lambda tasks: None,
-) -> list[TaskScore]:
+) -> tuple[list[TaskScore], list[Item]]:
     """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py), task by task.
+
+    Returns the scores, and the questions of those tasks whose answers are right or wrong (RIGHT).
 
     `done` is called with the number of tasks that have been scored.
 
@@ -97,7 +102,8 @@ def run_harness(
         model = HFLM(pretrained=adapted, tokenizer=AutoTokenizer.from_pretrained(hf_dir), batch_size=8)
     else:
         model = HFLM(pretrained=str(hf_dir), dtype=precision, device=device, batch_size=8)
-    scores = []
+    scores: list[TaskScore] = []
+    items: list[Item] = []
     for task in resolved:
         try:
             output = lm_eval.simple_evaluate(
@@ -109,13 +115,15 @@ def run_harness(
                 numpy_random_seed=0,
                 torch_random_seed=0,
                 fewshot_random_seed=0,
+                log_samples=True,
             )
         except KeyError as error:
             bundled = ", ".join(bundled_tasks())
             raise ConfigError(f"--tasks: the harness does not know {error}; bundled: {bundled}") from error
         scores += _scores(output)
+        items += [item for name, samples in output["samples"].items() for item in _items(name, samples)]
         done(1)
-    return scores
+    return scores, items
 
 
 def _scores(output: dict[str, Any]) -> list[TaskScore]:
@@ -131,3 +139,27 @@ def _scores(output: dict[str, Any]) -> list[TaskScore]:
             known = stderr if isinstance(stderr, float) else None
             scores.append(TaskScore(task, metric, float(value), known, better.get(metric, True)))
     return scores
+
+
+def _items(task: str, samples: Sequence[dict[str, Any]]) -> list[Item]:
+    """The questions of a task, if it has one of the metrics RIGHT; one for each, whatever filters there are."""
+    metric = next((name for name in RIGHT if samples and name in samples[0]), None)
+    if metric is None:
+        return []
+    first = samples[0].get("filter")
+    return [_item(task, sample, bool(sample[metric])) for sample in samples if sample.get("filter") == first]
+
+
+def _item(task: str, sample: dict[str, Any], right: bool) -> Item:
+    doc, said = sample["doc"], sample["filtered_resps"]
+    group = next((str(doc[key]) for key in GROUPS if isinstance(doc.get(key), str)), task)
+    question, texts = str(sample["arguments"][0][0]), [str(arguments[1]).strip() for arguments in sample["arguments"]]
+    number = str(sample["doc_id"])
+    if not isinstance(said[0], Sequence) or isinstance(said[0], str):  # it wrote an answer
+        return Item(task, group, number, question, str(sample["target"]), str(said[0]), right)
+    likely = [float(loglikelihood) for loglikelihood, _ in said]
+    best, *others = sorted(range(len(likely)), key=lambda place: -likely[place])
+    target = sample["target"]
+    expected = texts[int(target)] if str(target).isdigit() and int(target) < len(texts) else str(target)
+    sure = likely[best] - likely[others[0]] if others else likely[best]
+    return Item(task, group, number, question, expected, texts[best], right, sure, 1 / len(texts) if others else 0.0)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from megatron_mixcpt.evaluate.gci import Answer, Instance
 
 Measured = dict[str, list]
-"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], `gci`: [GciScore], `gci_answers`: [Answer]."""
+"""`sources`: [SourcePerplexity], `tasks`: [TaskScore], `items`: [Item] of the tasks, `gci`: [GciScore], `gci_answers`:
+[Answer]."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def measure_model(
     from megatron_mixcpt.evaluate.held_out import validation_perplexity
     from megatron_mixcpt.evaluate.target import as_hf_directory
 
-    measured: Measured = {"sources": [], "tasks": [], "gci": [], "gci_answers": []}
+    measured: Measured = {"sources": [], "tasks": [], "items": [], "gci": [], "gci_answers": []}
     if settings.mix_path is not None:
         measured["sources"] = validation_perplexity(
             path,
@@ -101,7 +102,7 @@ def measure_model(
             if settings.tasks:
                 tasks = [name for task in settings.tasks for name in (bundled_tasks() if task == "bundled" else [task])]
                 with Progress(f"{path.name}: tasks", len(tasks), "tasks") as progress:
-                    measured["tasks"] = run_harness(
+                    measured["tasks"], measured["items"] = run_harness(
                         folder, tasks, limit=settings.max_samples, dtype=settings.dtype, done=progress.advance
                     )
                 done(measured)

@@ -44,7 +44,12 @@ class Forgetting:
         order = f"seed {config.train.seed}, {config.eval.limit or 'all'}"
         self._content = {s.name: f"{s.valid.content}, {order}" for s in mix.sources if s.valid}
         state = _state_of(config, saved, self._content, [*self._held, *self._learned])
-        self.controller = BudgetController(config.forget.budget, config.forget.every, state and state["controller"])
+        self.controller = BudgetController(
+            config.forget.budget,
+            config.forget.every,
+            state and state["controller"],
+            holds=config.loss.target != "swap",
+        )
         if state:
             self._before = state["before"]
         kinds = {source.name: source.kind for source in mix.train_sources}

@@ -66,6 +66,17 @@ def test_a_source_may_be_held_out_only(config_values, tmp_path):
         remix(out, tmp_path / "other", {"general": ShareRequest(weight=0.5)})
 
 
+@pytest.mark.parametrize("total", [1.0, 2.0])
+def test_a_source_that_is_only_held_out_leaves_the_weights_as_free_as_without_it(config_values, tmp_path, total):
+    weights = [source["weight"] for source in config_values["sources"]]
+    for source in config_values["sources"]:
+        source["weight"] *= total / sum(weights)
+    path = write(tmp_path / "general.jsonl", texts(30, "general"))
+    config_values["sources"].append({"name": "general", "kind": "general", "heldout": [path], "text": "{text}"})
+    _, mix = run(config_values)
+    assert [each["weight"] for each in mix["sources"]] == pytest.approx([w / sum(weights) for w in weights] + [0], 1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.generate import generate_greedy
+from megatron_mixcpt.evaluate.generate import generate_greedy, say
 from megatron_mixcpt.evaluate.loading import load_directory
 
 PROMPTS = ["The heron", "Water is shallow where the heron", "a", "Nothing moves by the river; a slow", "The"]
@@ -35,6 +35,19 @@ def test_answers_equal_the_oracle_in_the_order_of_the_prompts(model_and_tokenize
     )
     assert answers == [oracle(model, tokenizer, prompt, 8, min_new_tokens) for prompt in PROMPTS]
     assert len(set(answers)) > 1
+
+
+@torch.no_grad()
+def test_sureness_is_the_mean_log_probability_of_the_tokens_that_were_said(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    for said, prompt in zip(say(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=3), PROMPTS):
+        ids, sures = tokenizer(prompt, add_special_tokens=False)["input_ids"], []
+        for _ in range(8):
+            best, token = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
+            ids, sures = [*ids, int(token)], [*sures, float(best)]
+            if token == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids[-len(sures) :]).lstrip():
+                break
+        assert said.sure == pytest.approx(sum(sures) / len(sures), abs=1e-4)
 
 
 def test_a_model_that_prefers_silence_is_made_to_speak(model_and_tokenizer):

@@ -74,10 +74,16 @@ def test_a_missing_harness_is_told_before_any_model_is_opened(tmp_path, monkeypa
 def test_bundled_tasks_run_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make("llama-untied", tmp_path / "model", vocab_size=make_tokenizer(tmp_path / "model"))
-    scores = run_harness(tmp_path / "model", bundled_tasks(), limit=4, dtype="fp32")
+    scores, items = run_harness(tmp_path / "model", bundled_tasks(), limit=4, dtype="fp32")
     assert {score.task for score in scores} == set(bundled_tasks())
     assert {score.metric for score in scores} == {"acc", "acc_norm"}
     assert all(0 <= score.value <= 1 and score.higher_is_better for score in scores)
+    for score in scores:
+        asked = [item for item in items if item.task == score.task]
+        assert len(asked) == 4 and all(item.sure >= 0 and 0 < item.chance <= 0.5 for item in asked)
+        assert all((item.answer == item.expected) == item.right for item in asked)
+        if score.metric == "acc":
+            assert score.value == sum(item.right for item in asked) / 4
     with pytest.raises(ConfigError, match="no_such_task"):
         run_harness(tmp_path / "model", ["no_such_task"], limit=1, dtype="fp32")
 

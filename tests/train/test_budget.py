@@ -48,6 +48,18 @@ def run(plant, budget, *, steps=STEPS, control=True, every=EVERY):
     return controller, forgotten, factors
 
 
+def test_a_divergence_that_grows_before_anything_was_forgotten_is_warning_enough():
+    weights = []
+    for divergence in (0.1, 2.0):
+        controller = BudgetController(0.1, EVERY)
+        for step in range(1, 2 * EVERY):
+            controller.observed(step, 0.1 if step <= EVERY else divergence)
+            if step == EVERY:
+                controller.measured(step, 0.0, 0.005, 0.5)
+        weights.append(controller.weight_factor)
+    assert weights[0] < 1 < weights[1]
+
+
 @pytest.mark.parametrize("drive", [0.0003, 0.001, 0.003, 0.01])
 @pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
 @pytest.mark.parametrize("seed", [0, 1])
