@@ -85,6 +85,12 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
         models = sorted(path.glob("*.model"))
         if len(models) == 1:
             return _load_sentencepiece(models[0], eos_token)
+        if any(path.glob("*.gguf")):
+            raise ConfigError(
+                f"tokenizer: {path} holds a GGUF file, whose tokenizer is not read here. Make a directory of it with\n"
+                f"  mixcpt convert --hf {path} --out CKPT && mixcpt export CKPT --out DIR\n"
+                "and give that as tokenizer and as model.hf"
+            )
         raise ConfigError(
             f"tokenizer: {path} has no tokenizer.json. For an older tokenizer, write one with "
             "`transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`"

@@ -8,7 +8,12 @@ import sys
 import pytest
 import yaml
 
+from megatron_mixcpt.checkpoint.store import seal
 from megatron_mixcpt.cli import COMMANDS, main
+from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.config.history import record_settings
+from megatron_mixcpt.data_prep.mix import read_mix
+from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
@@ -91,6 +96,32 @@ def test_mistakes_are_told_without_importing_a_library(values, tmp_path):
     assert f"error: model.checkpoint: {nothing}: no such directory; `mixcpt train`" in errors
     assert errors.count("error: --nproc 0: at least 1") == 2
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_runs_that_are_at_their_end_or_cannot_go_on_answer_without_importing_a_library(values, mix, tmp_path):
+    """The first is told as such, whatever else is set now, and its record stays; the others name the key."""
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(values))
+    same = read_mix(mix)
+    info = checkpoint_info(4, seq_length=same.seq_length, tokenizer_hash=same.tokenizer_hash)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, info)
+    record_settings(tmp_path / "run", 0, load_config(Config, str(config), []))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    start = ["train", str(config)]
+    codes, errors = answers(
+        start,
+        [*start, "train.lr=0.5"],
+        [*start, "train.steps=3"],
+        [*start, "train.dtype=bf16"],
+        [*start, "adapter.method=lora"],
+    )
+    assert codes == [0, 0, 2, 2, 2]
+    assert "has 4 steps behind it, train.steps is 3: raise it" in errors
+    assert "was trained with train.dtype=fp32, not bf16" in errors and "was trained with no adapter" in errors
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_without_a_command_the_help_is_shown(capsys):

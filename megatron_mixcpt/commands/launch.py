@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of a node, 0 without (default 8)")
     parser.add_argument("--tasks-per-node", type=int, metavar="R", help="ranks of a node (default: one a GPU)")
     parser.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of a rank (default 8)")
+    parser.add_argument("--mem", metavar="SIZE", help="memory of a node, as 64G (default: all that it has)")
     parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job (default 24:00:00)")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
     from megatron_mixcpt.slurm.jobs import command_jobs
-    from megatron_mixcpt.slurm.overview import overview
+    from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
     from megatron_mixcpt.train.setup import check
 
@@ -62,13 +64,14 @@ def run(args: argparse.Namespace) -> int:
         check(config, ask.world_size)
     if args.dry_run:
         print(overview(jobs) if is_chain(args.config) else jobs[0].script)
+        print(submissions(jobs), file=sys.stderr)  # the script alone can go into a file
         return 0
 
     from megatron_mixcpt.slurm.submit import refuse_queued, submit_all
 
     refuse_queued(jobs)
     for job, number in submit_all(jobs):
-        print(f"job {number}: {job.stage}, {job.folder / job.stage}.sbatch; logs in {job.logs}", flush=True)
+        print(f"job {number}: {job.stage}, {job.path}; logs in {job.logs}", flush=True)
     return 0
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.architecture.architecture import Architecture
+    from megatron_mixcpt.config import Config
+    from megatron_mixcpt.data.mix import Mix
 
 NAME = "plan"
 HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
-what is saved where. Checks the configuration as `mixcpt train`, `mixcpt align` or `mixcpt recall` would."""
+what is saved where. Checks the configuration as `mixcpt train`, `mixcpt align` or `mixcpt recall` would. Before there
+is a model or data: `mixcpt plan train.yaml --nproc 8 --model-shape llama3-8b --tokens 2e9 --gpu h100-80g`"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
-    parser.add_argument("--gpu", help="device whose bf16 peak counts: A100, H100 (default), H200, B200")
+    parser.add_argument(
+        "--gpu",
+        help="device whose bf16 peak counts: A100, H100 (default), H200, B200; with its memory, as a100-40g, "
+        "also whether the run fits",
+    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a rank's device: says whether the run fits")
     parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak of another device, in TFLOP/s a rank")
+    parser.add_argument(
+        "--model-shape",
+        metavar="NAME",
+        help="plan with the dimensions of a published model, as llama3-8b, or of a config.json: no weights are needed",
+    )
+    parser.add_argument(
+        "--tokens", type=float, metavar="N", help="plan with so many tokens of text, as 2e9: no prepared data is needed"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,16 +58,16 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.plan.documents import document_length
     from megatron_mixcpt.plan.estimate import make_plan
-    from megatron_mixcpt.train.setup import check_settings, existing_parent
+    from megatron_mixcpt.plan.fitting import device, verdict
+    from megatron_mixcpt.train.setup import existing_parent
 
     grid, train = config.parallel, config.train
     world_size = args.nproc or grid.replica
-    arch, mix = check_settings(config, world_size)
-    if args.gpu is not None and args.gpu not in PEAK_BF16:
-        raise ConfigError(f"--gpu {args.gpu}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
+    gpu, memory = device(args.gpu or "H100")
+    arch, mix = _model_and_mix(config, world_size, args)
     if not 0.0 < args.mfu <= 1.0:
         raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
-    if args.gpu is not None and train.dtype == "fp32":
+    if args.gpu is not None and train.dtype == "fp32" and not args.peak_tflops:
         raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
     row_length = config.row_sequences * mix.seq_length
     plan = make_plan(config, arch, mix, world_size)
@@ -72,13 +92,16 @@ def run(args: argparse.Namespace) -> int:
     if config.checkpoint.background:
         print(f"            and {max(s.snapshot for s in plan.stages) / 2**30:.3f} GiB of host memory while saving")
     print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")
+    if args.memory or args.gpu:
+        first, *more = verdict(config, arch, mix, world_size, args.memory or memory)
+        print("\n".join([f"room        {first}", *(f"            {line}" for line in more)]))
 
     tokens = plan.tokens(train.steps)
     frozen = config.adapter is not None
     flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
-        document_length(mix),
+        document_length(mix) if args.tokens is None else mix.seq_length,  # of unprepared text an upper bound
         with_teacher=config.runs_teacher,
         recompute=train.recompute == "full",
         fuse_lm_head=config.fuses_lm_head,
@@ -95,10 +118,10 @@ def run(args: argparse.Namespace) -> int:
     if train.dtype == "fp32" and not args.peak_tflops:
         print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")
     else:
-        device = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.gpu or "H100"
-        peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[device]
+        named = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else gpu
+        peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[gpu]
         hours = tokens * flops / (world_size * peak * args.mfu) / 3600
-        print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {device}, without validation and saving")
+        print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {named}, without validation and saving")
 
     every = config.checkpoint.every
     saves = train.steps // every if every else 1
@@ -111,3 +134,22 @@ def run(args: argparse.Namespace) -> int:
         + (": too little" if free < needed else "")
     )
     return 0
+
+
+def _model_and_mix(config: Config, world_size: int, args: argparse.Namespace) -> tuple[Architecture, Mix]:
+    """What is there, or what is assumed in its place. Raises ConfigError where it does not fit together."""
+    from megatron_mixcpt.objectives.build import read_training_mix
+    from megatron_mixcpt.plan.assumed import assumed_mix, assumed_shape
+    from megatron_mixcpt.train.setup import check_batch, check_rows, check_settings, checked_model, read_architecture
+
+    if args.model_shape is None and args.tokens is None:
+        return check_settings(config, world_size)
+    shape = assumed_shape(args.model_shape) if args.model_shape else None
+    if args.tokens is None:
+        mix = read_training_mix(config)
+    else:
+        mix = assumed_mix(config, args.tokens, shape.vocab_size if shape else None)
+    arch = checked_model(config, shape or read_architecture(config, mix), mix)
+    check_rows(config, mix, world_size)
+    check_batch(config, world_size)
+    return arch, mix

@@ -39,21 +39,23 @@ def start(command: str, args: argparse.Namespace) -> int:
 
         config = load_config(Config, args.config, args.overrides)
         config.check_command(command, args.config)
-        from megatron_mixcpt.train.early import check_early
-
-        check_early(config, args.nproc)
         from megatron_mixcpt.runtime.launcher import is_distributed, launch
+        from megatron_mixcpt.train.early import check_early
+        from megatron_mixcpt.train.ended import check_run_dir, ending, finished, following
+
+        # What needs no library that takes seconds to load is told first.
+        mix = check_early(config, args.nproc)
+        check_run_dir(config, mix)
+        if not is_distributed() and finished(config):
+            print(ending(config))
+            return 0
         from megatron_mixcpt.runtime.parallel import integer_variable
         from megatron_mixcpt.train.loop import train
-        from megatron_mixcpt.train.resume import ending, finished, following
         from megatron_mixcpt.train.setup import check
 
         # Mistakes are told before any process or group starts.
         check(config, integer_variable("WORLD_SIZE", args.nproc))
         stop.check()
-        if not is_distributed() and finished(config):
-            print(ending(config))
-            return 0
         if args.nproc > 1 and not is_distributed():
             trust = ["--trust"] if args.trust else []
             code = launch(args.nproc, [command, args.config, *args.overrides, *trust])

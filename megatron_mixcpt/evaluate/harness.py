@@ -16,6 +16,8 @@ import yaml
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.ledger import Item
+from megatron_mixcpt.evaluate.loading import load_directory
+from megatron_mixcpt.huggingface.config import gguf_file
 
 BUNDLED = Path(__file__).parent / "tasks"
 RIGHT = ("acc", "exact_match")  # metrics that are 0 or 1 for a question, the first that a task has is taken
@@ -76,7 +78,7 @@ def run_harness(
     dtype: str,
     done: Callable[[int], None] = lambda tasks: None,
 ) -> tuple[list[TaskScore], list[Item]]:
-    """Score the model of a Hugging Face directory, or of an ALoRA adapter's (hf_alora.py), task by task.
+    """Score the model of a Hugging Face directory or of what `load_directory` opens beside, task by task.
 
     Returns the scores, and the questions of those tasks whose answers are right or wrong (RIGHT).
 
@@ -85,7 +87,7 @@ def run_harness(
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
     """
-    from megatron_mixcpt.hf_alora import is_alora, load_alora
+    from megatron_mixcpt.hf_alora import is_alora
 
     require_harness()
     import lm_eval
@@ -95,11 +97,9 @@ def run_harness(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     resolved = [resolve_task(task) for task in tasks]
-    if is_alora(hf_dir):
-        from transformers import AutoTokenizer
-
-        adapted = load_alora(hf_dir, dtype=precision).to(device)
-        model = HFLM(pretrained=adapted, tokenizer=AutoTokenizer.from_pretrained(hf_dir), batch_size=8)
+    if is_alora(hf_dir) or gguf_file(hf_dir) is not None:
+        opened, tokenizer = load_directory(hf_dir, dtype=getattr(torch, precision))
+        model = HFLM(pretrained=opened.to(device), tokenizer=tokenizer, batch_size=8)
     else:
         model = HFLM(pretrained=str(hf_dir), dtype=precision, device=device, batch_size=8)
     scores: list[TaskScore] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.config import gguf_file
 
 
 def quiet_libraries() -> None:
@@ -21,8 +22,15 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def gguf_option(hf_dir: str | Path) -> dict[str, str]:
+    """What transformers must be told to open a directory with one GGUF file; nothing for others."""
+    gguf = gguf_file(Path(hf_dir))
+    return {"gguf_file": gguf.name} if gguf else {}
+
+
 def load_directory(hf_dir: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
-    """The model in evaluation mode and its tokenizer; `hf_dir` may also hold an ALoRA adapter (hf_alora.py).
+    """The model in evaluation mode and its tokenizer; `hf_dir` may also hold an ALoRA adapter (hf_alora.py) or
+    one GGUF file.
 
     `dtype`: torch's; fp32 when not given.
 
@@ -33,13 +41,13 @@ def load_directory(hf_dir: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
 
     from megatron_mixcpt.hf_alora import is_alora, load_alora
 
-    alora = is_alora(hf_dir)
-    if not alora and not (Path(hf_dir) / "config.json").is_file():
+    alora, named = is_alora(hf_dir), gguf_option(hf_dir)
+    if not alora and not named and not (Path(hf_dir) / "config.json").is_file():
         raise ConfigError(f"{hf_dir}: no config.json; give a Hugging Face directory such as `mixcpt export` writes")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, **named)
         load = load_alora if alora else AutoModelForCausalLM.from_pretrained
-        model = load(hf_dir, dtype=dtype or torch.float32)
+        model = load(hf_dir, dtype=dtype or torch.float32, **named)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{hf_dir}: transformers cannot open it: {error}") from error
     return model.eval(), tokenizer

@@ -154,7 +154,9 @@ def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
         return plain_prompt
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    from megatron_mixcpt.evaluate.loading import gguf_option
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **gguf_option(folder))
     if not tokenizer.chat_template:
         raise ConfigError(f"{folder}: its tokenizer has no chat template; leave out --chat")
     return lambda text: tokenizer.apply_chat_template(

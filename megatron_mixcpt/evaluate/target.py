@@ -9,11 +9,12 @@ from pathlib import Path
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.config import architecture_from_hf, gguf_file
 
 
 def is_hf_directory(path: Path) -> bool:
-    """Whether transformers itself can open `path`."""
-    return (path / "config.json").is_file()
+    """Whether transformers itself can open `path`; one GGUF file in it will do."""
+    return (path / "config.json").is_file() or gguf_file(path) is not None
 
 
 def architecture_of(path: Path) -> Architecture:
@@ -24,7 +25,6 @@ def architecture_of(path: Path) -> Architecture:
         VerificationError: the checkpoint is damaged.
     """
     from megatron_mixcpt.checkpoint import find_checkpoint, read_info
-    from megatron_mixcpt.huggingface.config import architecture_from_hf
 
     return architecture_from_hf(path) if is_hf_directory(path) else read_info(find_checkpoint(path)).architecture
 

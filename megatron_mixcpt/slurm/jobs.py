@@ -98,8 +98,7 @@ def _job(
         "SAVE_SECONDS": str(ask.grace - SAVE_MARGIN),
     }
     script = render(template("mixcpt.sbatch"), options | ask.options, settings, arguments)
-    size = f"{ask.nodes} x {ask.gpus_per_node} GPUs" if ask.gpus_per_node else f"{ask.nodes} x CPU"
-    return Job(stage, name, script, folder, logs, shlex.join(words), size, ask.time, files=files)
+    return Job(stage, name, script, folder, logs, shlex.join(words), ask.size, ask.time, files=files)
 
 
 def _common_options(name: str, ask: Resources) -> dict[str, str | None]:
@@ -108,6 +107,8 @@ def _common_options(name: str, ask: Resources) -> dict[str, str | None]:
         options["partition"] = ask.partition
     if ask.account:
         options["account"] = ask.account
+    if ask.mem:
+        options["mem"] = ask.mem
     return options
 
 

@@ -24,6 +24,8 @@ class Resources(Section):
     """Ranks of a node; one a GPU, or one a node without GPUs, when not given."""
     cpus_per_task: Positive = 8
     """Cores of a rank."""
+    mem: str | None = None
+    """Memory of a node, as 64G; all that it has, or 32G for a task that preprocesses, when not given."""
     time: str = "24:00:00"
     """Time limit, as SLURM writes it: minutes, hours:minutes:seconds, days-hours."""
     partition: str | None = None
@@ -56,6 +58,13 @@ class Resources(Section):
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def size(self) -> str:
+        """Nodes and what of them, in words."""
+        count = self.ranks_per_node
+        ranks = f", {count} rank{'s' * (count > 1)} each" if count != max(self.gpus_per_node, 1) else ""
+        return f"{self.nodes} x {f'{self.gpus_per_node} GPUs' if self.gpus_per_node else 'CPU'}{ranks}"
 
     @property
     def world_size(self) -> int:

@@ -23,18 +23,22 @@ class Job:
     """SLURM's; see job_name."""
     script: str
     folder: Path
-    """Where the script goes, as <stage>.sbatch."""
     logs: Path
     """Folder of the batch script's log and of the ranks'."""
     command: str
     """What it runs, as it was asked for."""
     size: str
-    """Nodes and GPUs, in words."""
+    """Nodes, GPUs and ranks, in words."""
     time: str
     """Its limit."""
     is_array: bool = False
     files: dict[Path, str] = field(default_factory=dict)
     """Written before the job is submitted."""
+
+    @property
+    def path(self) -> Path:
+        """Where the script goes."""
+        return self.folder / f"{self.stage}.sbatch"
 
 
 def job_name(stage: str, folder: Path) -> str:
@@ -60,6 +64,15 @@ def refuse_queued(jobs: list[Job]) -> None:
         )
 
 
+def sbatch_command(job: Job, after: str | None) -> list[str]:
+    """The call that submits a job; arguments as in `submit`."""
+    conditions = [f"afterok:{after}"] if after else []
+    if not job.is_array:  # whose tasks share their name
+        conditions.append("singleton")
+    dependency = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
+    return ["sbatch", "--parsable", *dependency, str(job.path)]
+
+
 def submit(job: Job, after: str | None) -> str:
     """Write the job's files and submit it; returns its number.
 
@@ -68,14 +81,9 @@ def submit(job: Job, after: str | None) -> str:
     """
     for folder in (job.folder, job.logs):
         folder.mkdir(parents=True, exist_ok=True)
-    script = job.folder / f"{job.stage}.sbatch"
-    for path, text in {**job.files, script: job.script}.items():
+    for path, text in {**job.files, job.path: job.script}.items():
         write_whole(path, text)
-    conditions = [f"afterok:{after}"] if after else []
-    if not job.is_array:  # whose tasks share their name
-        conditions.append("singleton")
-    dependency = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
-    shown = _call("sbatch", "--parsable", *dependency, str(script))
+    shown = _call(*sbatch_command(job, after))
     match = re.match(r"\d+", shown)
     if not match:
         raise MixcptError(f"sbatch answered {shown!r} in place of a job number")

@@ -21,8 +21,9 @@ from megatron_mixcpt.train.agreement import agree
 from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.concluding import conclude
 from megatron_mixcpt.train.dry_run import dry_run
+from megatron_mixcpt.train.ended import nothing_left
 from megatron_mixcpt.train.optimizer import optimizer_step
-from megatron_mixcpt.train.resume import nothing_left, resume
+from megatron_mixcpt.train.resume import resume
 from megatron_mixcpt.train.saving import RunSaver
 from megatron_mixcpt.train.setup import build
 from megatron_mixcpt.train.validation import INDEX_CACHE, RunValidation

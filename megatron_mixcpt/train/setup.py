@@ -65,21 +65,30 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     Raises ConfigError naming the key to change, and VerificationError where the data was made with another tokenizer.
     """
     mix = read_training_mix(config)
+    return checked_model(config, read_architecture(config, mix), mix), mix
+
+
+def read_architecture(config: Config, mix: Mix) -> Architecture:
+    """The model of the configuration, with rows for the tokens that the data's tokenizer adds. Raises as above."""
     if config.model.hf is not None:
         arch = architecture_from_hf(config.model.hf)
         if mix.tokenizer_dir.is_dir():
             rows = extended_vocab_size(config.model.hf, mix.tokenizer_dir, arch.vocab_size)
             arch = dataclasses.replace(arch, vocab_size=rows)
-    elif config.model.checkpoint is not None:
-        arch = _checkpoint_architecture(config.model.checkpoint, mix, config.run_dir)
-    else:
-        if config.model.preset not in PRESETS:
-            raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")
-        arch = dataclasses.replace(
-            PRESETS[config.model.preset],
-            vocab_size=mix.vocab_size,
-            max_position_embeddings=max(PRESETS[config.model.preset].max_position_embeddings, mix.seq_length),
-        )
+        return arch
+    if config.model.checkpoint is not None:
+        return _checkpoint_architecture(config.model.checkpoint, mix, config.run_dir)
+    if config.model.preset not in PRESETS:
+        raise ConfigError(f"model.preset: {config.model.preset!r} is none of {', '.join(PRESETS)}")
+    return dataclasses.replace(
+        PRESETS[config.model.preset],
+        vocab_size=mix.vocab_size,
+        max_position_embeddings=max(PRESETS[config.model.preset].max_position_embeddings, mix.seq_length),
+    )
+
+
+def checked_model(config: Config, arch: Architecture, mix: Mix) -> Architecture:
+    """`arch`. Raises ConfigError, naming the key to change, unless it fits the data, and the cuts of the grid."""
     if mix.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"data.mix: the tokenizer of {mix.path} has {mix.vocab_size} entries, the model only {arch.vocab_size}: "
@@ -93,7 +102,7 @@ def read_model_and_mix(config: Config) -> tuple[Architecture, Mix]:
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
     if config.adapter is not None:
         check_adapter_layout(arch, config.adapter, config.parallel.tensor, config.parallel.pipeline)
-    return arch, mix
+    return arch
 
 
 def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Architecture:
@@ -116,6 +125,12 @@ def _checkpoint_architecture(checkpoint: str, mix: Mix, run_dir: str) -> Archite
 def check_layout(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data and grid fit together."""
     arch, mix = read_model_and_mix(config)
+    check_rows(config, mix, world_size)
+    return arch, mix
+
+
+def check_rows(config: Config, mix: Mix, world_size: int) -> None:
+    """Raise ConfigError unless the ranks fill the grid and it cuts rows evenly."""
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
     grid = config.parallel
@@ -132,7 +147,6 @@ def check_layout(config: Config, world_size: int) -> tuple[Architecture, Mix]:
             f"data.seq_length {mix.seq_length} is not a multiple of parallel.tensor {config.parallel.tensor}, "
             "which parallel.sequence needs"
         )
-    return arch, mix
 
 
 def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:

@@ -73,6 +73,12 @@ def encode(tokenizer, texts):
     return [ids[a:b].tolist() for a, b in pairwise(offsets)]
 
 
+def test_a_gguf_directory_as_tokenizer_names_the_commands_that_make_one(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match=f"mixcpt convert --hf {tmp_path} --out CKPT && mixcpt export CKPT"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_dir", "metaspace_dir"])
 def test_ids_are_those_of_transformers(request, name):
     from transformers import AutoTokenizer

@@ -1,5 +1,6 @@
 """The example configurations: `mixcpt plan` accepts them, and what they take fits the machines they name."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mixcpt.architecture.shapes import SHAPES
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import write_mix
@@ -68,6 +71,66 @@ def test_plan_accepts_the_example_and_it_fits_its_devices(surroundings, capsys, 
         assert "H100" not in shown and "--peak-tflops" in shown
     else:
         assert f"h at 40% of {ranks} x H100" in shown
+
+
+@pytest.mark.parametrize(("name", "model"), zip(SHAPES, CONFIGS, strict=True))
+def test_published_shapes_are_those_of_their_config_json(tmp_path, name, model):
+    assert re.sub(r"^meta-|(?<=llama)-", "", model.lower()) == name
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[model]))
+    theirs = architecture_from_hf(tmp_path)
+    numbers = dataclasses.replace(
+        theirs,
+        **{key: getattr(SHAPES[name], key) for key in ("model_type", "norm_eps", "rope_theta", "rope_scaling")},
+    )
+    assert SHAPES[name] == numbers  # what memory and time do not depend on left aside
+    assert SHAPES[name].num_parameters / 1e6 == pytest.approx(PARAMETERS[model], abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("llama3-8b-8gpu", "llama3-8b"), ("llama3-70b-64gpu", "llama3-70b")])
+def test_an_example_is_planned_the_same_without_model_and_data(
+    surroundings, capsys, tmp_path, monkeypatch, name, shape
+):
+    command = ["plan", str(FOLDER / f"{name}.yaml"), f"--nproc={EXAMPLES[name][0]}"]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2  # there is nothing here
+    assert main([*command, "--model-shape", shape, "--tokens", "2e9", "--gpu", "h100-80g"]) == 0
+    alone = capsys.readouterr().out
+    assert "room        fits: " in alone and "x 2000000000 tokens" in alone
+    surroundings(name)
+    assert main(command) == 0
+
+    def memory(shown):
+        return re.search(r"memory of a rank.*?while saving", shown, re.DOTALL)[0]
+
+    assert memory(capsys.readouterr().out) == memory(alone)
+
+
+@pytest.mark.parametrize("memory", ["30", "20", "10"])
+def test_what_does_not_fit_is_told_with_keys_that_make_it_fit(capsys, memory):
+    command = ["plan", str(FOLDER / "llama3-8b-8gpu.yaml"), "--nproc=8", "--memory", memory]
+    command += ["--model-shape", "llama3-8b", "--tokens", "1e9"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "does not fit: 30.2 of" in shown
+    found = re.findall(r"^ +with (.+): [0-9.]+ GiB$", shown, re.MULTILINE)
+    assert found
+    for keys in found:
+        assert main([*command[:2], *keys.split(), *command[2:]]) == 0
+        assert "room        fits: " in capsys.readouterr().out, keys
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpu", "abacus-8g"), "--gpu abacus-8g: known are"),
+        (("--model-shape", "llama9"), "--model-shape llama9: neither a folder with a config.json nor one of"),
+        (("--model-shape", "llama3-8b", "--tokens", "0"), "--tokens 0: at least 1"),
+        (("--model-shape", "llama3-8b", "--tokens", "1e9", "data.seq_length=null"), "set data.seq_length=N"),
+    ],
+)
+def test_what_cannot_be_assumed_is_refused(capsys, options, message):
+    assert main(["plan", str(FOLDER / "llama3-8b-8gpu.yaml"), "--nproc=8", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_disk_without_room_is_told_but_does_not_stop_a_plan(surroundings, capsys, monkeypatch):

@@ -18,7 +18,15 @@ from tests.slurm.runs import write_run
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sbatch"), *(ROOT / "launch").glob("*.sh")])
 EVERYTHING = (
-    *("--nodes=2", "--gpus-per-node=8", "--cpus-per-task=16", "--time=1-12", "--partition=gpu", "--account=physics"),
+    *(
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--cpus-per-task=16",
+        "--mem=64G",
+        "--time=1-12",
+        "--partition=gpu",
+        "--account=physics",
+    ),
     *("--container", "nvcr.io#nvidia/pytorch:25.06-py3", "--container-mounts", "/data:/data", "/scratch:/scratch"),
     *("--modules", "cuda/12.8", "gcc", "--style", "torchrun", "--max-restarts", "3", "--grace=600"),
     *("--python", "/opt/env/bin/python", "--option", "qos=high", "--option", "exclusive"),
@@ -62,6 +70,7 @@ def test_every_option_ends_up_in_the_script(capsys, config, tmp_path):
         "ntasks-per-node": "8",
         "gpus-per-node": "8",
         "cpus-per-task": "16",
+        "mem": "64G",
         "time": "1-12",
         "output": f"{tmp_path}/run/logs/%j.log",
         "open-mode": "append",
@@ -86,6 +95,15 @@ def test_every_option_ends_up_in_the_script(capsys, config, tmp_path):
         assert any(written.startswith(line) for written in script.splitlines()), line
     assert f"[ $# -gt 0 ] || set -- train {tmp_path}/run/launch/config.yaml" in script
     assert not (tmp_path / "run").exists()
+
+
+def test_memory_is_asked_for_and_a_dry_run_says_what_it_would_have_done(capsys, config, tmp_path):
+    """All of a node's, where nothing is said: the default of a cluster may be a gigabyte."""
+    assert main(["launch", str(config), "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert options_of(shown.out)["mem"] == "0"
+    assert "nothing was submitted" in shown.err
+    assert f"sbatch --parsable --dependency=singleton --kill-on-invalid-dep=yes {tmp_path}/run/launch/" in shown.err
 
 
 CPU = ("--gpus-per-node=0", "--tasks-per-node=4", "--cpus-per-task=2")
@@ -203,6 +221,23 @@ def test_a_command_that_works_in_one_process_gets_one(capsys, tmp_path):
     chain.write_text(yaml.safe_dump({"out": "out", "stages": [{"name": "a", "command": "export run --out hf"}]}))
     options = options_of(dry_run(capsys, chain, "--nodes=4", "--gpus-per-node=2"))
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("1", "1", "2")
+
+
+def test_the_dry_run_of_a_chain_shows_ranks_and_every_submission(capsys, mix, tmp_path):
+    config = write_run(mix, tmp_path, global_batch_size=16)
+    cpu = {"gpus_per_node": 0, "tasks_per_node": 2}
+    stages = [{"name": "one", "command": f"train {config}"}, {"name": "two", "command": f"train {config}"}]
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "defaults": cpu, "stages": stages}))
+    assert main(["launch", str(chain), "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("  1 x CPU, 2 ranks each  ") == 2
+    assert "--dependency=afterok:JOB-OF-one,singleton" in shown.err and "/two.sbatch" in shown.err
+    assert [Resources(**values).size for values in ({}, {"gpus_per_node": 0}, {"tasks_per_node": 1})] == [
+        "1 x 8 GPUs",
+        "1 x CPU",
+        "1 x 8 GPUs, 1 rank each",
+    ]
 
 
 def test_a_wheel_carries_the_templates(tmp_path):

@@ -1,0 +1,40 @@
+"""Dimensions of published models, to plan with before anything is downloaded (`mixcpt plan --model-shape`)."""
+
+from __future__ import annotations
+
+from megatron_mixcpt.architecture.architecture import Architecture
+
+
+def _shape(
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    vocabulary: int,
+    positions: int,
+    *,
+    tied: bool = False,
+    bias: bool = False,
+) -> Architecture:
+    return Architecture(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=hidden // heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
+        qkv_bias=bias,
+    )
+
+
+SHAPES: dict[str, Architecture] = {
+    "smollm2-135m": _shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
+    "llama3-8b": _shape(32, 4096, 14336, 32, 8, 128256, 8192),
+    "llama3.1-8b": _shape(32, 4096, 14336, 32, 8, 128256, 131072),
+    "llama3-70b": _shape(80, 8192, 28672, 64, 8, 128256, 8192),
+    "qwen2-7b": _shape(28, 3584, 18944, 28, 4, 152064, 131072, bias=True),
+}
