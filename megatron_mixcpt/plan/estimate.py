@@ -208,11 +208,11 @@ def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
-    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more.
-    Also what the loss needs beside them where no fused kernel computes it."""
+    """Student and teacher logits, or student logits and their gradient, and what the loss needs beside them where no
+    fused kernel computes it; in bf16 the matrix product, before the loss, copies one more."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.fuses_lm_head:
         return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
-    copies = 2 if config.train.dtype == "fp32" else 3
+    logits = tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
     scratch = SCRATCH_BUFFERS * min(BLOCK_ELEMENTS, tokens * vocabulary) * FP32
-    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype] + scratch
+    return max(2 * logits + scratch, (2 if config.train.dtype == "fp32" else 3) * logits)
