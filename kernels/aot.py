@@ -19,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixcpt.kernels.constants import TARGETS
+
 KERNELS = ("stats", "combine", "gradient")
 FLAGS = (False, True)
 LEGEND = (
@@ -120,7 +122,7 @@ def _logits_variants(kernel: str) -> Iterator[Variant]:
 
 
 def _combine_variants() -> Iterator[Variant]:
-    targets = [("swap", True), ("plain", True), ("mft", True), ("swap", False)]  # without a teacher it has no part
+    targets = [(target, True) for target in TARGETS] + [("swap", False)]  # without a teacher it has no part
     for (target, has_teacher), separate, per_token in itertools.product(targets, FLAGS, FLAGS):
         constants = dict(TARGET=target, HAS_TEACHER=has_teacher, SEPARATE=separate, PER_TOKEN=per_token)
         yield make_variant("combine", constants | {"DETAILS": False}, ones=True)

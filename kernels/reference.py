@@ -119,14 +119,15 @@ def combine(
         log_q_y = (s_y - m_s) / tau - l_s.log()
         p_a = 1.0 / l_t
         keep, new_a, new_y = edited_target(p_a, p_y, same, constants)
-        if constants.target == "mft":
-            kl = _mixed_divergence(base, p_y, keep, new_y, log_q_y)
+        if constants.target == "plain":
+            kl = base
         elif constants.target == "swap":
             # With either logit at -inf the target has mass where the student has none.
             empty = (s_a == -INF) | (s_y == -INF)
             kl = base + torch.where(empty, INF, (p_a - p_y) * (s_a - s_y) / tau)
         else:
-            kl = base
+            assert constants.target == "mft"
+            kl = _mixed_divergence(base, p_y, keep, new_y, log_q_y)
         loss = loss + weighted(kl, constants.kd_weight)
         if constants.separate_ce:
             l_t1, cross_1 = _common_sums(shards[:, L_T1], shards[:, CROSS_1], scale_t.exp(), moved)
@@ -207,6 +208,7 @@ def edited_target(p_a: Tensor, p_y: Tensor, same: Tensor, constants: LossConstan
         return keep, p_a, p_y
     if constants.target == "swap":
         return keep, p_y, p_a
+    assert constants.target == "mft"
     margin = constants.margin
     raise_label = torch.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
     overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b; as a difference it could round below 0

@@ -38,6 +38,7 @@ def _target(p_a, p_y, same, margin, TARGET: tl.constexpr):
     elif TARGET == "swap":
         return p_a * 0 + 1, p_y, p_a
     else:
+        tl.static_assert(TARGET == "mft")
         raised = tl.where(margin >= 1 - p_y, 0.0, 1 - margin / (1 - p_y))
         overtake = (1 - margin) / (1 + p_a - p_y)  # 1 - b; as a difference it could round below 0
         keep = tl.where(same, raised, overtake)
@@ -58,6 +59,7 @@ def _divergence(base, p_a, p_y, keep, new_y, s_a, s_y, log_q_y, inverse_tau, TAR
         # With either logit at -inf the target has mass where the student has none.
         return base + tl.where((s_a == -INF) | (s_y == -INF), INF, (p_a - p_y) * (s_a - s_y) * inverse_tau)
     else:
+        tl.static_assert(TARGET == "mft")
         label_part = _times_log(p_y) - tl.where(p_y == 0, 0.0, p_y * log_q_y)
         others = keep * (base - label_part) + (1 - p_y) * _times_log(keep)
         others = tl.where((keep == 0) | (log_q_y == -INF), 0.0, others)

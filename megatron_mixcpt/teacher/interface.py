@@ -18,7 +18,8 @@ from megatron_mixcpt.data.batch import Batch
 
 @dataclass(frozen=True)
 class DenseTarget:
-    """This rank's vocabulary shard of the logits. Training writes the gradient over them: they are read once."""
+    """This rank's vocabulary shard of the logits, of the student's dtype. Training writes the gradient over them: they
+    are read once."""
 
     logits: Tensor  # [s, b, v/tp]
 

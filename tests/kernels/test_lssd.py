@@ -9,7 +9,7 @@ import torch
 from megatron_mixcpt.kernels import lssd_loss
 from megatron_mixcpt.kernels.arguments import make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
-from megatron_mixcpt.kernels.constants import L_S, L_T, M_S, M_T
+from megatron_mixcpt.kernels.constants import L_S, L_T, M_S, M_T, TARGETS
 from tests.kernels.oracle import loss_and_gradient, oracle
 from tests.kernels.problems import problem, with_details
 
@@ -39,7 +39,7 @@ def check(student, teacher, labels, upstream, **options):
         torch.testing.assert_close(details[name].to(value.dtype), value, rtol=LOSS_ERROR, atol=LOSS_ERROR)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.3, 2.0)], ids=str)
 def test_agrees_with_the_oracle(device, target, temperature, weights):
@@ -139,7 +139,7 @@ def test_large_offsets_cost_no_precision(device, offset, temperature):
     check(student + offset, teacher - offset, labels, upstream, temperature=temperature)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_ties_at_the_maximum_go_to_the_lowest_id(device, target):
     student, teacher, labels, upstream = problem((6,), 5000, device, ignore=False)
     for row, columns in enumerate([(3, 4), (7, 4097), (0, 4999), (4095, 4096), (2, 3), (1, 2500)]):
@@ -148,7 +148,7 @@ def test_ties_at_the_maximum_go_to_the_lowest_id(device, target):
     check(student, teacher, labels, upstream, target=target)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_minus_infinity_in_the_teacher_has_no_mass(device, target, temperature):
     student, teacher, labels, upstream = problem((6,), 9000, device, ignore=False)
@@ -163,7 +163,7 @@ def test_minus_infinity_in_the_teacher_has_no_mass(device, target, temperature):
     check(student, teacher, labels, upstream, target=target, temperature=temperature)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_first_tiles_that_only_one_model_can_produce(device, target):
     student, teacher, labels, upstream = problem((3,), 5000, device, ignore=False)
     labels[:] = torch.tensor([4000, 4000, 4500])
@@ -178,7 +178,7 @@ def test_first_tiles_that_only_one_model_can_produce(device, target):
     torch.testing.assert_close(details["ce"].double(), expected["ce"], rtol=LOSS_ERROR, atol=LOSS_ERROR)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_minus_infinity_in_the_student_makes_the_loss_infinite(device, target):
     student, teacher, labels, _ = problem((4,), 300, device, ignore=False)
     argmax = teacher.argmax(-1)
@@ -268,7 +268,7 @@ def test_label_outside_the_vocabulary_gives_nan(device):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_gradient_rows_sum_to_zero(device, target, temperature):
     student, teacher, labels, upstream = problem((6,), 4100, device)
     _, gradient, _ = loss_and_gradient(

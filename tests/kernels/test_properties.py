@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_mixcpt.kernels.arguments import make_constants
 from megatron_mixcpt.kernels.backend import choose_backend
+from megatron_mixcpt.kernels.constants import TARGETS
 from tests.kernels.oracle import loss_and_gradient, oracle
 
 QUICK = settings(
@@ -37,7 +38,7 @@ def cases(draw):
     )
     options = dict(
         temperature=draw(st.sampled_from([0.5, 1.0, 1.7, 4.0])),
-        target=draw(st.sampled_from(["swap", "plain", "mft"])),
+        target=draw(st.sampled_from(TARGETS)),
         margin=draw(st.sampled_from([0.05, 0.2, 1.0])),
     )
     return case, options

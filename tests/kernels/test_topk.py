@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mixcpt.kernels import topk_lssd_loss
+from megatron_mixcpt.kernels.constants import TARGETS
 from tests.helpers.spawn import run_distributed
 from tests.kernels.oracle import loss_and_gradient, oracle
 from tests.kernels.problems import problem
@@ -59,7 +60,7 @@ def check(result, expected, names=("ce", "kl", "kl_base", "p_argmax", "p_label",
         torch.testing.assert_close(result[2][name].double(), expected[2][name].double(), rtol=3e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_complete_cache_is_the_full_loss(device, target, temperature):
     student, teacher, labels, upstream = tokens(device)
@@ -72,7 +73,7 @@ def test_complete_cache_is_the_full_loss(device, target, temperature):
     check(result, (loss, gradient, details))
 
 
-@pytest.mark.parametrize("target", ["swap", "plain", "mft"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("k", [1, 10, 64])
 def test_incomplete_cache_is_the_coarse_loss(device, target, k):
     student, teacher, labels, upstream = tokens(device)

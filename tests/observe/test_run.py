@@ -91,7 +91,7 @@ def test_the_trace_has_the_steps_with_their_parts(watched):
 def test_neither_clock_nor_profiler_changes_a_loss_by_a_bit(tmp_path, mix, watched, monkeypatch):
     """Also a run that ends while it is traced, one that is resumed, and a profiler that fails."""
     expected = {row["step"]: row["train/loss"] for row in watched[1] if "train/loss" in row}
-    monkeypatch.setattr(loop.Progress, "start_clock", lambda self: None)
+    monkeypatch.setattr(loop.Bookkeeping, "start_clock", lambda self: None)
 
     def broken(*args, **kwargs):
         raise RuntimeError("no profiler here")
