@@ -26,7 +26,7 @@ import megatron_mixcpt
 from benchmarks.train_cpu import batch_of, cpu_name
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import AdapterConfig, LossConfig, TrainConfig
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import parallel_context

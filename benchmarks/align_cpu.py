@@ -28,7 +28,7 @@ from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AlignSettings, LossConfig
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.dpo import DPOObjective
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs

@@ -3,8 +3,8 @@
     python benchmarks/attention_cpu.py [--rounds 3] [--long] [--out benchmarks/results/attention_cpu.md]
 
 Documents have the lengths of short medical articles (log-normal, 210 tokens in the middle), packed to rows. Contenders
-take turns in one process; what is compared is CPU time of the process, which other programs on the machine disturb
-least. `--long` also trains one row of 131,072 tokens on two context-parallel ranks.
+take turns in one process of one thread; what is compared is CPU time of the process, which other programs on the
+machine disturb least. `--long` also trains one row of 131,072 tokens on two context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from megatron_mixcpt.attention.documents import QUERIES, Documents
 from megatron_mixcpt.attention.reference import dense_mask
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import parallel_context
@@ -42,6 +44,8 @@ from megatron_mixcpt.runtime.parallel import parallel_context
 HEADS, GROUPS, HEAD_DIM = 9, 3, 64  # of SmolLM2-135M
 LENGTHS = (2048, 8192, 32768)
 LARGEST_MASK = 8192
+PADDED = 8  # documents of a padded batch
+VOCABULARY = 8192
 LONG = 131072
 
 
@@ -68,12 +72,16 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def padded(query: Tensor, key: Tensor, value: Tensor, spans: np.ndarray) -> Tensor:
-    """One batch of all documents, padded to the longest, as a padding collator makes it."""
+    """Batches of PADDED documents, each padded to its longest, as a padding collator makes them."""
     sizes = spans[:, QUERIES].tolist()
-    q, k, v = (torch.nn.utils.rnn.pad_sequence(x[:, 0].split(sizes), batch_first=True) for x in (query, key, value))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return torch.cat([row[:size] for row, size in zip(out, sizes)]).unsqueeze(1)
+    documents = [x[:, 0].split(sizes) for x in (query, key, value)]
+    found = []
+    for first in range(0, len(sizes), PADDED):
+        batch = slice(first, first + PADDED)
+        q, k, v = (torch.nn.utils.rnn.pad_sequence(x[batch], batch_first=True).transpose(1, 2) for x in documents)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        found += [row[:size] for row, size in zip(out, sizes[batch])]
+    return torch.cat(found).unsqueeze(1)
 
 
 def attention_contenders(length: int) -> dict[str, Callable[[], object]]:
@@ -86,7 +94,7 @@ def attention_contenders(length: int) -> dict[str, Callable[[], object]]:
 
     steps = {
         "by documents": both_ways(lambda q, k, v: attention(q, k, v, documents)),
-        "padded batch of documents": both_ways(lambda q, k, v: padded(q, k, v, documents.spans)),
+        "padded batches of documents": both_ways(lambda q, k, v: padded(q, k, v, documents.spans)),
     }
     if length <= LARGEST_MASK:
         mask = dense_mask(doc_start).unsqueeze(1)
@@ -96,7 +104,7 @@ def attention_contenders(length: int) -> dict[str, Callable[[], object]]:
 
 def batch_of(length: int) -> Batch:
     packing = Documents.of(packed(length))
-    tokens = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     source = torch.zeros(1, dtype=torch.int64)
     return Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), packing.position_ids(), packing, source)
 
@@ -105,25 +113,69 @@ def trainer(preset: str) -> ForwardBackward:
     """Forward and backward of a preset, cross-entropy alone."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    arch = PRESETS[preset]
+    arch = replace(PRESETS[preset], vocab_size=VOCABULARY)
     stage = build_gpt(arch)
     model = DistributedDataParallel(stage.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), stage)
     stage.config.finalize_model_grads_func = finalize_model_grads
     loss = MixCPTLoss(
-        LossConfig(target="none"), group=None, vocab_start=0, vocab_size=arch.vocab_size, device=torch.device("cpu")
+        LossConfig(target="none"),
+        None,
+        group=None,
+        vocab_start=0,
+        vocab_size=arch.vocab_size,
+        device=torch.device("cpu"),
     )
     return ForwardBackward(model, loss, num_sources=1, contributes=True)
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def peers(length: int) -> dict[str, Callable[[], object]]:
+    """The same step as transformers makes it: batches that are padded, and rows packed its own way."""
+    import transformers
+
+    arch = PRESETS["tiny"]
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.ffn_hidden_size,
+        num_hidden_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_key_value_heads=arch.num_query_groups,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    batch = batch_of(length)
+    sizes = batch.packing.spans[:, QUERIES].tolist()
+
+    def packed_rows() -> None:
+        inputs = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "labels": batch.tokens}
+        model(**inputs, use_cache=False).loss.backward()
+
+    def padded_batches() -> None:
+        documents = batch.tokens[0].split(sizes)
+        for first in range(0, len(sizes), PADDED):
+            some = documents[first : first + PADDED]
+            ids = torch.nn.utils.rnn.pad_sequence(list(some), batch_first=True)
+            there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in some], batch_first=True)
+            labels = ids.masked_fill(there == 0, -100)
+            model(input_ids=ids, attention_mask=there, labels=labels, use_cache=False).loss.backward()
+
+    steps: dict[str, Callable[[], object]] = {"transformers, padded batches": padded_batches}
+    if length <= LARGEST_MASK:
+        steps["transformers, its own packing"] = packed_rows
+    return steps
+
+
+def measure(steps: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
     """Median CPU seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Any, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
             began = time.process_time()
             step()
             if number:
                 seconds[name].append(time.process_time() - began)
+            print(f"{name}: {time.process_time() - began:.2f} s", file=sys.stderr, flush=True)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -166,12 +218,16 @@ def report(rounds: int, *, long: bool) -> str:
             rows.append(f"| {length} | {name} | {seconds[name]:.3f} | {ratio:.1f} | {peak(step):.0f} |")
     with parallel_context():
         run = trainer("tiny")
-        steps = {str(length): partial(run, [batch_of(length)]) for length in LENGTHS}
-        seconds = measure(steps, rounds)
-        speed = {name: int(name) / value for name, value in seconds.items()}
+        contenders: dict[tuple[int, str], Callable[[], object]] = {}
+        for length in LENGTHS:
+            contenders[length, "ours"] = partial(run, [batch_of(length)])
+            contenders |= {(length, name): step for name, step in peers(length).items()}
+        seconds = measure(contenders, rounds)
+        speed = {key: key[0] / value for key, value in seconds.items()}
         whole = [
-            f"| {name} | {value:.0f} | {value / speed['2048']:.2f} | {peak(steps[name]):.0f} |"
-            for name, value in speed.items()
+            f"| {length} | {name} | {value:.0f} | {value / speed[2048, 'ours']:.2f} | "
+            f"{peak(contenders[length, name]):.0f} |"
+            for (length, name), value in speed.items()
         ]
     ending = f"\n{long_row()}\n" if long else ""
     return f"""# Attention over packed documents on CPU
@@ -184,10 +240,11 @@ that are alive together.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-A whole training step of the preset `tiny`:
+A whole step of the preset `tiny` with {VOCABULARY} entries, forward and backward, cross-entropy alone. Padded
+batches hold {PADDED} documents. Beyond {LARGEST_MASK} tokens transformers' packing would make a mask of rows by rows:
 
-| row | tokens a CPU second | 2048 = 1 | MiB |
-|---|---|---|---|
+| row | step | tokens a CPU second | ours at 2048 = 1 | MiB |
+|---|---|---|---|---|
 {chr(10).join(whole)}
 {ending}
 Measured {date.today()}, torch {torch.__version__}, {os.cpu_count()} cores.
@@ -202,6 +259,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention_cpu.md"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)  # threads that wait for one another count as CPU time
     if args.rank_of_long_row:
         return rank_of_long_row()
     text = report(args.rounds, long=args.long)

@@ -32,7 +32,7 @@ from megatron_mixcpt.data.position import Draw
 from megatron_mixcpt.data_prep.format import DOC_START, TARGET, IndexedWriter, token_dtype
 from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, write_mix
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context

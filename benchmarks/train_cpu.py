@@ -25,7 +25,7 @@ from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import LossConfig
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.model.gpt import build_gpt
+from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.model.load import load_hf
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.step import ForwardBackward

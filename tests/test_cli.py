@@ -168,7 +168,7 @@ def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
         ("data.mix=nowhere/mix.json", "no such file; `mixcpt preprocess` writes it"),
         ("data.seq_length=64", "was packed for 32: set data.seq_length=32"),
         ("parallel.tensor=3", "parallel.tensor=3"),
-        ("parallel.pipeline=3", "parallel.pipeline=3 does not divide 4 layers"),
+        ("parallel.pipeline=5", "parallel.pipeline=5 makes 5 parts of 4 layers: use at most 4"),
         ("parallel.sequence=true", "parallel.sequence needs parallel.tensor > 1"),
         ("steps", "overrides are written key=value"),
     ],

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
+from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes
@@ -132,17 +133,17 @@ def _matches(layer: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer.rsplit(".", 1)[1], pattern)
 
 
-def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int, pipeline: int) -> None:
-    """Raise ConfigError, naming the way out, where the adapters cannot be cut `tensor` x `pipeline` ways."""
+def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int, stages: Stages) -> None:
+    """Raise ConfigError, naming the way out, where the adapters cannot be cut over `tensor` ranks x `stages`."""
     linears = adapted_linears(arch, config)
-    per_stage = arch.num_layers // pipeline
-    stages = {int(linear.linear.split(".")[2]) // per_stage for linear in linears}
-    if len(stages) < pipeline:
-        empty = min(set(range(pipeline)) - stages)
-        raise ConfigError(
-            f"adapter.targets leaves pipeline stage {empty} (layers {empty * per_stage} to "
-            f"{(empty + 1) * per_stage - 1}) nothing to train: lower parallel.pipeline, or target layers of each stage"
-        )
+    adapted = {int(linear.linear.split(".")[2]) for linear in linears}
+    for rank in range(stages.pipeline):
+        if not stages.layers_of(rank) & adapted:
+            layers = " and ".join(f"{part[0]} to {part[-1]}" for part in stages.parts_of(rank))
+            raise ConfigError(
+                f"adapter.targets leaves pipeline stage {rank} (layers {layers}) nothing to train: lower "
+                "parallel.pipeline, or target layers of each stage"
+            )
     partial = any(len(linear.targets) < 3 for linear in linears if linear.linear.endswith("linear_qkv"))
     if tensor > arch.num_query_groups and partial:
         raise ConfigError(

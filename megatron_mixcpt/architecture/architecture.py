@@ -51,8 +51,9 @@ class Architecture:
         multiple = VOCAB_MULTIPLE * tensor
         return -(-self.vocab_size // multiple) * multiple
 
-    def check_layout(self, tensor: int, pipeline: int) -> None:
-        """Raise ConfigError, naming what does fit, unless the model can be cut `tensor` x `pipeline` ways."""
+    def check_layout(self, tensor: int, pipeline: int, interleave: int = 1) -> None:
+        """Raise ConfigError, naming what does fit, unless the model can be cut `tensor` x `pipeline` ways, with
+        `interleave` parts on each pipeline rank."""
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_query_groups} query groups"
@@ -63,10 +64,11 @@ class Architecture:
                 f"parallel.tensor={tensor} cannot cut this model ({self.num_attention_heads} heads in "
                 f"{self.num_query_groups} groups, FFN {self.ffn_hidden_size}): use one of {fits}"
             )
-        if self.num_layers % pipeline:
-            fits = [p for p in range(1, self.num_layers + 1) if self.num_layers % p == 0]
+        if self.num_layers < pipeline * interleave:
+            also = f" x parallel.interleave={interleave}" if interleave > 1 else ""
             raise ConfigError(
-                f"parallel.pipeline={pipeline} does not divide {self.num_layers} layers: use one of {fits}"
+                f"parallel.pipeline={pipeline}{also} makes {pipeline * interleave} parts of {self.num_layers} layers: "
+                f"use at most {self.num_layers}"
             )
 
     def _tensor_fits(self, tensor: int) -> bool:

@@ -28,7 +28,7 @@ def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool, 
         frozen: adapters are trained, the weights' own gradients not computed. What the adapters themselves take, a
             percent or so, is not counted.
     """
-    matrices = 2.0 * (_layer_matrices(arch) + arch.vocab_size * arch.hidden_size)
+    matrices = 2.0 * (arch.num_layers * layer_weights(arch) + arch.vocab_size * arch.hidden_size)
     forward = matrices + 0.5 * _attention(arch, seq_length)
     return forward * (4.0 if with_teacher else 3.0) - (matrices if frozen else 0.0)
 
@@ -38,7 +38,7 @@ def executed_flops_per_token(
     document_length: float,
     *,
     with_teacher: bool,
-    recompute: bool = False,
+    recompute: str = "none",
     fuse_lm_head: bool = False,
     tensor: int = 1,
     frozen: bool = False,
@@ -50,23 +50,45 @@ def executed_flops_per_token(
 
     Args:
         document_length: of the document that a token is in, on average over the tokens.
-        recompute: `train.recompute: full`.
+        recompute: `train.recompute`.
         fuse_lm_head: `loss.fuse_lm_head`.
         tensor: tensor-parallel ranks, which decide on the padding.
         frozen: as in `flops_per_token`.
     """
-    layers = 2.0 * _layer_matrices(arch) + _attention(arch, document_length)
+    attention = _attention(arch, document_length)
+    layers = 2.0 * arch.num_layers * layer_weights(arch) + attention
+    again = recomputed_weights(arch, recompute) * 2.0 * arch.num_layers
+    again += attention if recompute in ("attention", "full") else 0.0
     head = 2.0 * arch.padded_vocab_size(tensor) * arch.hidden_size
     passes = 4.0 if with_teacher else 3.0
-    executed = layers * (passes + recompute) + head * (passes + (2.0 if fuse_lm_head else 0.0))
-    return executed - (2.0 * _layer_matrices(arch) + head if frozen else 0.0)
+    executed = layers * passes + again + head * (passes + (2.0 if fuse_lm_head else 0.0))
+    return executed - (2.0 * arch.num_layers * layer_weights(arch) + head if frozen else 0.0)
 
 
-def _layer_matrices(arch: Architecture) -> int:
-    """Weights of all layers that take part in matrix products."""
+def layer_weights(arch: Architecture) -> int:
+    """Weights of one layer that take part in matrix products."""
+    return attention_weights(arch) + mlp_weights(arch)
+
+
+def recomputed_weights(arch: Architecture, recompute: str) -> int:
+    """Weights of one layer that `train.recompute` multiplies with once more."""
+    return {
+        "none": 0,
+        "mlp": mlp_weights(arch),
+        "attention": attention_weights(arch),
+        "full": layer_weights(arch),
+    }[recompute]
+
+
+def attention_weights(arch: Architecture) -> int:
+    """Of queries, keys, values and what puts the heads together again."""
     queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    layer = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
-    return arch.num_layers * layer
+    return arch.hidden_size * (2 * queries + 2 * keys)
+
+
+def mlp_weights(arch: Architecture) -> int:
+    """Of gate, up and down projection."""
+    return 3 * arch.hidden_size * arch.ffn_hidden_size
 
 
 def _attention(arch: Architecture, seq_length: float) -> float:

@@ -20,10 +20,10 @@ from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_mixcpt.model.gpt import MixGPTModel
+    from megatron_mixcpt.model.interleaved import StageModel
 
 
-def start_adapters(stage: MixGPTModel, seed: int) -> None:
+def start_adapters(stage: StageModel, seed: int) -> None:
     """Fill the adapters of a stage at the beginning of a run: from `adapter.init`, or so that they add nothing."""
     from megatron_mixcpt.adapters.files import read_directory
 
@@ -56,7 +56,7 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
     return fingerprint(checkpoint)
 
 
-def _load_adapted(stage: MixGPTModel, checkpoint: Path, info: CheckpointInfo, trained: AdapterConfig) -> None:
+def _load_adapted(stage: StageModel, checkpoint: Path, info: CheckpointInfo, trained: AdapterConfig) -> None:
     """Fill a stage from a verified checkpoint that holds adapters: base weights first, then the adapters. Collective.
 
     A stage with adapters of the same shape goes on with them. Into any other stage LoRA is merged.
@@ -102,21 +102,20 @@ def not_mergeable(adapter: AdapterConfig) -> str:
 
 
 @torch.no_grad()
-def _merge(stage: MixGPTModel, trained: AdapterConfig, checkpoint: Path) -> None:
+def _merge(stage: StageModel, trained: AdapterConfig, checkpoint: Path) -> None:
     """Add a checkpoint's LoRA to the weights, in fp32."""
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
     from megatron_mixcpt.adapters.layers import Adapter
     from megatron_mixcpt.adapters.layout import adapted_linears
     from megatron_mixcpt.adapters.state import load_adapters
 
-    layers: Any = stage.get_submodule("decoder.layers")
-    first = get_transformer_layer_offset(stage.config)
+    layers: dict[int, Any] = {}
+    for part in stage.parts:
+        layers |= dict(enumerate(part.decoder.layers, start=part.first_layer))
     beside = []
     for layout in adapted_linears(stage.arch, trained):
         _, _, number, rest = layout.linear.split(".", 3)
-        if first <= int(number) < first + len(layers):
-            beside.append((layers[int(number) - first].get_submodule(rest).weight, Adapter(layout, stage.config)))
+        if int(number) in layers:
+            beside.append((layers[int(number)].get_submodule(rest).weight, Adapter(layout, stage.config)))
     load_adapters([adapter for _, adapter in beside], checkpoint)
     for weight, adapter in beside:
         weight.copy_(weight.float() + adapter.merged_delta())

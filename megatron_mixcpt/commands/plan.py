@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from megatron_mixcpt.architecture.architecture import Architecture
     from megatron_mixcpt.config import Config
     from megatron_mixcpt.data.mix import Mix
+    from megatron_mixcpt.plan.estimate import RunPlan
 
 NAME = "plan"
 HELP = """What a configuration would take, without starting it: parameters, memory of a rank by part, tokens, hours, and
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
         + f"x data {plan.data_size}; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
     )
+    if grid.pipeline > 1:
+        for line in _pipeline_lines(config, plan, arch.num_layers):
+            print(line)
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
     print(f"memory of a rank, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
     for index, stage in enumerate(plan.stages):
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         arch,
         document_length(mix) if args.tokens is None else mix.seq_length,  # of unprepared text an upper bound
         with_teacher=config.runs_teacher,
-        recompute=train.recompute == "full",
+        recompute=train.recompute,
         fuse_lm_head=config.fuses_lm_head,
         tensor=grid.tensor,
         frozen=frozen,
@@ -134,6 +138,20 @@ def run(args: argparse.Namespace) -> int:
         + (": too little" if free < needed else "")
     )
     return 0
+
+
+def _pipeline_lines(config: Config, plan: RunPlan, num_layers: int) -> list[str]:
+    """How the layers lie, and what part of a step the pipeline's bubble is, with this and other interleaving."""
+    from megatron_mixcpt.plan.schedule import idle_share
+
+    grid, count = config.parallel, plan.num_micro_batches
+    rows = [", ".join(map(str, map(len, plan.cut.parts_of(rank)))) for rank in range(grid.pipeline)]
+    lines = [f"pipeline    layers of each stage: {' | '.join(rows)}"]
+    choices = [v for v in (1, 2, 3, 4) if v * grid.pipeline <= num_layers] if count % grid.pipeline == 0 else [1]
+    shares = [f"{idle_share(grid.pipeline, v, count):.1%} with {v}" for v in sorted({*choices, grid.interleave})]
+    bubble = idle_share(grid.pipeline, grid.interleave, count)
+    lines.append(f"            bubble: {bubble:.1%} of a step; by parallel.interleave: {', '.join(shares)}")
+    return lines
 
 
 def _model_and_mix(config: Config, world_size: int, args: argparse.Namespace) -> tuple[Architecture, Mix]:

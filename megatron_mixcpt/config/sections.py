@@ -51,7 +51,12 @@ class LayoutConfig(Section):
     tensor: Positive = 1
     """Ranks that share every layer; must divide heads and FFN."""
     pipeline: Positive = 1
-    """Stages the layers are dealt to; must divide their number."""
+    """Stages the layers are dealt to, balanced by what they compute."""
+    interleave: Positive = 1
+    """Parts of the model on each stage: with V, the pipeline's bubble is a V-th, and stages exchange V times as often.
+    Needs a number of micro-batches that pipeline divides."""
+    layers_per_stage: list[Positive] | None = None
+    """Layers of each part in order of depth, pipeline x interleave numbers; None balances them."""
     context: Positive = 1
     """Ranks that share every row: each computes a part of its tokens, so that activations of long rows fit."""
     sequence: bool = False
@@ -66,6 +71,18 @@ class LayoutConfig(Section):
     def _sequence_needs_tensor(self) -> LayoutConfig:
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence needs parallel.tensor > 1")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> LayoutConfig:
+        if self.interleave > 1 and self.pipeline == 1:
+            raise ValueError("parallel.interleave needs parallel.pipeline > 1")
+        parts = self.pipeline * self.interleave
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != parts:
+            raise ValueError(
+                f"parallel.layers_per_stage has {len(self.layers_per_stage)} numbers, parallel.pipeline "
+                f"{self.pipeline} x parallel.interleave {self.interleave} = {parts} parts"
+            )
         return self
 
 
@@ -111,8 +128,9 @@ class TrainConfig(Section):
     """Order of the data, and weights of a preset."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Weights and activations; gradients are accumulated and the optimizer works in fp32 either way."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only each layer's input and compute the rest again in backward."""
+    recompute: Literal["none", "mlp", "attention", "full"] = "none"
+    """Computed again in backward instead of kept: mlp: what is between the two norms' outputs and the layer's, in the
+    MLP; attention: the same in self-attention, its keys and values gathered anew; full: all but each layer's input."""
     distributed_optimizer: bool = False
     """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
     overlap_grad_reduce: bool = False

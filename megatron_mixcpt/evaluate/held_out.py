@@ -63,7 +63,7 @@ def validation_perplexity(
     check_vocabulary(path, arch, mix)
     with parallel_context() as state, tempfile.TemporaryDirectory() as cache:
         from megatron_mixcpt.checkpoint.start import load_model_weights
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf
 
         model = build_gpt(arch, params_dtype=DTYPES[dtype], seed=None, adapter=adapter)

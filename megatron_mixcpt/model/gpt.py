@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_mixcpt.adapters.layers import Adapter, adapters_of, attach
-from megatron_mixcpt.adapters.layout import adapted_linears, check_adapter_layout
+from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import PREFIX, adapter_sharded_state, load_adapter_state
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.init import initialize
 from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, Slot, slots
+from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.rope import Rotary
-from megatron_mixcpt.model.specs import block_spec, transformer_config
-from megatron_mixcpt.runtime.timing import MegatronTimers
+from megatron_mixcpt.model.specs import block_spec
 
 # (hidden [s(/tp), b, h] after the final norm, labels [b, s]) -> fp32 losses whose sum counts, 0 where ignored
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class MixGPTModel(GPTModel):
-    """This rank's pipeline stage.
+    """This rank's pipeline stage, or one of its parts in the interleaved schedule.
 
     `forward(tokens [b, s], position_ids [b, s], packing, labels=None)`: on the last stage what `loss` makes of the
     hidden states, or without labels the logits `[b, s, v/tp]`; on other stages the hidden states for the next one.
@@ -41,37 +41,46 @@ class MixGPTModel(GPTModel):
         vocab_start: global id of this rank's first vocabulary row.
     """
 
-    def __init__(self, arch: Architecture, adapter: AdapterConfig | None = None, **config: Any) -> None:
-        """`config`: the keywords of `specs.transformer_config`."""
-        settings = transformer_config(arch, **config)
-        settings.timers = MegatronTimers()
+    def __init__(
+        self,
+        arch: Architecture,
+        stages: Stages,
+        settings: TransformerConfig,
+        adapter: AdapterConfig | None = None,
+        *,
+        recompute: str = "none",
+        part: int | None = None,
+    ) -> None:
+        """`settings`: of `specs.transformer_config`, shared by a rank's parts; `part`: which of them, where several."""
         tensor = settings.tensor_model_parallel_size
         super().__init__(
             config=settings,
-            transformer_layer_spec=block_spec(arch, settings),
+            transformer_layer_spec=block_spec(arch, settings, recompute, part),
             vocab_size=arch.padded_vocab_size(tensor),
             max_sequence_length=arch.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="none",  # ours are put in by _preprocess
+            vp_stage=part,
         )
-        self.arch = arch
+        self.arch, self.stages = arch, stages
+        self.first_layer = get_transformer_layer_offset(settings, vp_stage=part)
+        self._recomputes = recompute != "none"
         self.loss: Loss | None = None
         self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
         self.rotary = Rotary(arch)
         self.adapter = adapter
         if adapter is not None:
-            attach(self, adapted_linears(arch, adapter), get_transformer_layer_offset(settings), arch.sliding_window)
+            attach(self, adapted_linears(arch, adapter), self.first_layer, arch.sliding_window)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if self.adapter is not None and self.pre_process and torch.is_grad_enabled() and embedded.is_leaf:
+        frozen = self.adapter is not None and self.pre_process and torch.is_grad_enabled() and embedded.is_leaf
+        if frozen and (self._recomputes or self.config.pipeline_model_parallel_size > 1):
             # Frozen embeddings need no gradient, but recomputation and the pipeline return none to what follows them
             # unless their input asks for one.
-            config = self.config
-            if config.recompute_granularity is not None or config.pipeline_model_parallel_size > 1:
-                embedded.requires_grad_()
+            embedded.requires_grad_()
         return embedded, self.rotary(position_ids), *rest
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, packing: Documents, *args: Any, **kwargs: Any) -> Tensor:
@@ -101,6 +110,11 @@ class MixGPTModel(GPTModel):
         """Last stage only: hidden `[s(/tp), b, h]` -> logits `[s, b, v/tp]` through the output head, tied or not."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, weight=weight)[0]
+
+    @property
+    def parts(self) -> list["MixGPTModel"]:
+        """What the schedule runs one after the other."""
+        return [self]
 
     def adapters(self) -> list[Adapter]:
         """This stage's adapters, in the order of its layers."""
@@ -138,41 +152,4 @@ class MixGPTModel(GPTModel):
 
     def slots(self) -> list[Slot]:
         """This rank's weights, without adapters, with their grid-independent names and whole shapes."""
-        return slots(self, self.arch, get_transformer_layer_offset(self.config))
-
-
-def build_gpt(
-    arch: Architecture,
-    sequence_parallel: bool = False,
-    params_dtype: torch.dtype = torch.float32,
-    recompute: bool = False,
-    seed: int | None = 1234,
-    adapter: AdapterConfig | None = None,
-) -> MixGPTModel:
-    """Build this rank's pipeline stage on its device, inside `parallel_context`.
-
-    Args:
-        sequence_parallel: split norms and residuals over the sequence; without tensor parallelism it does nothing.
-        params_dtype: type of weights and activations.
-        recompute: keep only each layer's input for backward.
-        seed: of the random weights, which are the same on every grid; None leaves all but the vocabulary's padding
-            uninitialised, for weights that are loaded next.
-        adapter: put these adapters beside the layers and freeze all else; their values are left uninitialised.
-
-    Raises:
-        ConfigError: the model cannot be cut this way; the message says which ways work.
-    """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    arch.check_layout(size, stages)
-    if adapter is not None:
-        check_adapter_layout(arch, adapter, size, stages)
-    model = MixGPTModel(
-        arch, adapter, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute
-    )
-    if seed is not None:
-        initialize(model.slots(), arch, seed, rank, size)
-    else:
-        model.zero_padding()
-    return model
+        return slots(self, self.arch, self.first_layer)

@@ -19,12 +19,12 @@ from megatron_mixcpt.huggingface.metadata import write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import check_names, open_source, whole_tensor
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.runtime.first_rank import from_first
 
 
 @torch.no_grad()
-def load_hf(model: MixGPTModel, hf_dir: str | Path, trust_remote_code: bool = False) -> None:
+def load_hf(model: StageModel, hf_dir: str | Path, trust_remote_code: bool = False) -> None:
     """Fill this rank's shard of `model` in place from a Hugging Face directory.
 
     A model with a larger vocabulary than the directory's gets new rows (see `whole_tensor`). Values are converted to
@@ -55,7 +55,7 @@ def load_hf(model: MixGPTModel, hf_dir: str | Path, trust_remote_code: bool = Fa
         slot.parameter.copy_(shard(slot.name, whole, rank, size, model.vocab_size))
 
 
-def _gather(model: MixGPTModel) -> Iterator[tuple[str, Tensor | None]]:
+def _gather(model: StageModel) -> Iterator[tuple[str, Tensor | None]]:
     """(name, whole tensor) over the model, the tensor on rank 0 and None elsewhere. Collective over model ranks."""
     mine = {slot.name: slot.parameter.detach() for slot in model.slots() if not _is_tied_copy(model, slot.name)}
     tensor_group, pipeline_group = model.tp_group, model.pp_group
@@ -79,22 +79,21 @@ def _gather(model: MixGPTModel) -> Iterator[tuple[str, Tensor | None]]:
         yield name, whole
 
 
-def _is_tied_copy(model: MixGPTModel, name: str) -> bool:
+def _is_tied_copy(model: StageModel, name: str) -> bool:
     return name == EMBEDDING and not model.pre_process
 
 
-def _owner(name: str, model: MixGPTModel) -> int:
+def _owner(name: str, model: StageModel) -> int:
     """The pipeline stage that holds a whole tensor."""
-    stages = model.config.pipeline_model_parallel_size
     if name == EMBEDDING:
         return 0
     if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) * stages // model.arch.num_layers
-    return stages - 1
+        return model.stages.owner(int(name.split(".")[2]))
+    return model.stages.pipeline - 1
 
 
 def save_hf(
-    model: MixGPTModel,
+    model: StageModel,
     arch: Architecture,
     out_dir: str | Path,
     tokenizer_dir: str | Path | None = None,

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from megatron_mixcpt.adapters.layers import AdaptableColumnLinear, AdaptableRowLinear
 from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.core import DocumentAttention
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.norm import RMSNorm
+from megatron_mixcpt.model.recompute import RecomputedAttention, RecomputedMLP
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 
 
@@ -27,11 +30,12 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    arch: Architecture, *, sequence_parallel: bool, params_dtype: torch.dtype, recompute: bool
+    arch: Architecture, stages: Stages, *, sequence_parallel: bool, params_dtype: torch.dtype, recompute: str
 ) -> TransformerConfig:
     """megatron-core's configuration of `arch` for the current process grid. No TE, no Apex, no dropout."""
     fusions = cuda_is_wanted()  # compiled by Triton
-    return TransformerConfig(
+    full, interleaved = recompute == "full", stages.interleave > 1
+    settings = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -54,13 +58,16 @@ def transformer_config(
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         sequence_parallel=sequence_parallel and parallel_state.get_tensor_model_parallel_world_size() > 1,
         params_dtype=params_dtype,
+        pipeline_model_parallel_layout=stages.megatron_layout() if stages.pipeline > 1 else None,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
-        deallocate_pipeline_outputs=True,
+        recompute_granularity="full" if full else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        deallocate_pipeline_outputs=not interleaved,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         bias_activation_fusion=fusions,
         bias_dropout_fusion=fusions,
         masked_softmax_fusion=False,
@@ -68,17 +75,38 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+    check_schedule(settings)
+    return settings
 
 
-def layer_spec(arch: Architecture) -> ModuleSpec:
-    """One transformer layer: norm, self attention, norm, gated MLP."""
+def check_schedule(settings: TransformerConfig) -> None:
+    """Raise ConfigError for what makes megatron-core's interleaved schedule compute wrong gradients without a word.
+
+    Seen on gloo with megatron-core 0.16: without overlap a rank's neighbours in a pipeline of two are one and the same,
+    and messages of one exchange change places; outputs that are deallocated are still being sent.
+    """
+    if settings.virtual_pipeline_model_parallel_size is None:
+        return
+    if not settings.overlap_p2p_comm or settings.batch_p2p_comm:
+        raise ConfigError(
+            "parallel.interleave needs megatron-core's overlap_p2p_comm, without batch_p2p_comm: otherwise exchanges "
+            "are mixed up"
+        )
+    if settings.deallocate_pipeline_outputs:
+        raise ConfigError(
+            "parallel.interleave excludes megatron-core's deallocate_pipeline_outputs: they are still being sent"
+        )
+
+
+def layer_spec(arch: Architecture, recompute: str = "none") -> ModuleSpec:
+    """One transformer layer: norm, self attention, norm, gated MLP. `recompute`: `train.recompute`."""
     qk_norm = RMSNorm if arch.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RecomputedAttention if recompute == "attention" else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptableColumnLinear,
@@ -91,7 +119,8 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=AdaptableRowLinear)
+                module=RecomputedMLP if recompute == "mlp" else MLP,
+                submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=AdaptableRowLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             # The names megatron-core's own checkpoints use, so that others can read ours.
@@ -103,8 +132,9 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
     )
 
 
-def block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage and the final norm."""
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(arch)] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+def block_spec(
+    arch: Architecture, config: TransformerConfig, recompute: str, part: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, or of its `part` in the interleaved schedule, and the final norm."""
+    count = get_num_layers_to_build(config, vp_stage=part)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, recompute)] * count, layer_norm=RMSNorm)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mixcpt.model.gpt import MixGPTModel
+    from megatron_mixcpt.model.interleaved import StageModel
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,5 @@ class Start:
 class Stage:
     """This rank's pipeline stage at the starting weights."""
 
-    model: MixGPTModel
+    model: StageModel
     start: Start

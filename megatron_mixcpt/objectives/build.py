@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.dpo import build_dpo
 from megatron_mixcpt.objectives.packed_text import build_packed_text, read_text_mix
@@ -27,7 +27,7 @@ def build_task(
     arch: Architecture,
     stage: Stage,
     state: ParallelState,
-    empty_stage: Callable[[], MixGPTModel],
+    empty_stage: Callable[[], StageModel],
     heartbeat: Callable[[str], None],
 ) -> Task:
     """The configuration's task, with its teacher or reference. Collective.

@@ -16,7 +16,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
 from megatron_mixcpt.data.dataset import Mixture, train_dataset, valid_datasets
 from megatron_mixcpt.data.mix import Mix, open_mix, reweighted
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
@@ -106,7 +106,7 @@ def build_packed_text(
     arch: Architecture,
     stage: Stage,
     state: ParallelState,
-    empty_stage: Callable[[], MixGPTModel],
+    empty_stage: Callable[[], StageModel],
 ) -> PackedTextTask:
     """The task with its teacher. Collective; arguments as in build.build_task."""
 

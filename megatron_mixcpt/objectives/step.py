@@ -32,21 +32,28 @@ class ForwardBackward:
         self.model, self.objective = model, objective
         self.num_sources, self.contributes = num_sources, contributes
         self._device = next(model.parameters()).device
+        self._parts = unwrap_model(model).parts
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
         """Accumulate the gradients of the mean loss over what the objective counts, globally. `batches` are on the CPU.
+
+        The interleaved schedule takes a multiple of the pipeline's size; forward alone, the last of `batches` is
+        repeated to make it one.
 
         Returns:
             `[num_sources, columns]` fp64 sums of this rank (columns: `objective.statistics`); all zeros where
             `contributes` is false. Summing them over all ranks gives the global batch's.
         """
-        columns = len(self.objective.statistics)
+        columns, count = len(self.objective.statistics), len(batches)
+        interleaved = len(self._parts) > 1
+        if interleaved and forward_only:
+            batches = batches + [batches[-1]] * (-count % self._parts[0].config.pipeline_model_parallel_size)
         totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=self._device)
         self.objective.begin_step(batches)
         get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, totals=totals),
-            data_iterator=enumerate(batches),
-            model=self.model,
+            forward_step_func=partial(self._forward_step, totals=totals, count=count),
+            data_iterator=[enumerate(batches) for _ in self._parts] if interleaved else enumerate(batches),
+            model=self._parts if interleaved else self.model,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
@@ -55,7 +62,7 @@ class ForwardBackward:
         return totals if self.contributes else torch.zeros_like(totals)
 
     def _forward_step(
-        self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor
+        self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor, count: int
     ) -> tuple[Tensor, Any]:
         index, batch = next(batches)
         batch = batch.here(self._device)  # no sooner: the others of the step take no room there
@@ -66,7 +73,8 @@ class ForwardBackward:
             self.objective.bind(stage, index, batch, statistics)
         # Last stage: the losses whose sum counts, as [b, s]; others: hidden states.
         output = model(batch.tokens, batch.position_ids, batch.packing, labels=batch.labels)
-        return output, partial(self._reduce, batch=batch, statistics=statistics, totals=totals)
+        kept = totals if index < count else torch.zeros_like(totals)  # of a repeated one nothing counts
+        return output, partial(self._reduce, batch=batch, statistics=statistics, totals=kept)
 
     def _reduce(
         self, output: Tensor, *, batch: Batch, statistics: Tensor, totals: Tensor

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
+from megatron_mixcpt.architecture.stages import Stages, stages_of
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import open_source
+from megatron_mixcpt.kernels.reference import BLOCK_ELEMENTS
+from megatron_mixcpt.plan.schedule import most_in_flight
 
 FP32 = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+SCRATCH_BUFFERS = 3  # of the reference of the losses
 FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
 
 
@@ -52,6 +56,7 @@ class RunPlan:
     """`stages[i]`: a rank of pipeline stage i; byte counts and totals of the run."""
 
     stages: list[StagePlan]
+    cut: Stages
     data_size: int
     num_micro_batches: int
     tokens_per_step: int
@@ -67,9 +72,10 @@ def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> 
     data_size = world_size // grid.replica
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
     row_length = config.row_sequences * mix.seq_length
-    stages = [_stage(config, arch, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
+    cut = stages_of(config, arch)
+    stages = [_stage(config, arch, cut, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
     checkpoint = checkpoint_bytes(arch, train.dtype, config.adapter)
-    return RunPlan(stages, data_size, num_micro, train.global_batch_size * row_length, checkpoint)
+    return RunPlan(stages, cut, data_size, num_micro, train.global_batch_size * row_length, checkpoint)
 
 
 def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | None = None) -> int:
@@ -84,32 +90,29 @@ def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | No
 
 
 def _stage(
-    config: Config, arch: Architecture, row_length: int, index: int, data_size: int, num_micro: int
+    config: Config, arch: Architecture, cut: Stages, row_length: int, index: int, data_size: int, num_micro: int
 ) -> StagePlan:
     train, tensor, pipeline = config.train, config.parallel.tensor, config.parallel.pipeline
     size = DTYPE_BYTES[train.dtype]
     last = index == pipeline - 1
-    count = _parameters(arch, tensor, pipeline, index)
+    count = _parameters(arch, tensor, cut, index)
     trained = count
     if config.adapter is not None:
-        trained = _adapter_parameters(arch, config.adapter, tensor, pipeline, index)
+        trained = _adapter_parameters(arch, config.adapter, tensor, cut, index)
         count += trained
     state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
     optimizer = math.ceil(state / (data_size * config.parallel.context)) if train.distributed_optimizer else state
     offloaded = config.optimizer.offload == "cpu"
     tokens = train.micro_batch_size * row_length // config.parallel.context
-    in_flight = min(num_micro, pipeline - index)  # 1F1B: the first stage waits longest for its gradients
-    layers = arch.num_layers // pipeline
-    layer = tokens * _layer_bytes(arch, config)
+    layers, parts = most_in_flight(cut, index, num_micro)  # the first stage waits longest for its gradients
+    kept, again = (tokens * count for count in _layer_bytes(arch, config))
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
     head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens) if last else 0
-    if train.recompute == "full":
-        kept = in_flight * layers * tokens * arch.hidden_size * size
-        # Logits are gone when the first layer is computed again.
-        activations = kept + max(layer - logits, 0) + head + transient
-    else:
-        activations = in_flight * layers * layer + head + transient
+    # Logits are gone when the gradients reach the layers.
+    activations = layers * kept + max(again + transient - logits, 0) + head
+    if cut.interleave > 1:
+        activations += parts * tokens * arch.hidden_size * size  # what each has sent on is not let go
     if pipeline > 1 and config.runs_teacher and last:
         activations += num_micro * tokens * arch.hidden_size * size  # the teacher's last hidden states of a step
     return StagePlan(
@@ -145,8 +148,8 @@ def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: in
     return size * (here + head + max(numbers.values()))
 
 
-def _parameters(arch: Architecture, tensor: int, pipeline: int, index: int) -> int:
-    layers = range(index * arch.num_layers // pipeline, (index + 1) * arch.num_layers // pipeline)
+def _parameters(arch: Architecture, tensor: int, cut: Stages, index: int) -> int:
+    layers, pipeline = cut.layers_of(index), cut.pipeline
     padded = arch.padded_vocab_size(tensor)
     count = 0
     for name, shape in whole_shapes(arch).items():
@@ -164,8 +167,8 @@ def _parameters(arch: Architecture, tensor: int, pipeline: int, index: int) -> i
     return count
 
 
-def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int, pipeline: int, index: int) -> int:
-    layers = range(index * arch.num_layers // pipeline, (index + 1) * arch.num_layers // pipeline)
+def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int, cut: Stages, index: int) -> int:
+    layers = cut.layers_of(index)
     return sum(
         math.prod(shape) // (1 if axis is None else tensor)
         for linear in adapted_linears(arch, adapter)
@@ -174,39 +177,42 @@ def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int,
     )
 
 
-def _adapter_bytes(arch: Architecture, config: Config) -> int:
-    """Kept by the adapters of one layer for each token: z, what goes into B, and what ALoRA's attention keeps."""
+def _adapter_bytes(arch: Architecture, config: Config, module: str) -> int:
+    """Kept by the adapters of one layer's `module` for each token: z, what goes into B, and what ALoRA's attention
+    keeps."""
     if config.adapter is None:
         return 0
-    linears = adapted_linears(arch, config.adapter)
+    linears = [linear for linear in adapted_linears(arch, config.adapter) if f".{module}." in linear.linear]
     width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
     tensors = 2 if config.adapter.method == "lora" else 8
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 
-def _layer_bytes(arch: Architecture, config: Config) -> int:
-    """Kept by one layer for each token of a micro-batch."""
-    tensor, size = config.parallel.tensor, DTYPE_BYTES[config.train.dtype]
+def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
+    """Of one layer for each token of a micro-batch: kept for backward, and there again while it is computed again."""
+    tensor, size, recompute = config.parallel.tensor, DTYPE_BYTES[config.train.dtype], config.train.recompute
     sequence = tensor if config.parallel.sequence else 1
     queries, keys = (heads * arch.head_dim // tensor for heads in (arch.num_attention_heads, arch.num_query_groups))
     norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
+    norms += 2 * FP32
     attention = 2 * (queries + keys) * size  # q, output, k, v
-    rotary = 4 * arch.head_dim * size
+    attention += 4 * arch.head_dim * size  # rotary
+    attention += FP32 * (arch.num_attention_heads // tensor) + _adapter_bytes(arch, config, "self_attention")
     mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
-    return (
-        _adapter_bytes(arch, config)
-        + norms
-        + attention
-        + rotary
-        + mlp
-        + FP32 * (arch.num_attention_heads // tensor + 2)
-    )
+    mlp += _adapter_bytes(arch, config, "mlp")
+    layer = norms + attention + mlp
+    if recompute == "full":
+        return arch.hidden_size * size, layer
+    again = {"none": 0, "mlp": mlp, "attention": attention}[recompute]
+    return layer - again, again
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
-    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more."""
+    """Student and teacher logits, or student logits and their gradient; in bf16 the matrix product copies one more.
+    Also what the loss needs beside them where no fused kernel computes it."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.fuses_lm_head:
         return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
     copies = 2 if config.train.dtype == "fp32" else 3
-    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
+    scratch = SCRATCH_BUFFERS * min(BLOCK_ELEMENTS, tokens * vocabulary) * FP32
+    return copies * tokens * vocabulary * DTYPE_BYTES[config.train.dtype] + scratch

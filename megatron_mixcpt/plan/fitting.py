@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.architecture.stages import stages_of
 from megatron_mixcpt.architecture.throughput import PEAK_BF16
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import Mix
@@ -99,12 +100,15 @@ def _changed(config: Config, arch: Architecture, change: dict[str, Any], world_s
         _section(values, key)[key.rpartition(".")[2]] = value
     try:
         changed = validate(Config, values, "plan")
-        arch.check_layout(changed.parallel.tensor, changed.parallel.pipeline)
+        stages_of(changed, arch)
     except ConfigError:
         return None
     train = changed.train
     data_size, rest = divmod(world_size, changed.parallel.replica)
     if rest or not data_size or train.global_batch_size % (train.micro_batch_size * data_size):
+        return None
+    grid, count = changed.parallel, train.global_batch_size // (train.micro_batch_size * data_size)
+    if grid.interleave > 1 and count % grid.pipeline:
         return None
     return changed
 

@@ -42,7 +42,8 @@ def rehearse(config: Config, nproc: int | None) -> int:
     data_size = nproc // replica if nproc else _default_data_size(config)
     arch, mix = check_settings(config, nproc or replica * data_size)
     seq_length = min(mix.seq_length, SEQ_LENGTH)
-    small = small_architecture(arch, config.parallel.tensor, config.parallel.pipeline, seq_length)
+    parts = config.parallel.pipeline * config.parallel.interleave
+    small = small_architecture(arch, config.parallel.tensor, parts, seq_length)
     grid = _grid(config, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
     for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
         print(line, flush=True)

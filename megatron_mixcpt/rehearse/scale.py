@@ -36,16 +36,17 @@ class Grid:
         return self.tensor * self.pipeline * self.context * self.data
 
 
-def small_architecture(arch: Architecture, tensor: int, pipeline: int, seq_length: int) -> Architecture:
-    """The same family in small: as many layers as stages (at least two), heads that divide over `tensor` ranks as the
-    model's own do, grouped queries where it has them, its vocabulary, biases, norms and rotary scaling."""
+def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: int) -> Architecture:
+    """The same family in small: a layer for each of the pipeline's parts (at least two), heads that divide over
+    `tensor` ranks as the model's own do, grouped queries where it has them, its vocabulary, biases, norms and rotary
+    scaling."""
     grouped = arch.num_attention_heads > arch.num_query_groups
     heads = 2 * tensor if grouped else tensor
     groups = min(arch.num_query_groups, tensor) if grouped else heads
     hidden = max(heads * HEAD_DIM, 64)
     return dataclasses.replace(
         arch,
-        num_layers=max(pipeline, 2),
+        num_layers=max(parts, 2),
         hidden_size=hidden,
         ffn_hidden_size=-(-2 * hidden // tensor) * tensor,
         num_attention_heads=heads,
@@ -88,6 +89,7 @@ def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path
         "global_batch_size": micro_batch_size * grid.data * min(micro_batches, 2 * grid.pipeline),
         "profile": None,
     }
+    values["parallel"] |= {"layers_per_stage": None}
     values["eval"] = {"every": 2, "max_samples": MICRO_BATCH_SIZE * grid.data}
     values["checkpoint"] |= {"every": 1, "keep": 2, "keep_every": 0}
     values["wandb"] = {"mode": "disabled"}

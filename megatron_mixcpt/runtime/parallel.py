@@ -116,13 +116,20 @@ def check_grid(world_size: int, tensor: int, pipeline: int, context: int = 1) ->
 
 @contextlib.contextmanager
 def parallel_context(
-    tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_minutes: float = 10, *, context: int = 1
+    tensor: int = 1,
+    pipeline: int = 1,
+    seed: int = 1234,
+    timeout_minutes: float = 10,
+    *,
+    context: int = 1,
+    interleave: int = 1,
 ) -> Iterator[ParallelState]:
     """Join the processes into a tensor x context x data x pipeline grid for the duration of the context.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none set this is a grid of one process. With
     CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU backend.
-    `MIXCPT_DEVICE=cpu` forces the latter. Everything is taken down at exit.
+    `MIXCPT_DEVICE=cpu` forces the latter. Everything is taken down at exit. With `interleave` above 1, models are cut
+    into that many parts a pipeline rank, and Megatron's schedule is the interleaved one.
 
     Raises:
         ConfigError: the processes do not divide into whole model replicas, or the launch variables are incomplete.
@@ -151,7 +158,18 @@ def parallel_context(
         )
         stack.callback(dist.destroy_process_group)
         yield _join_grid(
-            stack, store, rank, world_size, local_rank, device, tensor, pipeline, context, seed, timeout_minutes
+            stack,
+            store,
+            rank,
+            world_size,
+            local_rank,
+            device,
+            tensor,
+            pipeline,
+            context,
+            interleave,
+            seed,
+            timeout_minutes,
         )
 
 
@@ -176,6 +194,7 @@ def _join_grid(
     tensor: int,
     pipeline: int,
     context: int,
+    interleave: int,
     seed: int,
     timeout_minutes: float,
 ) -> ParallelState:
@@ -186,6 +205,7 @@ def _join_grid(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=interleave if interleave > 1 else None,
         context_parallel_size=context,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # beside the ones in use; nothing here asks for them

@@ -20,7 +20,7 @@ from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.data.batch import IGNORE_INDEX
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, Indexed, open_indexed
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.objectives.answers import AnswerBatch, AnswerSums
 from megatron_mixcpt.objectives.logprobs import TokenLogProbs
 from megatron_mixcpt.objectives.step import ForwardBackward
@@ -57,7 +57,7 @@ def plan_rounds(lengths: np.ndarray, micro_batch_tokens: int, data_size: int, mu
 @torch.no_grad()
 def score_sequences(
     prefix: Path,
-    stage: MixGPTModel,
+    stage: StageModel,
     state: ParallelState,
     *,
     vocab_size: int,

@@ -48,7 +48,9 @@ def select(config: SelectConfig) -> None:
 
     with StopRequest() as stop, explained(stop):
         grid, seed = config.parallel, config.select.seed
-        with parallel_context(grid.tensor, grid.pipeline, seed, context=grid.context) as state:
+        with parallel_context(
+            grid.tensor, grid.pipeline, seed, context=grid.context, interleave=grid.interleave
+        ) as state:
             candidates = on_first("prepare", lambda: prepare_candidates(config), state)
             scores = _score(config, candidates, state, stop)
 

@@ -50,7 +50,7 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
             config.check_command(words[0], args.config)
             check_batch(config, world_size)
         if config.model.hf is not None and not _within(Path(config.model.hf), written):
-            architecture_from_hf(config.model.hf).check_layout(grid.tensor, grid.pipeline)
+            architecture_from_hf(config.model.hf).check_layout(grid.tensor, grid.pipeline, grid.interleave)
     return [Path(args.out).resolve()] if getattr(args, "out", None) else []
 
 

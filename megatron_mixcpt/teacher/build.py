@@ -9,7 +9,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import DTYPES
-from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher.adapter_off import AdapterOffTeacher
@@ -30,7 +30,7 @@ def check_teacher(config: Config, arch: Architecture, mix: Mix) -> None:
 
 
 def build_teacher(
-    config: Config, state: ParallelState, mix: Mix, stage: Stage, empty_stage: Callable[[], MixGPTModel]
+    config: Config, state: ParallelState, mix: Mix, stage: Stage, empty_stage: Callable[[], StageModel]
 ) -> Teacher | None:
     """The configuration's teacher; None where the loss needs none. Collective.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.model.gpt import MixGPTModel
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.teacher.interface import DenseTarget, HiddenTarget, Target
 
 
@@ -27,12 +28,12 @@ class ModelTeacher:
     of v logits); the output head is applied when the loss asks.
 
     Args:
-        model: this rank's pipeline stage.
+        model: this rank's pipeline stage, or its parts in the interleaved schedule.
         pipelined: whether the model is spread over several pipeline stages.
         fused: answer with hidden states and output head (`loss.fuse_lm_head`) instead of logits.
     """
 
-    def __init__(self, model: MixGPTModel, *, pipelined: bool, fused: bool = False) -> None:
+    def __init__(self, model: StageModel, *, pipelined: bool, fused: bool = False) -> None:
         self.model = model
         self._pipelined, self._fused = pipelined, fused
         self._hidden: list[Tensor] = []
@@ -46,11 +47,12 @@ class ModelTeacher:
         """Collective over the pipeline: prepare for the `batches` of one step."""
         if not self._pipelined:
             return
+        parts = self.model.parts
         with self.as_teacher():
             self._hidden = get_forward_backward_func()(
                 forward_step_func=self._keep_hidden,
-                data_iterator=iter(batches),
-                model=self.model,
+                data_iterator=[iter(batches) for _ in parts] if len(parts) > 1 else iter(batches),
+                model=parts if len(parts) > 1 else parts[0],
                 num_microbatches=len(batches),
                 seq_length=batches[0].tokens.shape[1],
                 micro_batch_size=batches[0].tokens.shape[0],
@@ -70,7 +72,8 @@ class ModelTeacher:
         if self._pipelined:
             hidden, self._hidden[index] = self._hidden[index], None  # type: ignore[call-overload]
             return hidden
-        return self.model.hidden(batch.tokens, batch.position_ids, batch.packing)
+        (model,) = self.model.parts
+        return model.hidden(batch.tokens, batch.position_ids, batch.packing)
 
     @staticmethod
     def _keep_hidden(batches: Iterator[Batch], model: MixGPTModel) -> tuple[Tensor, Any]:
@@ -82,5 +85,5 @@ class ModelTeacher:
 class InitialTeacher(ModelTeacher):
     """A copy of the starting weights, frozen and in evaluation mode."""
 
-    def __init__(self, model: MixGPTModel, *, pipelined: bool, fused: bool = False) -> None:
+    def __init__(self, model: StageModel, *, pipelined: bool, fused: bool = False) -> None:
         super().__init__(model.requires_grad_(False).eval(), pipelined=pipelined, fused=fused)

@@ -61,8 +61,8 @@ class BudgetController:
     Args:
         budget: nats a token.
         every: steps between two measurements.
-        holds: whether more distillation means less forgetting. Not with a swapped teacher, which demotes the base
-            model's choice at every token that it had wrong: its weight is never raised.
+        holds: whether more distillation means less forgetting. Without, the weight is never raised: a swapped teacher
+            demotes the base model's choice at every token that it had wrong.
         state: what `state()` returned in the run that is resumed.
     """
 

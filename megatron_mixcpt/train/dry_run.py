@@ -18,7 +18,9 @@ def dry_run(config: Config, components: Components, state: ParallelState) -> Non
     Raises ConfigError, naming what to change, where memory runs out.
     """
     size = config.train.micro_batch_size
-    count = min(config.train.global_batch_size // (size * state.data_size), state.pipeline_size)
+    # In the interleaved schedule the first parts of up to twice as many wait for their gradients.
+    in_flight = state.pipeline_size * (2 if config.parallel.interleave > 1 else 1)
+    count = min(config.train.global_batch_size // (size * state.data_size), in_flight)
     try:
         allocate_state(components.optimizer)
         components.model.zero_grad_buffer()

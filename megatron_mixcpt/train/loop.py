@@ -48,6 +48,7 @@ def train(config: Config, *, trust: bool = False) -> None:
             seed=config.train.seed,
             timeout_minutes=minutes + GROUP_EXTRA_MINUTES,
             context=grid.context,
+            interleave=grid.interleave,
         ) as state:
             with (
                 Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,

@@ -19,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mixcpt.adapters.files import check_directory
 from megatron_mixcpt.adapters.layout import check_adapter_layout
 from megatron_mixcpt.architecture.architecture import PRESETS, Architecture
+from megatron_mixcpt.architecture.stages import stages_of
 from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.checkpoint.start import load_model_weights, start_adapters
 from megatron_mixcpt.config import Config
@@ -28,7 +29,8 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
-from megatron_mixcpt.model.gpt import MixGPTModel, build_gpt
+from megatron_mixcpt.model.build import build_gpt
+from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.load import load_hf
 from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
@@ -99,9 +101,9 @@ def checked_model(config: Config, arch: Architecture, mix: Mix) -> Architecture:
             f"data.seq_length {mix.seq_length} exceeds the model's {arch.max_position_embeddings} positions: "
             "preprocess with a smaller seq_length"
         )
-    arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    stages = stages_of(config, arch)
     if config.adapter is not None:
-        check_adapter_layout(arch, config.adapter, config.parallel.tensor, config.parallel.pipeline)
+        check_adapter_layout(arch, config.adapter, config.parallel.tensor, stages)
     return arch
 
 
@@ -169,6 +171,12 @@ def check_batch(config: Config, world_size: int) -> None:
             f"train.global_batch_size {config.train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{config.train.micro_batch_size} x {data_size} data-parallel ranks = {stride}: change one of them"
         )
+    grid, count = config.parallel, config.train.global_batch_size // stride
+    if grid.interleave > 1 and count % grid.pipeline:
+        raise ConfigError(
+            f"parallel.interleave {grid.interleave} needs a number of micro-batches that parallel.pipeline "
+            f"{grid.pipeline} divides, not {count}: change train.global_batch_size or train.micro_batch_size"
+        )
 
 
 def check(config: Config, world_size: int) -> None:
@@ -208,7 +216,10 @@ def build(config: Config, state: ParallelState, heartbeat: Callable[[str], None]
         ),
         stage.model,
     )
-    stage.model.config.finalize_model_grads_func = finalize_model_grads
+    # The schedule knows the parts of an interleaved pipeline, the gradients lie in what wraps them all.
+    stage.model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads(
+        [model], *args, **kwargs
+    )
     if config.train.overlap_grad_reduce:
         stage.model.config.no_sync_func = model.no_sync
     optimizer = build_optimizer(model, config.train, config.optimizer)
@@ -237,13 +248,14 @@ def build_stage(config: Config, arch: Architecture) -> Stage:
     return Stage(model, Start(weights, adapter))
 
 
-def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) -> MixGPTModel:
+def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) -> StageModel:
     """This rank's pipeline stage with random weights (see `build_gpt`), or without a seed uninitialised."""
     return build_gpt(
         arch,
         sequence_parallel=config.parallel.sequence,
         params_dtype=DTYPES[config.train.dtype],
-        recompute=config.train.recompute == "full",
+        recompute=config.train.recompute,
         seed=seed,
         adapter=config.adapter,
+        stages=stages_of(config, arch),
     )

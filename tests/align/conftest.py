@@ -20,7 +20,7 @@ def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A small random Llama with that tokenizer, made by transformers."""
     folder = tmp_path_factory.mktemp("model") / "hf"
     shutil.copytree(tokenizer_dir, folder)
-    make("llama-untied", folder, vocab_size=600, initializer_range=0.1)
+    make("llama-untied", folder, vocab_size=600, initializer_range=0.1, num_hidden_layers=4)
     return folder
 
 

@@ -22,6 +22,7 @@ LAYOUTS = {
     "TP2": (2, {"tensor": 2}, 2),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}, 2),
     "PP2": (2, {"pipeline": 2}, 2),
+    "PP2xV2": (2, {"pipeline": 2, "interleave": 2}, 2),
     "DP2": (2, {}, 3),
     "CP2": (2, {"context": 2}, 2),
 }
@@ -148,10 +149,10 @@ def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1
 
 
 def train_with_a_known_peak(rank, world_size, runs):
-    from megatron_mixcpt.train import progress
+    from megatron_mixcpt.train import bookkeeping
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "peak_flops", lambda device, dtype: 1e15)
+        patch.setattr(bookkeeping, "peak_flops", lambda device, dtype: 1e15)
         train_all(rank, world_size, runs)
 
 

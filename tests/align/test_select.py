@@ -33,6 +33,7 @@ LAYOUTS = {
     "one": (1, {}),
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2xV2": (2, {"pipeline": 2, "interleave": 2}),
     "DP2": (2, {}),
     "CP2": (2, {"context": 2}),
 }

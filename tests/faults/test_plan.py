@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
@@ -23,6 +25,14 @@ RUNS = {
     "LoRA": {"adapter": {"method": "lora"}, "teacher": {"source": "adapter_off"}},
     "ALoRA": {"adapter": {"method": "alora", "rank": 32}, "loss": {"target": "none"}, "teacher": {"source": "none"}},
     "DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
+    # As many tokens a rank as the others: what gloo needs beside them counts for no more.
+    "CP2": {"parallel": {"context": 2}, "train": {"micro_batch_size": 6, "global_batch_size": 12}},
+    "recompute mlp": {"train": {"recompute": "mlp"}},
+    "recompute attention": {"train": {"recompute": "attention"}},
+    "uneven PP2": {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}, "train": {"global_batch_size": 12}},
+    "rows of 32k": {"loss": {"target": "none"}, "teacher": {"source": "none"}},
+    "rows of 32k, CP2": {"parallel": {"context": 2}, "loss": {"target": "none"}, "teacher": {"source": "none"}},
+    "PP2 interleaved": {"parallel": {"pipeline": 2, "interleave": 2}, "train": {"global_batch_size": 12}},
 }
 M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -66,12 +76,27 @@ def larger_mix(tmp_path_factory):
     return write_mix(tmp_path_factory.mktemp("plan") / "data", seq_length=512, vocab_size=8000, train=6, valid=1)
 
 
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """Rows of 32,768 tokens, and a model of a window of 256, so that no test waits for the square of the row."""
+    folder = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "max_position_embeddings": 32768}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 256}
+    MistralForCausalLM(MistralConfig(vocab_size=500, **sizes, **heads)).save_pretrained(folder / "hf")
+    mix = write_mix(folder / "data", seq_length=32768, vocab_size=500, train=6, valid=1)
+    return mix, {"preset": None, "hf": str(folder / "hf")}
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_the_memory_of_a_rank_is_foreseen_within_a_tenth(tmp_path, larger_mix, name, record):
-    sections = dict(RUNS[name])
+def test_the_memory_of_a_rank_is_foreseen_within_a_tenth(tmp_path, larger_mix, long_rows, name, record):
+    sections, mix = dict(RUNS[name]), larger_mix
     train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 6, "warmup_steps": 0} | sections.pop("train", {})
-    values = run_settings(larger_mix, tmp_path / "run", train=train, checkpoint={"every": 0}, **sections)
-    ranks = 2 if "2" in name else 1
+    if "32k" in name:
+        mix, sections["model"] = long_rows
+        train |= {"micro_batch_size": 1, "global_batch_size": 2}
+    values = run_settings(mix, tmp_path / "run", train=train, checkpoint={"every": 0}, **sections)
+    ranks = 2 if "P2" in name else 1
     faults = {rank: (measure, str(tmp_path / f"{rank}.json")) for rank in range(ranks)}
     finish(write_config(tmp_path / "train.yaml", values), ranks=ranks, faults=faults)
     config = validate(Config, values, "test")

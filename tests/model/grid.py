@@ -3,6 +3,7 @@
 import torch
 
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
+from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.runtime.parallel import parallel_context
 
 TINY = Architecture(
@@ -16,7 +17,7 @@ TINY = Architecture(
     initializer_range=0.2,  # large enough for attention to matter
 )
 TIED = Architecture(
-    num_layers=2,
+    num_layers=4,
     hidden_size=32,
     ffn_hidden_size=48,
     num_attention_heads=4,
@@ -57,9 +58,11 @@ def cross_entropy(model):
     return loss
 
 
-def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=False, context=1):
+def step(
+    arch, tensor=1, pipeline=1, sequence=False, recompute="none", overlap=False, context=1, interleave=1, layers=None
+):
     """(summed loss, {name: gradient shard} with its place in the grid) of this process after one step."""
-    with parallel_context(tensor=tensor, pipeline=pipeline, context=context) as state:
+    with parallel_context(tensor=tensor, pipeline=pipeline, context=context, interleave=interleave) as state:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -69,14 +72,16 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
 
         from megatron_mixcpt.attention.context import cut
         from megatron_mixcpt.attention.documents import Documents
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
 
-        model = build_gpt(arch, sequence_parallel=sequence, recompute=recompute)
-        model.loss = cross_entropy(model)
+        model = build_gpt(
+            arch, sequence_parallel=sequence, recompute=recompute, stages=layers and Stages(layers, pipeline)
+        )
+        model.parts[-1].loss = cross_entropy(model)
         ddp = DistributedDataParallel(
             model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap), model
         )
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
         if overlap:
             model.config.no_sync_func = ddp.no_sync
 
@@ -97,8 +102,8 @@ def step(arch, tensor=1, pipeline=1, sequence=False, recompute=False, overlap=Fa
         mine = [microbatch(arch, i) for i in range(state.data_rank, MICROBATCHES, state.data_size)]
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(mine),
-            model=[ddp],
+            data_iterator=[iter(mine) for _ in model.parts],
+            model=model.parts if interleave > 1 else [ddp],
             num_microbatches=len(mine),
             seq_length=SEQUENCE,
             micro_batch_size=BATCH,

@@ -27,7 +27,7 @@ FAMILIES = ["llama-untied", "qwen3-multi-query", "mistral-window"]
 def our_logits(hf_dir, adapter, tensors, tokens=TOKENS):
     with parallel_context():
         from megatron_mixcpt.attention.documents import Documents
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf
 
         model = build_gpt(architecture_from_hf(hf_dir), seed=None, adapter=adapter)

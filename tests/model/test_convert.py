@@ -44,7 +44,7 @@ def load_whole(checkpoint, source, tensor, pipeline):
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf
 
         arch = architecture_from_hf(source)
@@ -77,7 +77,7 @@ def test_a_converted_checkpoint_loads_into_any_layout(tmp_path):
 def save_random(rank, world_size, parent, archs, tensor, pipeline):
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.checkpoint import save_checkpoint
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
 
         for number, arch in enumerate(archs):
             save_checkpoint(parent, number + 1, build_gpt(arch))
@@ -87,7 +87,7 @@ def save_random(rank, world_size, parent, archs, tensor, pipeline):
 def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
     """Random weights are the same on every grid, so one process's export tells what four processes' must be."""
     with parallel_context():
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import save_hf
 
         archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]

@@ -56,7 +56,7 @@ def test_export_holds_the_trained_weights(folder, exported):
     with parallel_context():
         from megatron_mixcpt.checkpoint.start import load_model_weights
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
 
         arch = architecture_from_hf(exported)
         model = build_gpt(arch, seed=None)

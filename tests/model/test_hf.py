@@ -19,7 +19,7 @@ GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 def round_trip(source, out, tensor, pipeline, dtype):
     with parallel_context(tensor=tensor, pipeline=pipeline):
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf, save_hf
 
         arch = architecture_from_hf(source)
@@ -109,7 +109,7 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     assert (tmp_path / "in/model.safetensors.index.json").exists()
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf, save_hf
 
         arch = architecture_from_hf(tmp_path / "in")
@@ -129,7 +129,7 @@ def our_logits(source, tokens, doc_start):
     with parallel_context():
         from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf
 
         arch = architecture_from_hf(source)
@@ -192,7 +192,7 @@ def test_a_model_from_no_directory_exports(model_type, tmp_path):
         from megatron_mixcpt.architecture.architecture import PRESETS, RopeScaling
         from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import save_hf
 
         arch = dataclasses.replace(

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_mixcpt.architecture.architecture import PRESETS, Architecture, RopeScaling
 from megatron_mixcpt.architecture.init import initial_tensor
 from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
+from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
 from megatron_mixcpt.runtime.parallel import parallel_context
@@ -65,7 +66,9 @@ def test_norm_matches_fp64(dtype, tolerance):
         from megatron_mixcpt.model.norm import RMSNorm
         from megatron_mixcpt.model.specs import transformer_config
 
-        config = transformer_config(TINY, sequence_parallel=False, params_dtype=dtype, recompute=False)
+        config = transformer_config(
+            TINY, Stages((4,), pipeline=1), sequence_parallel=False, params_dtype=dtype, recompute="none"
+        )
         norm = RMSNorm(config, 48, eps=1e-5)
     x = (100 * torch.randn(5, 3, 48)).to(dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
@@ -103,7 +106,7 @@ def test_presets_build_with_the_stated_number_of_parameters(name):
     arch = dataclasses.replace(PRESETS[name], vocab_size=256, num_layers=2)
     with parallel_context():
         from megatron_mixcpt.attention.documents import Documents
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
 
         model = build_gpt(arch)
         assert sum(p.numel() for p in model.parameters()) == arch.num_parameters  # 256 rows need no padding
@@ -123,7 +126,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128_a_rank():
     assert dataclasses.replace(TINY, vocab_size=256).padded_vocab_size(2) == 256
 
 
-@pytest.mark.parametrize("tensor, pipeline, fits", [(4, 1, "1, 2, 6"), (5, 1, "1, 2, 6"), (1, 3, "1, 2, 4")])
+@pytest.mark.parametrize("tensor, pipeline, fits", [(4, 1, "1, 2, 6"), (5, 1, "1, 2, 6"), (1, 5, "at most 4")])
 def test_a_layout_that_does_not_fit_names_those_that_do(tensor, pipeline, fits):
     arch = dataclasses.replace(TINY, ffn_hidden_size=96)
     with pytest.raises(ConfigError, match=fits):

@@ -63,7 +63,7 @@ def next_tokens(rank, world_size, checkpoint, texts):
         from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.checkpoint import read_info
         from megatron_mixcpt.checkpoint.start import load_model_weights
-        from megatron_mixcpt.model.gpt import build_gpt
+        from megatron_mixcpt.model.build import build_gpt
 
         arch = read_info(checkpoint).architecture
         model = build_gpt(arch, seed=None)

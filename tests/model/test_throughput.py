@@ -84,7 +84,7 @@ def test_the_count_is_what_a_step_executes(tmp_path, mix, monkeypatch, case):
         parts.arch,
         (lengths**2).sum() / lengths.sum(),
         with_teacher=config.uses_teacher,
-        recompute=config.train.recompute == "full",
+        recompute=config.train.recompute,
         fuse_lm_head=config.loss.fuse_lm_head,
     )
     assert found * 2 * parts.mix.seq_length == pytest.approx(counter.get_total_flops(), rel=1e-12)

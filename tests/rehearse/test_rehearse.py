@@ -69,6 +69,16 @@ def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, preferences, capfd
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_cut_over_ranks_and_an_interleaved_pipeline_are_rehearsed(tmp_path, mix, capfd):
+    parallel = {"pipeline": 2, "interleave": 2, "context": 2, "layers_per_stage": [1, 1, 1, 1]}
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(settings(mix, tmp_path / "run", parallel=parallel)))
+    assert main(["rehearse", str(config), "--nproc", "4"]) == 0
+    shown = capfd.readouterr().out
+    assert "tensor 1 x pipeline 2 x context 2 x data 1 = 4 processes, gloo" in shown
+    assert "4 of 4 layers" in shown and "all went well: 4 steps, validation" in shown
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_small_models_are_of_the_same_family_and_fit_the_grid(tmp_path, name, tensor, pipeline):

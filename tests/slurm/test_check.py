@@ -25,6 +25,21 @@ def test_the_teachers_answers_can_be_cached_for_an_alignment(tmp_path):
     assert check_command(["align", path], 1, []) == []
 
 
+@pytest.mark.parametrize(
+    "parallel, ranks, message",
+    [
+        ({"context": 2}, 3, "x parallel.context=2 needs a multiple of 2 processes, not 3"),
+        ({"pipeline": 2, "interleave": 2}, 2, "parallel.interleave 2 needs a number of micro-batches"),
+    ],
+)
+def test_rows_and_stages_that_cannot_be_shared_out_are_refused(tmp_path, parallel, ranks, message):
+    path = config(tmp_path, parallel=parallel)
+    with pytest.raises(ConfigError, match=message):
+        check_command(["train", path], ranks, [])
+    train = {"steps": 1, "global_batch_size": 4}
+    assert check_command(["train", config(tmp_path, parallel=parallel, train=train)], 4, []) == []
+
+
 def test_each_command_takes_its_own_configuration_alone(tmp_path):
     with pytest.raises(ConfigError, match="of `mixcpt train`"):
         check_command(["align", config(tmp_path)], 1, [])

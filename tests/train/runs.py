@@ -85,7 +85,9 @@ def _whole_adapters(stage, state, value):
 
 def grid_of(config):
     grid = config.parallel
-    return parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context)
+    return parallel_context(
+        grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context, interleave=grid.interleave
+    )
 
 
 def run_steps(values):

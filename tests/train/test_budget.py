@@ -48,6 +48,16 @@ def run(plant, budget, *, steps=STEPS, control=True, every=EVERY):
     return controller, forgotten, factors
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_weight_of_a_teacher_that_does_not_hold_is_never_raised(holds):
+    controller = BudgetController(0.1, EVERY, holds=holds)
+    for step in range(1, 2 * EVERY):
+        controller.observed(step, 0.02 * step)
+        if step % EVERY == 0:
+            controller.measured(step, 0.01 * step, 0.005, 0.5)
+    assert (controller.weight_factor > 1, controller.rate_factor < 1) == (holds, not holds)
+
+
 def test_a_divergence_that_grows_before_anything_was_forgotten_is_warning_enough():
     weights = []
     for divergence in (0.1, 2.0):
