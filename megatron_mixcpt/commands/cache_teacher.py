@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_mixcpt.runtime.launcher import add_nproc
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
         check_early(config, args.nproc)
         from megatron_mixcpt.runtime.parallel import integer_variable
-        from megatron_mixcpt.teacher.cache_fill import check_space, new_identity
+        from megatron_mixcpt.teacher.cache_fill import check_space, cost, new_identity
         from megatron_mixcpt.train.setup import check_layout
 
         arch, mix = check_layout(config, integer_variable("WORLD_SIZE", args.nproc))
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             check_hf_teacher(config.teacher, mix)
         planned = new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
         check_space(Path(str(config.teacher.cache)), planned)
+        if not is_distributed():
+            print(cost(planned, config.train.steps * config.train.global_batch_size), file=sys.stderr)
         stop.check()
         if args.nproc > 1 and not is_distributed():
             own = ["--top-k", str(args.top_k), "--bits", str(args.bits)]

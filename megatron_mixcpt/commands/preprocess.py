@@ -6,6 +6,7 @@ import signal
 import sys
 from types import FrameType
 
+from megatron_mixcpt.commands.options import parse_shard
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.files import reason
 
@@ -45,17 +46,6 @@ def run(args: argparse.Namespace) -> int:
     if mix:
         print(f"next: mixcpt verify {config.out}, then mixcpt train with data.mix={mix}", file=sys.stderr)
     return 0
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """'2/8' -> (1, 8). Raises ConfigError."""
-    try:
-        index, count = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise ConfigError(f"--shard: write I/N, for example 1/8 (got {text!r})") from None
-    if not 1 <= index <= count:
-        raise ConfigError(f"--shard: I must be between 1 and N (got {text!r})")
-    return index - 1, count
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
-        from megatron_mixcpt.commands.preprocess import parse_shard
+        from megatron_mixcpt.commands.options import parse_shard
         from megatron_mixcpt.config import load_config
         from megatron_mixcpt.errors import ConfigError, MixcptError
         from megatron_mixcpt.files import reason

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_mixcpt.config.reader import save_config
 from megatron_mixcpt.config.schema import Config
+from megatron_mixcpt.files import write_whole
 
 FILE = "settings.jsonl"
 Flat = dict[str, Any]
@@ -30,9 +31,7 @@ def record_settings(run_dir: Path, step: int, config: Config) -> list[str]:
     before: Flat = entries[-1]["settings"] if entries else {}
     if before != now:
         entries.append({"step": step if entries else 0, "settings": now})
-        partial = run_dir / f"{FILE}.tmp"
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        partial.replace(run_dir / FILE)
+        write_whole(run_dir / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
     save_config(config, run_dir / "config.yaml")
     return changes(before, now) if before else []
 

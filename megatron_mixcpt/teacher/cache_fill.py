@@ -62,10 +62,24 @@ def new_identity(
     }
 
 
+def cost(identity: dict[str, Any], drawn: int) -> str:
+    """In a line what a whole cache takes. `drawn`: sequences that the run draws, repeats among them."""
+    sequences = sum(source["sequences"] for source in identity["sources"].values())
+    return (
+        f"all {sequences} training sequences of {identity['seq_length']} tokens once through the teacher, "
+        f"{_size(identity) / 2**30:.3f} GiB on disk; train.steps x train.global_batch_size draws {drawn}"
+    )
+
+
+def _size(identity: dict[str, Any]) -> int:
+    """Bytes of a whole cache."""
+    dtype = record_dtype(identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"])
+    return dtype.itemsize * sum(shard.end - shard.begin for shard in shards_of(identity))
+
+
 def check_space(cache: Path, identity: dict[str, Any]) -> None:
     """Raise ConfigError where the whole cache has no room on its disk; what is there already counts as room."""
-    dtype = record_dtype(identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"])
-    needed = dtype.itemsize * sum(shard.end - shard.begin for shard in shards_of(identity))
+    needed = _size(identity)
     there = sum(path.stat().st_size for path in cache.glob("*/*.bin"))
     folder = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free + there

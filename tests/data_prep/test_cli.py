@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_mixcpt.commands import preprocess as cli
+from megatron_mixcpt.commands.options import parse_shard
 from megatron_mixcpt.errors import ConfigError
 from tests.data_prep.helpers import digests
 
@@ -88,13 +89,13 @@ def test_a_signal_stops_it_with_its_code_and_it_resumes(config_file, config_valu
 
 @pytest.mark.parametrize("text, want", [("1/4", (0, 4)), ("4/4", (3, 4))])
 def test_shards_count_from_one(text, want):
-    assert cli.parse_shard(text) == want
+    assert parse_shard(text) == want
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_wrong_shards_are_explained(text):
     with pytest.raises(ConfigError, match="--shard"):
-        cli.parse_shard(text)
+        parse_shard(text)
 
 
 def test_a_wrong_number_of_workers_is_explained(config_file):

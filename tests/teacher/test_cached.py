@@ -256,8 +256,10 @@ def test_the_command_reports_bytes_a_token_and_training_reads_with_workers(small
     config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
     for _ in range(2):  # the second time it is complete already
         assert main(["cache-teacher", str(config)]) == 0
-    output = capsys.readouterr().out
+    output, told = capsys.readouterr()
     assert "132.5 bytes a token (32 tokens kept, 16 bits); the tail holds" in output, output
+    assert f"all {len(records(tmp_path / 'cache'))} training sequences of " in told  # what it costs, before it starts
+    assert "train.steps x train.global_batch_size draws 32" in told
     assert main(["train", str(config), "data.num_workers=1", "train.steps=2"]) == 0
     assert main(["cache-teacher", str(config), "teacher.source=initial"]) == 2
     assert main(["cache-teacher", str(config), "--top-k", "251"]) == 2
