@@ -1,19 +1,15 @@
 """Configuration: what a training run's holds (schema.py), and how every command's file is read (reader.py)."""
 
+from megatron_mixcpt.config.method import AdapterConfig, AlignSettings, ForgetConfig, LossConfig, TeacherConfig
 from megatron_mixcpt.config.reader import load_config, rendered, save_config, validate
 from megatron_mixcpt.config.schema import Config
 from megatron_mixcpt.config.section import NonNegative, Positive, Section, Weight
 from megatron_mixcpt.config.sections import (
-    AdapterConfig,
-    AlignSettings,
     DataConfig,
-    ForgetConfig,
     LayoutConfig,
-    LossConfig,
     ModelConfig,
     OptimizerSection,
     ProfileConfig,
-    TeacherConfig,
     TrainConfig,
     WandbConfig,
 )

@@ -10,19 +10,15 @@ from typing import Any
 
 from pydantic import model_validator
 
+from megatron_mixcpt.config.method import AdapterConfig, AlignSettings, ForgetConfig, LossConfig, TeacherConfig
 from megatron_mixcpt.config.section import Section
 from megatron_mixcpt.config.sections import (
-    AdapterConfig,
-    AlignSettings,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    ForgetConfig,
     LayoutConfig,
-    LossConfig,
     ModelConfig,
     OptimizerSection,
-    TeacherConfig,
     TrainConfig,
     WandbConfig,
 )

@@ -1,7 +1,13 @@
 """The textbook loss: dense, in fp64, swapping the logits themselves and differentiating with autograd."""
 
+import os
+
 import torch
 from torch import Tensor
+
+from tests.kernels.problems import with_details
+
+LOSS_ERROR, GRADIENT_ERROR = 3e-5, 1e-6  # relative to the loss; to the largest gradient
 
 
 def oracle(
@@ -65,3 +71,26 @@ def loss_and_gradient(function, student, teacher, labels, upstream, **options):
     loss, details = function(student, teacher, labels, **options)
     (gradient,) = torch.autograd.grad(loss, student, upstream.to(loss.dtype))
     return loss.detach(), gradient, details
+
+
+def check(student, teacher, labels, upstream, **options):
+    """Loss, gradient and details agree with the oracle on the same inputs."""
+    loss, gradient, details = loss_and_gradient(with_details, student, teacher, labels, upstream, **options)
+    options.pop("grad_buffer", None)
+    expected, expected_gradient, expected_details = loss_and_gradient(
+        oracle, student, teacher, labels, upstream, **options
+    )
+    assert loss.dtype == torch.float32 and gradient.dtype == student.dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=LOSS_ERROR, atol=LOSS_ERROR)
+    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[student.dtype]
+    if os.environ["MIXCPT_LSSD"] == "triton" and student.device.type == "cpu":
+        rounding *= 2  # Triton's interpreter truncates to bfloat16, a GPU rounds
+    scale = (expected_gradient.abs().max() if expected_gradient.any() else upstream.abs().max()).item()
+    torch.testing.assert_close(
+        gradient.double(),
+        expected_gradient.double(),
+        rtol=rounding,
+        atol=GRADIENT_ERROR * scale + 1e-7 * bool(rounding),
+    )
+    for name, value in expected_details.items():
+        torch.testing.assert_close(details[name].to(value.dtype), value, rtol=LOSS_ERROR, atol=LOSS_ERROR)
