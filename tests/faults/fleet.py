@@ -145,12 +145,12 @@ def at_step(number, action, *arguments):
 
     original, seen = ForwardBackward._forward_step, 0
 
-    def wrapped(self, batches, model, *, totals):
+    def wrapped(self, *step, **options):
         nonlocal seen
         if torch.is_grad_enabled() and self.num_sources > 1:  # not validation
             seen += 1
             if seen == number:
                 action(*arguments)
-        return original(self, batches, model, totals=totals)
+        return original(self, *step, **options)
 
     ForwardBackward._forward_step = wrapped
