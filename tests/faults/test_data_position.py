@@ -126,7 +126,7 @@ def test_weights_changed_in_the_configuration_are_logged_and_take_effect(tmp_pat
     assert "mixture changed at step 5: facts: 60.0% -> 25.0%, tasks: 40.0% -> 75.0%" in output
     other = write_mix(tmp_path / "other", seed=9, seq_length=16, vocab_size=120)
     assert "source facts has other training data" in finish(config, f"data.mix={other}", "train.steps=20", code=2)
-    assert "name each of them" in finish(config, "data.weights={facts: 1}", code=2)
+    assert "name each of them" in finish(config, "data.weights={facts: 1}", "train.steps=20", code=2)
 
 
 def test_other_content_gives_another_stream(tmp_path, straight):
