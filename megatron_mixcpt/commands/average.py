@@ -46,16 +46,16 @@ def run(args: argparse.Namespace) -> int:
         mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
     if base is None:
         raise ConfigError(f"--base: {tuned} does not say what it started from: name that model")
-    what = None if args.no_eval else measure.read_arguments(args, mix_path)
+    settings = None if args.no_eval else measure.read_arguments(args, mix_path)
     out, alphas = Path(args.out), list(dict.fromkeys(args.alpha))
     for alpha in alphas:
         if not 0.0 <= alpha <= 1.0:
             raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
-    taken = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (what is not None)
+    taken = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (settings is not None)
     if there := [path for path in taken if path.exists()]:
         raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
-    if what is not None:
-        measure.check_models([base, tuned], what)
+    if settings is not None:
+        measure.check_models([base, tuned], settings)
     check_writable(out)
     quiet_libraries()
     models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
         for alpha in alphas:
             with Progress(f"averaging at {alpha:g}", num_tensors(second), "tensors") as progress:
                 average(first, second, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
-        if what is not None:
+        if settings is not None:
             hf, measured = {"base": first, "tuned": second}, {}
             for name, path in models.items():
-                measured[name] = measure.measure_model(hf.get(name, path), what)
+                measured[name] = measure.measure_model(hf.get(name, path), settings)
                 write_averages(out, measured, paths, complete=name == "tuned")
             print((out / "average.md").read_text())
     return 0

@@ -47,19 +47,19 @@ def run(args: argparse.Namespace) -> int:
             model = origin.checkpoint
         base = base or origin.base
         mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
-    what = measure.read_arguments(args, mix_path)
+    settings = measure.read_arguments(args, mix_path)
     out = Path(args.out)
     if args.history:
         if base is None:
             raise ConfigError("--history compares with a base model, and none is known: give --base")
-        measure.check_models([base, model], what)
+        measure.check_models([base, model], settings)
         check_writable(out)
         quiet_libraries()
-        measure_history(Path(args.model), base, what, out, overwrite=args.overwrite)
+        measure_history(Path(args.model), base, settings, out, overwrite=args.overwrite)
         print((out / "history.md").read_text())
         return 0
     check_unwritten(out, overwrite=args.overwrite)
-    measure.check_models([model, *[base] * (base is not None)], what)
+    measure.check_models([model, *[base] * (base is not None)], settings)
     check_writable(out)
     quiet_libraries()
     measured: dict[str, measure.Measured] = {}
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 measured[name] = parts
                 write(complete=False)
 
-            measure.measure_model(path, what, keep)
+            measure.measure_model(path, settings, keep)
     write(complete=True)
     print((out / "eval.md").read_text())
     return 0

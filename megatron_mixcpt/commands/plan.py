@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"            and {max(s.snapshot for s in plan.stages) / 2**30:.3f} GiB of host memory while saving")
     print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")
     if args.memory or args.gpu:
-        first, *more = verdict(config, arch, mix, world_size, args.memory or memory)
+        first, *more = verdict(
+            config, arch, mix, world_size, args.memory or memory, lambda other: _check(other, arch, mix, world_size)
+        )
         print("\n".join([f"room        {first}", *(f"            {line}" for line in more)]))
 
     tokens = plan.tokens(train.steps)
@@ -158,7 +160,7 @@ def _model_and_mix(config: Config, world_size: int, args: argparse.Namespace) ->
     """What is there, or what is assumed in its place. Raises ConfigError where it does not fit together."""
     from megatron_mixcpt.objectives.build import read_training_mix
     from megatron_mixcpt.plan.assumed import assumed_mix, assumed_shape
-    from megatron_mixcpt.train.setup import check_batch, check_rows, check_settings, checked_model, read_architecture
+    from megatron_mixcpt.train.setup import check_settings, read_architecture
 
     if args.model_shape is None and args.tokens is None:
         return check_settings(config, world_size)
@@ -167,7 +169,15 @@ def _model_and_mix(config: Config, world_size: int, args: argparse.Namespace) ->
         mix = read_training_mix(config)
     else:
         mix = assumed_mix(config, args.tokens, shape.vocab_size if shape else None)
-    arch = checked_model(config, shape or read_architecture(config, mix), mix)
+    arch = shape or read_architecture(config, mix)
+    _check(config, arch, mix, world_size)
+    return arch, mix
+
+
+def _check(config: Config, arch: Architecture, mix: Mix, world_size: int) -> None:
+    """Raise ConfigError where a run would refuse how model, data, grid and batch go together."""
+    from megatron_mixcpt.train.setup import check_batch, check_rows, checked_model
+
+    checked_model(config, arch, mix)
     check_rows(config, mix, world_size)
     check_batch(config, world_size)
-    return arch, mix

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.stages import stages_of
 from megatron_mixcpt.architecture.throughput import PEAK_BF16
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import Mix
@@ -34,6 +33,9 @@ CHANGES: list[dict[str, Any]] = [
 ]
 """What lowers memory, the cheapest in time first."""
 
+Check = Callable[[Config], object]
+"""Raises ConfigError for what a run would refuse."""
+
 
 def device(text: str) -> tuple[str, float]:
     """`--gpu`: name in PEAK_BF16 and GiB of `H100`, `h100-80g` or `a100-40g`. Raises ConfigError."""
@@ -45,36 +47,39 @@ def device(text: str) -> tuple[str, float]:
     return name, float(match["memory"] or MEMORY[name])
 
 
-def verdict(config: Config, arch: Architecture, mix: Mix, world_size: int, memory: float) -> list[str]:
-    """Whether the fullest rank has room in `memory` GiB and, where it has not, changes with which it would."""
+def verdict(config: Config, arch: Architecture, mix: Mix, world_size: int, memory: float, check: Check) -> list[str]:
+    """Whether the fullest rank has room in `memory` GiB and, where it has not, changes with which it would; what
+    `check` refuses is none."""
     room = memory - max(LEAST, RESERVED * memory)
     taken = _fullest(config, arch, mix, world_size)
     left = f"{taken:.1f} of {memory:g} GiB on the fullest rank, {memory - room:.1f} of them left to libraries"
     if taken <= room:
         return [f"fits: {left}"]
     lines = [f"does not fit: {left}"]
-    fitting = [(text, size) for text, size in _alone(config, arch, mix, world_size) if size <= room]
+    fitting = [(text, size) for text, size in _alone(config, arch, mix, world_size, check) if size <= room]
     if fitting:
         return [*lines, *(f"with {text}: {size:.1f} GiB" for text, size in fitting[:4])]
-    for text, size in _together(config, arch, mix, world_size):
+    for text, size in _together(config, arch, mix, world_size, check):
         if size <= room:
             return [*lines, f"with {text}: {size:.1f} GiB"]
     return [*lines, f"no change of these alone is enough on {world_size} ranks: more of them, or a smaller model"]
 
 
-def _alone(config: Config, arch: Architecture, mix: Mix, world_size: int) -> Iterator[tuple[str, float]]:
+def _alone(config: Config, arch: Architecture, mix: Mix, world_size: int, check: Check) -> Iterator[tuple[str, float]]:
     for change in CHANGES:
-        changed = _changed(config, arch, change, world_size)
+        changed = _changed(config, change, check)
         if changed is not None:
             yield _named(change), _fullest(changed, arch, mix, world_size)
 
 
-def _together(config: Config, arch: Architecture, mix: Mix, world_size: int) -> Iterator[tuple[str, float]]:
+def _together(
+    config: Config, arch: Architecture, mix: Mix, world_size: int, check: Check
+) -> Iterator[tuple[str, float]]:
     """One change after the other, each on top of those before that lowered anything."""
     sum_of: dict[str, Any] = {}
     smallest = _fullest(config, arch, mix, world_size)
     for change in CHANGES:
-        changed = _changed(config, arch, sum_of | change, world_size)
+        changed = _changed(config, sum_of | change, check)
         if changed is None:
             continue
         size = _fullest(changed, arch, mix, world_size)
@@ -87,7 +92,7 @@ def _fullest(config: Config, arch: Architecture, mix: Mix, world_size: int) -> f
     return max(stage.total for stage in make_plan(config, arch, mix, world_size).stages) / 2**30
 
 
-def _changed(config: Config, arch: Architecture, change: dict[str, Any], world_size: int) -> Config | None:
+def _changed(config: Config, change: dict[str, Any], check: Check) -> Config | None:
     """The configuration with other keys; None where that is nothing new, or would be refused."""
     values = config.model_dump(mode="json", by_alias=True)
     before = {key: _section(values, key).get(key.rpartition(".")[2]) for key in change}
@@ -100,15 +105,8 @@ def _changed(config: Config, arch: Architecture, change: dict[str, Any], world_s
         _section(values, key)[key.rpartition(".")[2]] = value
     try:
         changed = validate(Config, values, "plan")
-        stages_of(changed, arch)
+        check(changed)
     except ConfigError:
-        return None
-    train = changed.train
-    data_size, rest = divmod(world_size, changed.parallel.replica)
-    if rest or not data_size or train.global_batch_size % (train.micro_batch_size * data_size):
-        return None
-    grid, count = changed.parallel, train.global_batch_size // (train.micro_batch_size * data_size)
-    if grid.interleave > 1 and count % grid.pipeline:
         return None
     return changed
 
