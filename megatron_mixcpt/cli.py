@@ -25,6 +25,8 @@ COMMANDS = {
     "doctor": "check this machine: libraries, devices, network, limits, disk",
     "plan": "what a configuration would take: memory a rank, tokens, hours, disk",
     "rehearse": "a run in small on this CPU: same grid, same code",
+    "certify": "prove that the trainer computes the right thing, in a run's settings",
+    "certify-loss": "hold any vocabulary-parallel loss against the same oracle",
     "launch": "submit a run or a chain of stages to SLURM",
     "train": "train on a mixture, or resume the run",
     "recall": "let the model write its own rehearsal data",
