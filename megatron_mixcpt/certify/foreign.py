@@ -37,6 +37,7 @@ RANKS = (1, 2, 4)
 TOKENS, VOCABULARY, SCALE = 24, 96, 3.0
 MULTIPLE = 32.0  # of the error that plain torch makes in fp32
 TASK = "loss.json"
+CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=2)
 
 Loss = Callable[[Tensor, Tensor, "dist.ProcessGroup"], Tensor]
@@ -159,28 +160,32 @@ def _apart(found: Tensor, right: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def called(name: str, formula: str, group: dist.ProcessGroup, device: torch.device = CPU) -> dict[str, Tensor | str]:
+    """Value and gradient of the loss on this rank's columns, or what it raised (`failed`). Collective."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    student, teacher, labels, upstream = (x.to(device) for x in problem())
+    mine = slice(rank * VOCABULARY // ranks, (rank + 1) * VOCABULARY // ranks)
+    logits = student[:, mine].clone().requires_grad_()
+    try:
+        loss = load(name)(logits, labels if formula == "cross-entropy" else teacher[:, mine].clone(), group)
+        loss.backward(torch.ones_like(loss) if loss.dim() == 0 else upstream.to(loss.dtype))
+    except Exception as error:  # whatever a loss of others may raise
+        return {"failed": f"{type(error).__name__}: {error}"}
+    gradient = torch.zeros_like(logits) if logits.grad is None else logits.grad
+    return {"value": loss.detach().cpu(), "gradient": gradient.cpu()}
+
+
 def main(folder: Path) -> None:
     """One rank: call the loss on its part, and write value and gradient."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     task = json.loads((folder / TASK).read_text())
     cuda = os.environ.get("MIXCPT_DEVICE") == "cuda"
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", rank) if cuda else CPU
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     assert dist.group.WORLD is not None
-    student, teacher, labels, upstream = (x.to(device) for x in problem())
-    mine = slice(rank * VOCABULARY // ranks, (rank + 1) * VOCABULARY // ranks)
-    logits = student[:, mine].clone().requires_grad_()
-    other = labels if task["formula"] == "cross-entropy" else teacher[:, mine].clone()
-    result: dict[str, Tensor | str]
-    try:
-        loss = load(task["name"])(logits, other, dist.group.WORLD)
-        loss.backward(torch.ones_like(loss) if loss.dim() == 0 else upstream.to(loss.dtype))
-        gradient = torch.zeros_like(logits) if logits.grad is None else logits.grad
-        result = {"value": loss.detach().cpu(), "gradient": gradient.cpu()}
-    except Exception as error:  # whatever a loss of others may raise
-        result = {"failed": f"{type(error).__name__}: {error}"}
+    result = called(task["name"], task["formula"], dist.group.WORLD, device)
     torch.save(result, folder / f"{ranks}-{rank}.pt")
     sys.stdout.flush()
     os._exit(0)  # a group whose peer has failed can hang while it is taken down

@@ -65,7 +65,7 @@ def observe_all(folder: Path) -> None:
             break  # for good: the cases that follow have no more ranks
         if "WORLD_SIZE" in launched:
             os.environ["WORLD_SIZE"] = str(case.ranks)
-        (folder / case.name).mkdir(exist_ok=True)
+        (folder / case.name).mkdir(parents=True, exist_ok=True)
         torch.save(observe(case), folder / case.name / f"rank_{rank}.pt")
 
 
