@@ -18,7 +18,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.rehearse.excerpt import write_rows
 
 SHARES = (0.4, 0.25, 0.35)  # of a row that its documents take
-PADDING = 3  # tokens at the end of every other row
+PADDING = 3  # of a row, at most this part: rows, and so micro-batches, differ in how many tokens count
 PAIRS = 3  # of preferences for each row, which takes as many at most
 
 Row = tuple[np.ndarray, np.ndarray]  # tokens and flags
@@ -75,9 +75,10 @@ def _rows(split: Split, length: int, count: int) -> Iterator[Row]:
             parts.append(_piece(np.asarray(tokens[number]), np.asarray(flags[number]), piece, turn))
             drawn += 1
         whole, marks = np.concatenate([part for part, _ in parts]), np.concatenate([mark for _, mark in parts])
-        if row % 2:
-            whole[-PADDING:], marks[-PADDING:] = whole[0], PAD
-            marks[-PADDING] |= DOC_START
+        padding = row * 7 % (length // PADDING)
+        if padding:
+            whole[-padding:], marks[-padding:] = whole[0], PAD
+            marks[-padding] |= DOC_START
         yield whole, marks
 
 
@@ -102,6 +103,6 @@ def _pairs(split: Split, length: int, count: int) -> Iterator[Row]:
         whole, marks = np.asarray(tokens[stored]), np.asarray(flags[stored]).copy()
         first = int(np.flatnonzero(marks & TARGET)[0])
         begin, size = max(first - 4, 0), length // 4 + (number * 5) % (length // 3)
-        marks = marks[begin : begin + size]
+        marks = marks[begin : begin + size] & ~np.uint8(DOC_START)
         marks[0] = (marks[0] | DOC_START) & ~np.uint8(TARGET)
         yield whole[begin : begin + size].copy(), marks

@@ -40,13 +40,25 @@ def beside(problem, folder):
     return dataclasses.replace(problem, folder=folder)
 
 
+def with_fault(fault):
+    """In place of trial.on_this_machine: ranks of the tests' own, with a mistake planted."""
+
+    def run(folder, ranks):
+        run_distributed(_observe, ranks, [(fault, str(folder))], timeout=400, warm=True)
+
+    return lambda device: run
+
+
 def computed(problem, faults, folder):
     """`{fault: its problem}` after the ranks have computed the run and its variants, each with one fault planted."""
     problems, queue = {}, []
     for number, fault in enumerate(faults):
         problems[fault] = own = beside(problem, folder / str(number))
         dtype = problem.values["train"]["dtype"]
-        compute(own, [whole_run(own, dtype), *variants(own, dtype)], lambda path, ranks: queue.append(str(path)))
+        runs = [whole_run(own, "fp32"), whole_run(own, "bf16")]
+        if fault != "nothing":
+            runs = [whole_run(own, dtype), *variants(own, dtype)]
+        compute(own, runs, lambda path, ranks: queue.append(str(path)))
     run_distributed(_observe, problem.grid.world_size, list(zip(faults, queue)), timeout=400, warm=True)
     return problems
 

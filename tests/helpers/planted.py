@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mixcpt.adapters import layers as adapter_layers
-from megatron_mixcpt.attention import context
+from megatron_mixcpt.attention import context, cpu
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.data import batch as batches
 from megatron_mixcpt.model import gpt, norm, recompute, rope
@@ -29,6 +29,11 @@ def fault(function):
     """Registers a context under its name, in words."""
     FAULTS[function.__name__.replace("_", " ")] = contextlib.contextmanager(function)
     return function
+
+
+@fault
+def nothing():
+    yield
 
 
 def tensor_size():
@@ -144,15 +149,6 @@ def a_document_sees_its_neighbour():
 
 
 @fault
-def positions_run_on_over_documents():
-    def change(batch, _):
-        return dataclasses.replace(batch, position_ids=torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens))
-
-    with _collated(change):
-        yield
-
-
-@fault
 def prompts_are_trained_on():
     def change(batch, samples):
         return dataclasses.replace(batch, labels=torch.stack([sample["tokens"] for sample in samples])[:, 1:])
@@ -254,7 +250,7 @@ def gradients_of_keys_and_values_are_not_summed_over_the_ranks():
         ordered = x.flatten(0, 1).index_select(0, packing.cut.to_ranks).unflatten(0, (-1, x.shape[1]))
         return ordered.chunk(packing.cut.size)[parallel_state.get_context_parallel_rank()].clone()
 
-    with mock.patch.object(context, "summed_part", wrong):
+    with mock.patch.object(context, "summed_part", wrong), mock.patch.object(cpu, "summed_part", wrong):
         yield
 
 
