@@ -40,8 +40,10 @@ def distillation_target(
         swapped[rows, choice], swapped[rows, label] = teacher[rows, label], teacher[rows, choice]
         teacher = swapped
     log_p = torch.log_softmax(teacher / temperature, -1)
-    if target != "mft":
+    if target in ("swap", "plain"):
         return log_p
+    if target != "mft":
+        raise ValueError(f"the target {target!r} has no formula here")
     p = log_p.exp()
     p_choice, p_label = p[rows, choice], p[rows, label]
     leads = choice == label

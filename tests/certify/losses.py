@@ -22,8 +22,9 @@ class _Sum(torch.autograd.Function):
         return upstream, None
 
 
-class _SummedTwice(torch.autograd.Function):
-    """As torch's differentiable all-reduce: its backward sums over the ranks too."""
+class _SharedSum(torch.autograd.Function):
+    """The sum over ranks that go on with it in ways of their own: backward sums what each asks of it, as that of torch's
+    differentiable all-reduce."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -46,7 +47,7 @@ def _detached_sum(x, group):
     return x + (total - x).detach()
 
 
-def _log_softmax(logits, group, total=_Sum.apply):
+def _log_softmax(logits, group, total=_SharedSum.apply):
     peak = logits.detach().amax(-1, keepdim=True)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     shifted = logits - peak
@@ -85,7 +86,7 @@ def forward_kl_of(log_p, log_q, group):
 def kl_summed_under_autograd(student, teacher, group):
     """Automodel#3776: the sum of the ranks' parts is differentiated as a sum, by every rank."""
     log_p, log_q = _log_softmax(teacher, group), _log_softmax(student, group)
-    return _SummedTwice.apply((log_p.exp() * (log_p - log_q)).sum(-1), group)
+    return _SharedSum.apply((log_p.exp() * (log_p - log_q)).sum(-1), group)
 
 
 def label_summed_outside_autograd(logits, labels, group):
