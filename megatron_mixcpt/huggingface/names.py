@@ -64,13 +64,20 @@ def split(name: str, whole: Tensor, arch: Architecture) -> list[Tensor]:
     return result
 
 
+def part_rows(name: str, rows: int, arch: Architecture) -> list[tuple[str, int]]:
+    """Of each part of a whole tensor of `rows` rows, in order: the Hugging Face tensor that holds it, and its rows."""
+    names = part_names(name, arch)
+    counts = [rows // len(names)] * len(names)
+    if "linear_qkv" in name:
+        q, kv = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+        counts = [q, kv, kv]
+    return list(zip(names, counts))
+
+
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor, in the order in which they are written."""
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in whole_shapes(arch).items():
-        names = part_names(name, arch)
-        rows = [q, kv, kv] if "linear_qkv" in name else [shape[0] // len(names)] * len(names)
-        for part, parts in groupby(zip(names, rows), key=lambda part: part[0]):
-            shapes[part] = (sum(count for _, count in parts), *shape[1:])
+        for part, parts in groupby(part_rows(name, shape[0], arch), key=lambda part: part[0]):
+            shapes[part] = (sum(rows for _, rows in parts), *shape[1:])
     return shapes
