@@ -8,7 +8,7 @@ are one projection.
 Whole tensors of the adapter of one linear layer (P targeted projections in it, rank r):
 
     down            [P * r, in]            A of each projection, one above the other
-    up              [rows, r]              B in the order of the layer's own rows; linear_fc1: [gate, up or both, ffn, r]
+    up              [rows, r]              B in the order of the layer's own rows; linear_fc1: [gate and up, ffn, r]
     attention_in    [P, 3 * r, r]          ALoRA: queries, keys, values of the attention over z = A x
     attention_out   [P, r, r]              ALoRA: its output projection
 
@@ -42,9 +42,8 @@ class AdaptedLinear:
     Attributes:
         linear: name of the layer, numbered over the whole model: `decoder.layers.3.mlp.linear_fc1`.
         targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`.
-        rows: for each part of it (queries, keys, values; gate, up), whether adapted or not, (its number of rows a group,
-            the index in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups`
-            times.
+        rows: for each part of it (queries, keys, values; gate, up), whether adapted or not, (its rows a group, the index
+            in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups` times.
     """
 
     linear: str
@@ -120,13 +119,9 @@ def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLi
                     targets.append(part)
             if targets:
                 groups = arch.num_query_groups if short.endswith("linear_qkv") else 1
-                rows = tuple(
-                    (
-                        count // groups,
-                        targets.index(part) if (part := name.removesuffix(".weight")) in targets else None,
-                    )
-                    for name, count in part_rows(f"{linear}.weight", wholes[f"{linear}.weight"][0], arch)
-                )
+                index = {f"{target}.weight": number for number, target in enumerate(targets)}
+                parts = part_rows(f"{linear}.weight", wholes[f"{linear}.weight"][0], arch)
+                rows = tuple((count // groups, index.get(name)) for name, count in parts)
                 width = shapes[f"{targets[0]}.weight"][1]
                 linears.append(AdaptedLinear(linear, tuple(targets), rows, groups, width, config))
     if unmatched:
