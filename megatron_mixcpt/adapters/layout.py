@@ -43,7 +43,8 @@ class AdaptedLinear:
         linear: name of the layer, numbered over the whole model: `decoder.layers.3.mlp.linear_fc1`.
         targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`.
         rows: for each part of it (queries, keys, values; gate, up), whether adapted or not, (its rows a group, the
-            index in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups` times.
+            index in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups`
+            times.
     """
 
     linear: str
