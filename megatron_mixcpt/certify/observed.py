@@ -111,7 +111,7 @@ class _Assembly:
                 if "norm" in name:
                     _compare_copies(f"{what[:-1]} of {name}", list(parts.values()), copies)
                 tensor = unshard(name, [parts[t] for t in sorted(parts)], self._arch.vocab_size)
-                whole |= dict(zip(hf_names(name), split(name, tensor, self._arch)))
+                whole |= dict(zip(hf_names(name, self._arch), split(name, tensor, self._arch)))
             return whole
         for linear in adapted_linears(self._arch, self._config.adapter):
             tensors = {}

@@ -23,7 +23,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SharedSum(torch.autograd.Function):
-    """The sum over ranks that go on with it in ways of their own: backward sums what each asks of it, as that of torch's
+    """The sum over ranks that go on with it each in its own way: backward sums what they ask of it, as that of torch's
     differentiable all-reduce."""
 
     @staticmethod
