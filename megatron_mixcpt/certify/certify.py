@@ -11,7 +11,7 @@ import torch
 
 from megatron_mixcpt.certify.compare import Deviation
 from megatron_mixcpt.certify.problem import SEQ_LENGTH, pose
-from megatron_mixcpt.certify.report import write_page
+from megatron_mixcpt.certify.report import KINDS, write_page
 from megatron_mixcpt.certify.trial import Outcome, on_this_machine, try_all
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
@@ -21,7 +21,7 @@ from megatron_mixcpt.rehearse.grid import default_data_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import small_architecture
 from megatron_mixcpt.train.setup import check_settings
 
-SHOWN = 8  # things that are off, of a dtype, in the terminal
+SHOWN = 3  # things of a kind that are off, in the terminal
 
 
 def certify(config: Config, nproc: int | None, device: str | None, out: Path) -> int:
@@ -113,6 +113,8 @@ def _told(outcomes: list[Outcome], page: Path) -> str:
                 f"certify: in {outcome.dtype} {len(off)} of {len(outcome.deviations)} comparisons with the oracle are "
                 f"off; {outcome.cause}"
             )
-            lines += [f"  {deviation.told()}" for deviation in off[:SHOWN]]
-            lines += [f"  and {len(off) - SHOWN} more"] * (len(off) > SHOWN)
+            kinds = [[deviation for deviation in off if deviation.what == kind][:SHOWN] for kind in KINDS]
+            shown = [deviation for of in kinds for deviation in of]
+            lines += [f"  {deviation.told()}" for deviation in shown]
+            lines += [f"  and {len(off) - len(shown)} more"] * (len(off) > len(shown))
     return "\n".join([*lines, f"  all of it: {page}"])

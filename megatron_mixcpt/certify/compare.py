@@ -91,7 +91,7 @@ class Judge:
             choices = {sample: logits.argmax(-1) for sample, logits in step.teacher.items() if logits.shape[-1] > 2}
             exact, plain = (o.step(weights, documents, lengths, choices) for o in (self._exact, self._plain))
             eps = COPIES * float(torch.finfo(torch.float32).eps)
-            found += [Deviation("copies", f"copies of the {k}", number, e, eps) for k, e in step.copies.items()]
+            found += [Deviation("copies", f"copies of: {k}", number, e, eps) for k, e in step.copies.items()]
             found += self._tensors("teacher", "the teacher's logits", number, step.teacher, exact, plain)
             found += self._tensors("losses", "the losses of the tokens", number, step.losses, exact, plain)
             found += self._gradients(number, step, exact, plain)

@@ -130,7 +130,7 @@ def test_what_is_off_is_exit_code_3_and_leaves_no_certificate(tmp_path, mix, mon
     assert main(["certify", path, "--nproc", "2", "--device", "cpu", "--out", str(tmp_path / "out")]) == 3
     told = capsys.readouterr().err
     assert "it appears with parallel.sequence" in told
-    assert "gradient of model.layers.0.input_layernorm.weight" in told and "o_proj" not in told
+    assert "gradient of model.layers.0.input_layernorm.weight" in told and "gradient of model.layers.0.mlp" not in told
     assert not (tmp_path / "out" / FILE_NAME).exists()
     assert "it appears with parallel.sequence" in (tmp_path / "out" / "certify.md").read_text()
 
