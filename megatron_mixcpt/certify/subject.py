@@ -1,16 +1,13 @@
 """One rank of the trainer itself on the small problem: what it computes in two steps, written as it is.
 
-    python -m megatron_mixcpt.certify.subject FOLDER        (in each rank, under a launcher)
-
-FOLDER holds `cases.json`, a list of cases; each rank writes `CASE/rank_N.pt` there. Tensors are shards, as the rank has
-them: observed.py puts them together.
+A folder holds `cases.json`, a list of cases; each rank writes `CASE/rank_N.pt` there. Tensors are shards, as the rank
+has them: observed.py puts them together.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -254,7 +251,3 @@ def _parameters(stage: Any, value: Any) -> dict[str, Tensor]:
         for adapter in stage.adapters()
         for name in adapter.layout.tensors()
     }
-
-
-if __name__ == "__main__":
-    observe_all(Path(sys.argv[1]))

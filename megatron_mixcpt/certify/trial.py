@@ -89,7 +89,7 @@ def on_this_machine(device: str) -> Launch:
 
     def run(folder: Path, ranks: int) -> None:
         with ranks_of_our_own(device):
-            code = launch(ranks, [str(folder)], program="megatron_mixcpt.certify.subject")
+            code = launch(ranks, [str(folder)], program="megatron_mixcpt.certify.rank")
         if code != 0:
             raise MixcptError(f"certify: the trainer failed on the small model with exit code {code}: see above")
 
