@@ -49,15 +49,18 @@ def with_fault(fault):
     return lambda device: run
 
 
-def computed(problem, faults, folder):
-    """`{fault: its problem}` after the ranks have computed the run and its variants, each with one fault planted."""
+def computed(problem, faults, folder, choose=lambda fault, others: others):
+    """`{fault: its problem}` after the ranks have computed the run and its variants, each with one fault planted.
+
+    `choose(fault, variants)`: those that are computed.
+    """
     problems, queue = {}, []
     for number, fault in enumerate(faults):
         problems[fault] = own = beside(problem, folder / str(number))
         dtype = problem.values["train"]["dtype"]
         runs = [whole_run(own, "fp32"), whole_run(own, "bf16")]
         if fault != "nothing":
-            runs = [whole_run(own, dtype), *variants(own, dtype)]
+            runs = [whole_run(own, dtype), *choose(fault, variants(own, dtype))]
         compute(own, runs, lambda path, ranks: queue.append(str(path)))
     run_distributed(_observe, problem.grid.world_size, list(zip(faults, queue)), timeout=400, warm=True)
     return problems
