@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.runtime.cpu_backend import CPU, cpu_backend, cuda_is_wanted
+from megatron_mixcpt.runtime.cpu_backend import cpu_backend
+from megatron_mixcpt.runtime.devices import agree_on_device, take_device
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _contexts = itertools.count()
@@ -128,11 +129,13 @@ def parallel_context(
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none set this is a grid of one process. With
     CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU backend.
-    `MIXCPT_DEVICE=cpu` forces the latter. Everything is taken down at exit. With `interleave` above 1, models are cut
-    into that many parts a pipeline rank, and Megatron's schedule is the interleaved one.
+    `MIXCPT_DEVICE` (cpu, cuda) says which it must be; all ranks agree on it before any of them waits. Everything is
+    taken down at exit. With `interleave` above 1, models are cut into that many parts a pipeline rank, and Megatron's
+    schedule is the interleaved one.
 
     Raises:
-        ConfigError: the processes do not divide into whole model replicas, or the launch variables are incomplete.
+        ConfigError: the processes do not divide into whole model replicas, the launch variables are incomplete, or a
+            rank has not the device that the others have.
     """
     launch = _launch()
     rank, world_size, local_rank = launch or (0, 1, 0)
@@ -140,14 +143,11 @@ def parallel_context(
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.callback(gc.collect)  # of a model's cycles, which keep the groups and their threads
-        if cuda_is_wanted():
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-            backend = "nccl"
-        else:
-            stack.enter_context(cpu_backend())
-            device, backend = CPU, "gloo"
         store = _store(launch is not None, timeout)
+        device = agree_on_device(store, rank, world_size, local_rank) if launch else take_device(local_rank)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "gloo":
+            stack.enter_context(cpu_backend())
         dist.init_process_group(
             backend,
             store=store,
