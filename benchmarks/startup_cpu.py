@@ -28,24 +28,25 @@ from megatron_mixcpt.demo.base_model import GGUF_FILE, save_smollm2
 
 HERE = Path(__file__).resolve().parents[1]
 PREPARE = """\
-model: {hf: base}
+tokenizer: base
 seq_length: 128
 out: data
-sources: [{name: docs, kind: domain, files: [docs.jsonl]}]
+sources: [{name: docs, kind: domain, paths: [docs.jsonl], text: "{text}", weight: 1.0}]
 """
 TRAIN = """\
 data: {mix: data/mix.json}
 model: {preset: tiny}
 train: {steps: 12, global_batch_size: 4, micro_batch_size: 4, lr: 1.0e-3}
-out: run
+eval: {max_samples: 4}
+run_dir: run
 """
 COMMANDS = {
     "`mixcpt --help`": "--help",
     "`plan`": "plan train.yaml",
     "`train`, 12 steps of the preset `tiny`": "train train.yaml",
     "`rehearse` of the same run": "rehearse train.yaml",
-    "`export` of it": "export run exported",
-    "`convert` from GGUF": "convert gguf converted",
+    "`export` of it": "export run --out exported",
+    "`convert` from GGUF": "convert --hf gguf --out converted",
     "`generate`, 30 tokens": "generate base --prompt Water --max-new-tokens 30",
 }
 MADE = ("run", "exported", "converted", "rehearsals")

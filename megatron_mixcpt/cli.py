@@ -15,6 +15,7 @@ import warnings
 from megatron_mixcpt import __version__
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import FULL, reason
+from megatron_mixcpt.runtime.quick_import import quicken
 
 # Their modules are imported only when asked for: `mixcpt --help` must not wait for torch.
 COMMANDS = {
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     # What libraries warn each other of (deprecations, Apex and TE, which nothing here needs) is not for the user.
     for library in (r"megatron\.", r"torch\.", r"megatron_mixcpt\.runtime\.cpu_backend"):
         warnings.filterwarnings("ignore", module=library)
+    quicken()
     args = parse(argv)
     try:
         return args.run(args)

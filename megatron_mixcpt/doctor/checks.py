@@ -105,11 +105,13 @@ def _attention() -> Finding:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return Finding("problem", f"torch {torch.__version__} has no torch.nn.attention.varlen: 2.11 or newer is needed")
+        return Finding(
+            "problem", f"torch {torch.__version__} has no torch.nn.attention.varlen: 2.11 or newer is needed"
+        )
     rows = torch.ones(16, 2, 64, dtype=torch.bfloat16, device="cuda")
     starts = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
     out = varlen_attn(rows, rows, rows, starts, starts, 11, 11, window_size=(-1, 0))
-    if not torch.equal(out, rows):  # equal values have themselves as every mean
+    if not isinstance(out, torch.Tensor) or not torch.equal(out, rows):  # equal values have themselves as every mean
         return Finding("problem", "torch.nn.attention.varlen computes wrong values on this device")
     return Finding("ok", "over packed documents, by torch.nn.attention.varlen")
 

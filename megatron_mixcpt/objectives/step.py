@@ -32,8 +32,8 @@ class ForwardBackward:
         self.model, self.objective = model, objective
         self.num_sources, self.contributes = num_sources, contributes
         self._device = next(model.parameters()).device
-        parts: list[Any] = unwrap_model(model).parts
-        self._parts = parts if len(parts) > 1 else [model]  # of several, the wrapper is around all of them
+        parts = unwrap_model(model).parts
+        self._parts: list[Any] = parts if len(parts) > 1 else [model]  # of several, the wrapper is around all of them
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
         """Accumulate the gradients of the mean loss over what the objective counts, globally. `batches` are on the CPU.

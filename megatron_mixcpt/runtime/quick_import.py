@@ -1,8 +1,8 @@
 """megatron-core without what it imports and this program never calls: half of the CPU seconds of every start.
 
 megatron-core decorates functions with torch.compile, which brings Dynamo and Inductor in, and imports wandb for servers
-of its own. On a machine without CUDA the decorator is left out (megatron-core's own `disable_jit_fuser`); wandb is hidden
-from it everywhere, and found again by whoever imports it afterwards.
+of its own. On a machine without CUDA the decorator is left out (by megatron-core's own `disable_jit_fuser`); wandb is
+hidden from it everywhere, and found again by whoever imports it afterwards.
 """
 
 from __future__ import annotations
