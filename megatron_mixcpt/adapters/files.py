@@ -61,20 +61,25 @@ def to_hf(linear: AdaptedLinear, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     parts = _PARTS[linear.config.method]
     result = {}
     for name in linear.tensors():
-        for target, piece in zip(linear.targets, _pieces(linear, name, tensors[linear.key(name)])):
-            result[f"{target}.{parts[name]}"] = piece.reshape(-1, piece.shape[-1])
+        for target, pieces in zip(linear.targets, _pieces(linear, name, tensors[linear.key(name)])):
+            flat = [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
+            result[f"{target}.{parts[name]}"] = flat[0] if len(flat) == 1 else torch.cat(flat)
     return result
 
 
-def _pieces(linear: AdaptedLinear, name: str, whole: Tensor) -> list[Tensor]:
-    """Views of each target's part of a whole tensor; of queries, keys and values `[groups, rows a group, r]`."""
-    count = len(linear.targets)
+def _pieces(linear: AdaptedLinear, name: str, whole: Tensor) -> list[list[Tensor]]:
+    """For each target the views of its parts of a whole tensor, several where its family fuses them.
+
+    Of queries, keys and values they are `[groups, rows a group, r]`.
+    """
     if name == "down":
-        return list(whole.chunk(count))
-    if name == "up" and not linear.gated:
-        rows = [rows for rows, target in linear.rows if target is not None]
-        return list(whole.view(linear.groups, sum(rows), -1).split(rows, dim=1))
-    return list(whole.unbind())
+        return [[view] for view in whole.chunk(len(linear.targets))]
+    if name != "up":
+        return [[view] for view in whole.unbind()]
+    rows = [rows for rows, target in linear.rows if target is not None]
+    views = whole.unbind() if linear.gated else whole.view(linear.groups, sum(rows), -1).split(rows, dim=1)
+    owners = [target for _, target in linear.rows if target is not None]
+    return [[view for view, owner in zip(views, owners) if owner == index] for index in range(len(linear.targets))]
 
 
 def write_directory(
@@ -188,14 +193,17 @@ def read_directory(folder: Path, arch: Architecture, config: AdapterConfig) -> d
         parts = _PARTS[config.method]
         for name, (shape, _) in linear.tensors().items():
             whole = torch.empty(shape, dtype=torch.float32)
-            for target, piece in zip(linear.targets, _pieces(linear, name, whole)):
+            for target, pieces in zip(linear.targets, _pieces(linear, name, whole)):
                 source = stored[f"{target}.{parts[name]}"]
-                expected = (piece.numel() // piece.shape[-1], piece.shape[-1])
+                width = pieces[0].shape[-1]
+                rows = [piece.numel() // width for piece in pieces]
+                expected = (sum(rows), width)
                 if tuple(source.shape) != expected:
                     raise VerificationError(
                         f"{path}: {target}.{parts[name]} is {tuple(source.shape)}, this model takes {expected}"
                     )
-                piece.copy_(source.view(piece.shape))
+                for piece, values in zip(pieces, source.split(rows)):
+                    piece.copy_(values.view(piece.shape))
             tensors[linear.key(name)] = whole
     return tensors
 

@@ -2,12 +2,13 @@
 
 megatron-core fuses queries, keys and values into `linear_qkv`, gate and up projection into `linear_fc1`. An adapter has
 its own matrix A, and for ALoRA its own attention, for each of the projections in there, as if they were separate: only
-so can it be written as Hugging Face's separate layers without rounding.
+so can it be written as Hugging Face's separate layers without rounding. Where a family fuses them itself (Phi-3), they
+are one projection.
 
 Whole tensors of the adapter of one linear layer (P targeted projections in it, rank r):
 
     down            [P * r, in]            A of each projection, one above the other
-    up              [rows, r]              B in the order of the layer's own rows; linear_fc1: [P, ffn, r]
+    up              [rows, r]              B in the order of the layer's own rows; linear_fc1: [gate and up, ffn, r]
     attention_in    [P, 3 * r, r]          ALoRA: queries, keys, values of the attention over z = A x
     attention_out   [P, r, r]              ALoRA: its output projection
 
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
+from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.names import hf_names, hf_shapes
+from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, part_rows
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -40,8 +42,9 @@ class AdaptedLinear:
     Attributes:
         linear: name of the layer, numbered over the whole model: `decoder.layers.3.mlp.linear_fc1`.
         targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`.
-        rows: for each of all the Hugging Face layers in it, whether adapted or not, (its number of rows a group, its
-            index in `targets` or None). linear_qkv repeats them `groups` times.
+        rows: for each part of it (queries, keys, values; gate, up), whether adapted or not, (its rows a group, the
+            index in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups`
+            times.
     """
 
     linear: str
@@ -65,7 +68,8 @@ class AdaptedLinear:
         adapted = sum(rows for rows, target in self.rows if target is not None) * self.groups
         up: tuple[tuple[int, ...], int | None]
         if self.gated:
-            up = ((count, adapted // count, rank), 1)
+            parts = sum(target is not None for _, target in self.rows)
+            up = ((parts, adapted // parts, rank), 1)
         else:
             up = ((adapted, rank), None if self.row_parallel else 0)
         tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -101,26 +105,26 @@ def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLi
 
     Raises ConfigError, naming what there is, where a target matches nothing.
     """
-    shapes = hf_shapes(arch)
+    shapes, wholes = hf_shapes(arch), whole_shapes(arch)
     unmatched = set(config.targets)
     linears, known = [], set()
     for layer in range(arch.num_layers):
         for short in LINEARS:
             linear = f"decoder.layers.{layer}.{short}"
-            parts = [part.removesuffix(".weight") for part in hf_names(f"{linear}.weight")]
             targets: list[str] = []
-            rows: list[tuple[int, int | None]] = []
-            groups = arch.num_query_groups if short.endswith("linear_qkv") else 1
-            for part in parts:
+            for part in (name.removesuffix(".weight") for name in hf_names(f"{linear}.weight", arch)):
                 known.add(part.rsplit(".", 1)[1])
                 matching = {pattern for pattern in config.targets if _matches(part, pattern)}
                 unmatched -= matching
-                rows.append((shapes[f"{part}.weight"][0] // groups, len(targets) if matching else None))
                 if matching:
                     targets.append(part)
             if targets:
-                width = shapes[f"{parts[0]}.weight"][1]
-                linears.append(AdaptedLinear(linear, tuple(targets), tuple(rows), groups, width, config))
+                groups = arch.num_query_groups if short.endswith("linear_qkv") else 1
+                index = {f"{target}.weight": number for number, target in enumerate(targets)}
+                parts = part_rows(f"{linear}.weight", wholes[f"{linear}.weight"][0], arch)
+                rows = tuple((count // groups, index.get(name)) for name, count in parts)
+                width = shapes[f"{targets[0]}.weight"][1]
+                linears.append(AdaptedLinear(linear, tuple(targets), rows, groups, width, config))
     if unmatched:
         raise ConfigError(
             f"adapter.targets: {', '.join(sorted(unmatched))} matches no layer; a target is a pattern of the last part "
@@ -144,7 +148,9 @@ def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int,
                 f"adapter.targets leaves pipeline stage {rank} (layers {layers}) nothing to train: lower "
                 "parallel.pipeline, or target layers of each stage"
             )
-    partial = any(len(linear.targets) < 3 for linear in linears if linear.linear.endswith("linear_qkv"))
+    partial = any(
+        target is None for linear in linears if linear.linear.endswith("linear_qkv") for _, target in linear.rows
+    )
     if tensor > arch.num_query_groups and partial:
         raise ConfigError(
             f"parallel.tensor={tensor} cuts through the model's {arch.num_query_groups} query groups: there "

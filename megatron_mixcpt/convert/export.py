@@ -78,7 +78,7 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
         SafetensorsWriter(folder, hf_shapes(arch), written) as writer,
     ):
         for name, whole in read_ahead(shapes, weights.read):
-            for part, tensor in zip(hf_names(name), split(name, whole, arch)):
+            for part, tensor in zip(hf_names(name, arch), split(name, whole, arch)):
                 writer.write(part, tensor)
             progress.advance()
     write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))

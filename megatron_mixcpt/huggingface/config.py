@@ -1,18 +1,12 @@
 """Hugging Face config.json <-> Architecture, saying what is not supported before anything is read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.families import FAMILIES
 
-# model_type -> does the family put a bias on q, k and v; does it normalise q and k
-FAMILIES: dict[str, tuple[bool, bool]] = {
-    "llama": (False, False),
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
-}
 ROPE_TYPES = ("default", "linear", "llama3")
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -72,7 +66,7 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         ConfigError: the model is of a family, or uses a feature, that is not implemented.
     """
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise ConfigError(f"{where}: {what}")
 
     experts = [key for key in EXPERT_KEYS if getattr(config, key, None)]
@@ -80,7 +74,7 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         refuse(f"this is a mixture-of-experts model ({experts[0]}), which is not supported; use a dense model")
     if config.model_type not in FAMILIES:
         refuse(f"model_type {config.model_type!r} is not supported; these are: {', '.join(sorted(FAMILIES))}")
-    qkv_bias, qk_norm = FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
     if getattr(config, "quantization_config", None):
         refuse("its weights are quantised; training needs the original 16- or 32-bit weights")
     if config.hidden_act != "silu":
@@ -88,6 +82,10 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
             refuse(f"{key} is not supported (a bias on the output or MLP projections)")
+    try:
+        own = family.read(config)
+    except ValueError as error:
+        refuse(str(error))
     heads = config.num_attention_heads
     return Architecture(
         model_type=config.model_type,
@@ -101,11 +99,11 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         max_position_embeddings=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
         initializer_range=config.initializer_range,
         sliding_window=_sliding_window(config, where),
         **_rope(config, where),
+        **family.features,
+        **own,
     )
 
 
@@ -139,20 +137,19 @@ def _rope(config: Any, where: str) -> dict[str, Any]:
 
 def config_dict(arch: Architecture) -> dict[str, Any]:
     """config.json of an architecture that came from no Hugging Face directory (a preset)."""
-    qkv_bias, qk_norm = FAMILIES[arch.model_type]
-    if (arch.qkv_bias, arch.qk_norm) != (qkv_bias, qk_norm):
-        raise ValueError(
-            f"model_type {arch.model_type!r} does not have qkv_bias={arch.qkv_bias}, qk_norm={arch.qk_norm}"
-        )
+    family = FAMILIES[arch.model_type]
+    features = {"qkv_bias": False, "qk_norm": False, **family.features}
+    differing = [f"{key}={getattr(arch, key)}" for key, value in features.items() if getattr(arch, key) != value]
+    if differing:
+        raise ValueError(f"model_type {arch.model_type!r} does not have {', '.join(differing)}")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
     if arch.rope_scaling is not None:
         rope |= {"rope_type": arch.rope_scaling.kind, "factor": arch.rope_scaling.factor}
         if arch.rope_scaling.kind == "llama3":
             for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
                 rope[name] = getattr(arch.rope_scaling, name)
-    window = {"sliding_window": arch.sliding_window} if arch.model_type == "mistral" else {}
     return {
-        "architectures": [arch.model_type.capitalize() + "ForCausalLM"],
+        "architectures": [family.model_class],
         "model_type": arch.model_type,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,
@@ -170,5 +167,5 @@ def config_dict(arch: Architecture) -> dict[str, Any]:
         "rope_parameters": rope,
         "rope_theta": arch.rope_theta,
         "rope_scaling": None if arch.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"},
-        **window,
+        **family.write(arch),
     }

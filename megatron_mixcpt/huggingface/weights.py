@@ -83,7 +83,7 @@ def check_names(source: TensorSource, arch: Architecture, where: str) -> None:
     expected = set(hf_shapes(arch))
     present = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
     if arch.tie_word_embeddings:
-        present -= set(hf_names(OUTPUT))  # a copy that transformers does not read either
+        present -= set(hf_names(OUTPUT, arch))  # a copy that transformers does not read either
     missing, unknown = sorted(expected - present), sorted(present - expected)
     if missing:
         raise VerificationError(f"{where} lacks {len(missing)} tensors, first {missing[0]}: copy or download it again")
@@ -103,13 +103,19 @@ def whole_tensor(source: TensorSource, name: str, arch: Architecture, rows: int,
     """
     source_arch = dataclasses.replace(arch, vocab_size=rows)
     shapes = hf_shapes(source_arch)
-    parts = hf_names(name)
+    parts = hf_names(name, arch)
     for part in parts:
         if source.shape(part) != shapes[part]:
             raise VerificationError(f"{where}: {part} is {source.shape(part)}, its config.json says {shapes[part]}")
     whole = torch.empty(whole_shapes(source_arch)[name], dtype=widest({source.dtype(part) for part in parts}))
-    for part, place in zip(parts, places(name, whole, arch)):
-        source.read_into(part, place)
+    for part, views in zip(parts, places(name, whole, arch)):
+        if len(views) == 1:
+            source.read_into(part, views[0])
+            continue
+        fused = torch.empty(shapes[part], dtype=whole.dtype)
+        source.read_into(part, fused)
+        for view, values in zip(views, fused.flatten().split([view.numel() for view in views])):
+            view.copy_(values.view(view.shape))
     if name in (EMBEDDING, OUTPUT) and arch.vocab_size > rows:
         mean = whole.float().mean(dim=0, keepdim=True).to(whole.dtype)
         whole = torch.cat([whole, mean.expand(arch.vocab_size - rows, -1)])

@@ -122,7 +122,7 @@ def save_hf(
         with writer as open_writer:
             for name, whole in _gather(model):
                 if whole is not None and open_writer is not None:
-                    for part, tensor in zip(hf_names(name), split(name, whole, arch)):
+                    for part, tensor in zip(hf_names(name, arch), split(name, whole, arch)):
                         open_writer.write(part, tensor)
     if first:
         write_metadata(out, arch, dtype, tokenizer_dir, source_dir, card)

@@ -65,7 +65,7 @@ def test_export_holds_the_trained_weights(folder, exported):
         base = read_all(folder / "base")
         for slot in model.slots():
             whole = unshard(slot.name, [slot.parameter.detach()], arch.vocab_size)
-            for name, part in zip(hf_names(slot.name), split(slot.name, whole, arch)):
+            for name, part in zip(hf_names(slot.name, arch), split(slot.name, whole, arch)):
                 assert torch.equal(tensors[name], part), name
                 assert not torch.equal(base[name], part), f"{name} was not trained"
     config = json.loads((folder / "base/config.json").read_text())

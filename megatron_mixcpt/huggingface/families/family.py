@@ -1,0 +1,55 @@
+"""What one family of models is: from it follow conversion both ways, the network, adapters and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mixcpt.architecture.architecture import Architecture
+
+Names = tuple[str, ...]
+
+# The Hugging Face tensors that each whole tensor of a layer (architecture/layout.py) is made of, in order: Llama's.
+# A name that stands several times is one tensor that holds them all, one above the other.
+LLAMA_NAMES: dict[str, Names] = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+
+
+def _nothing(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        model_type: as config.json calls it.
+        model_class: transformers' class, which config.json names too.
+        features: fields of Architecture that all models of the family have alike.
+        names: where they differ from LLAMA_NAMES.
+        read: further fields of Architecture, from a transformers configuration. Raises ValueError, which says what is
+            not supported.
+        write: further entries of config.json, from an architecture.
+    """
+
+    model_type: str
+    model_class: str
+    features: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, Names] = field(default_factory=dict)
+    read: Callable[[Any], dict[str, Any]] = _nothing
+    write: Callable[[Architecture], dict[str, Any]] = _nothing
+
+    def layer_names(self, rest: str) -> Names:
+        """Of the whole tensor `decoder.layers.N.<rest>`, without `model.layers.N.`."""
+        return self.names[rest] if rest in self.names else LLAMA_NAMES[rest]
