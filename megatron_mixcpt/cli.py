@@ -15,7 +15,7 @@ import warnings
 from megatron_mixcpt import __version__
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import FULL, reason
-from megatron_mixcpt.runtime.quick_import import quicken
+from megatron_mixcpt.quick_import import quicken
 
 # Their modules are imported only when asked for: `mixcpt --help` must not wait for torch.
 COMMANDS = {

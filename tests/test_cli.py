@@ -79,7 +79,7 @@ def test_help_comes_without_importing_a_library():
 
 QUICK = """\
 import sys
-from megatron_mixcpt.runtime.quick_import import quicken
+from megatron_mixcpt.quick_import import quicken
 quicken()
 import megatron.core.transformer.transformer_layer, megatron.core.distributed
 found = {"torch._dynamo", "torch._inductor", "wandb"} & sys.modules.keys()
