@@ -44,15 +44,18 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
     heads = 2 * tensor if grouped else tensor
     groups = min(arch.num_query_groups, tensor) if grouped else heads
     hidden = max(heads * HEAD_DIM, 64)
+    layers = max(parts, 2)
     return dataclasses.replace(
         arch,
-        num_layers=max(parts, 2),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=-(-2 * hidden // tensor) * tensor,
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=HEAD_DIM,
         sliding_window=min(arch.sliding_window, max(seq_length // 2, 1)) if arch.sliding_window else None,
+        full_layers=(layers - 1,) if arch.full_layers else (),
+        rotary_dim=None if arch.rotary_dim is None else HEAD_DIM // 2,
     )
 
 
@@ -64,8 +67,10 @@ def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, see
     shapes = hf_shapes(arch)
     with SafetensorsWriter(folder, shapes, dtype) as writer:
         for name, shape in shapes.items():
-            norm = name.endswith("norm.weight")
-            value = torch.ones(shape) if norm else torch.randn(shape, generator=generator) * arch.initializer_range
+            if name.endswith("norm.weight"):
+                value = torch.zeros(shape) if arch.norm_plus_one else torch.ones(shape)
+            else:
+                value = torch.randn(shape, generator=generator) * arch.initializer_range
             writer.write(name, value.to(dtype))
 
 
