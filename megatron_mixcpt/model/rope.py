@@ -82,11 +82,15 @@ class Rotary(nn.Module):
 
     def forward(self, position_ids: Tensor, packing: Documents | None = None) -> Tensor:
         """`packing`: the documents that the positions are of; `longrope` goes by their lengths."""
+        if self.frequencies.device != position_ids.device:
+            for name in ("frequencies", "long", "local"):
+                if getattr(self, name) is not None:
+                    setattr(self, name, getattr(self, name).to(position_ids.device))
         positions = position_ids.t().float().unsqueeze(-1)  # [s, b, 1]
-        angles = positions * self.frequencies.to(positions.device)  # [s, b, rotary_dim / 2]
+        angles = positions * self.frequencies  # [s, b, rotary_dim / 2]
         if self.long is not None and packing is not None and packing.max_keys > self.original:
             is_long = (packing.lengths() > self.original).t().unsqueeze(-1).to(positions.device)
-            angles = torch.where(is_long, positions * self.long.to(positions.device), angles)
+            angles = torch.where(is_long, positions * self.long, angles)
         if self.local is not None:
-            angles = torch.stack((angles, positions * self.local.to(positions.device)))
+            angles = torch.stack((angles, positions * self.local))
         return torch.cat((angles, angles), dim=-1).unsqueeze(-2)

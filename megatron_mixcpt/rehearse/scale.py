@@ -45,6 +45,16 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
     groups = min(arch.num_query_groups, tensor) if grouped else heads
     hidden = max(heads * HEAD_DIM, 64)
     layers = max(parts, 2)
+    rotary_dim = None if arch.rotary_dim is None else HEAD_DIM // 2
+    scaling = arch.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        hidden = heads * HEAD_DIM  # Phi-3 has no head_dim of its own
+        pairs = (rotary_dim or HEAD_DIM) // 2
+        scaling = dataclasses.replace(
+            scaling,
+            short_factor=_spread(scaling.short_factor, pairs),
+            long_factor=_spread(scaling.long_factor, pairs),
+        )
     return dataclasses.replace(
         arch,
         num_layers=layers,
@@ -55,8 +65,14 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
         head_dim=HEAD_DIM,
         sliding_window=min(arch.sliding_window, max(seq_length // 2, 1)) if arch.sliding_window else None,
         full_layers=(layers - 1,) if arch.full_layers else (),
-        rotary_dim=None if arch.rotary_dim is None else HEAD_DIM // 2,
+        rotary_dim=rotary_dim,
+        rope_scaling=scaling,
     )
+
+
+def _spread(factors: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """`count` of them, evenly."""
+    return tuple(factors[number * len(factors) // count] for number in range(count))
 
 
 def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, seed: int) -> None:

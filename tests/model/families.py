@@ -39,6 +39,7 @@ FAMILIES = {
     ),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 12, "num_key_value_heads": 2}),
     "mistral-no-window": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": WINDOWS, "head_dim": 12}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3-multi-query": ("Qwen3", {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}),
     "qwen3-windows-yarn": (
@@ -83,6 +84,7 @@ FAMILIES = {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.75,
+                "attention_factor": 1.2,
                 "short_factor": [1.0, 1.3, 3.0],
                 "long_factor": [1.0, 4.0, 16.0],
             },
