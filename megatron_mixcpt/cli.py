@@ -25,6 +25,8 @@ COMMANDS = {
     "doctor": "check this machine: libraries, devices, network, limits, disk",
     "plan": "what a configuration would take: memory a rank, tokens, hours, disk",
     "rehearse": "a run in small on this CPU: same grid, same code",
+    "certify": "prove that the trainer computes the right thing, in a run's settings",
+    "certify-loss": "hold any vocabulary-parallel loss against the same oracle",
     "launch": "submit a run or a chain of stages to SLURM",
     "train": "train on a mixture, or resume the run",
     "recall": "let the model write its own rehearsal data",
@@ -45,9 +47,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code (see docs/commands.md)."""
     argv = sys.argv[1:] if argv is None else argv
-    # What libraries warn each other of (deprecations, Apex and TE, which nothing here needs) is not for the user.
-    for library in (r"megatron\.", r"torch\.", r"megatron_mixcpt\.runtime\.cpu_backend"):
-        warnings.filterwarnings("ignore", module=library)
+    silence_libraries()
     args = parse(argv)
     try:
         return args.run(args)
@@ -64,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def silence_libraries() -> None:
+    """What they warn each other of (deprecations, Apex and TE, which nothing here needs) is not for the user."""
+    for library in (r"megatron\.", r"torch\.", r"megatron_mixcpt\.runtime\.cpu_backend"):
+        warnings.filterwarnings("ignore", module=library)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

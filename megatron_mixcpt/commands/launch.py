@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option, as qos=high"
     )
+    parser.add_argument(
+        "--certify", action="store_true", help="a job before it that proves what it computes; see `mixcpt certify`"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
 
 
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config, validate
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
-    from megatron_mixcpt.slurm.jobs import command_jobs
+    from megatron_mixcpt.slurm.jobs import certify_job, command_jobs
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
     from megatron_mixcpt.train.setup import check
@@ -55,15 +58,18 @@ def run(args: argparse.Namespace) -> int:
     if is_chain(args.config):
         if args.overrides:
             raise ConfigError(f"{args.config} is a chain: write {args.overrides[0]} into the command of its stage")
+        if args.certify:
+            raise ConfigError(f"{args.config} is a chain: write a stage of its own, with `certify` in place of `train`")
         jobs = chain_jobs(args.config, options)
     else:
         ask = validate(Resources, options, "mixcpt launch")
         config = load_config(Config, args.config, args.overrides)
-        jobs = command_jobs(config.command, [config.command, args.config, *args.overrides], ask, Path())
+        words = [config.command, args.config, *args.overrides]
+        jobs = [certify_job(words, ask)] * args.certify + command_jobs(config.command, words, ask, Path())
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size)
     if args.dry_run:
-        print(overview(jobs) if is_chain(args.config) else jobs[0].script)
+        print(overview(jobs) if len(jobs) > 1 or is_chain(args.config) else jobs[0].script)
         print(submissions(jobs), file=sys.stderr)  # the script alone can go into a file
         return 0
 

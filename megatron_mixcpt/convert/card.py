@@ -10,6 +10,7 @@ from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint.origin import Origin
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config.history import told
+from megatron_mixcpt.convert.certificate import read_certificate, recorded_versions
 
 
 def model_card(origin: Origin) -> str:
@@ -24,7 +25,12 @@ def model_card(origin: Origin) -> str:
         "",
     ]
     if origin.config is not None:
-        lines += _training(origin, origin.config) + _sources(origin) + _measured(origin, origin.config)
+        lines += (
+            _training(origin, origin.config)
+            + _certified(origin, origin.config)
+            + _sources(origin)
+            + _measured(origin, origin.config)
+        )
     else:
         lines += [f"Converted from `{origin.info.source}` without training.", ""]
     return "\n".join(lines)
@@ -64,6 +70,28 @@ def _training(origin: Origin, config: Config) -> list[str]:
         f"- {origin.info.step} of {train.steps} steps of {train.global_batch_size} sequences, "
         f"learning rate {train.lr} ({train.schedule}), {train.dtype}, seed {train.seed}",
         *(f"- {change}" for change in (told(origin.run_dir) if origin.run_dir else [])),
+        "",
+    ]
+
+
+def _certified(origin: Origin, config: Config) -> list[str]:
+    """What `mixcpt certify` found, where it was for this run: its grid, settings and versions."""
+    training = origin.info.training
+    if origin.run_dir is None or training is None:
+        return []
+    certificate, versions = read_certificate(origin.run_dir), recorded_versions(origin.run_dir)
+    ranks = training.layout["world_size"]
+    if certificate is None or not certificate.speaks_for(config, origin.arch, ranks, versions):
+        return []
+    grid = " x ".join(f"{name} {size}" for name, size in certificate.grid.items())
+    programs = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
+    return [
+        "## Certified",
+        "",
+        "`mixcpt certify` held what the trainer computes in this run's settings against an oracle in fp64, with a "
+        f"small model of the same family: {certificate.compared} comparisons of losses, gradients, norms and weights "
+        f"within their bounds ({grid}, for {ranks} ranks; {certificate.device}; {programs}).",
+        *(f"Not part of it: {line}." for line in certificate.left_out),
         "",
     ]
 

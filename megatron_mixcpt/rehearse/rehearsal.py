@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from pathlib import Path
 
-import psutil
 import yaml
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.data.mix import Mix
-from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.plan.estimate import make_plan
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.rehearse.excerpt import write_excerpt
+from megatron_mixcpt.rehearse.grid import default_data_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import (
-    MAX_DATA_SIZE,
     REPLACED_TEACHERS,
     STEPS,
-    Grid,
     small_architecture,
     small_run,
     write_random_model,
 )
-from megatron_mixcpt.runtime.launcher import launch
+from megatron_mixcpt.rehearse.size import Grid
+from megatron_mixcpt.runtime.launcher import launch, ranks_of_our_own
 from megatron_mixcpt.train.setup import DTYPES, check_settings
 
 SEQ_LENGTH = 256  # at most
-LIBRARIES_GIB = 0.8  # of a process and its data worker, measured
 
 
 def rehearse(config: Config, nproc: int | None) -> int:
@@ -39,12 +34,12 @@ def rehearse(config: Config, nproc: int | None) -> int:
     Raises ConfigError for what `mixcpt train` would refuse, and where this machine has no memory for one replica.
     """
     replica = config.parallel.replica
-    data_size = nproc // replica if nproc else _default_data_size(config)
+    data_size = nproc // replica if nproc else default_data_size(config)
     arch, mix = check_settings(config, nproc or replica * data_size)
     seq_length = min(mix.seq_length, SEQ_LENGTH)
     parts = config.parallel.pipeline * config.parallel.interleave
     small = small_architecture(arch, config.parallel.tensor, parts, seq_length)
-    grid = _grid(config, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
+    grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
     for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
         print(line, flush=True)
 
@@ -65,28 +60,6 @@ def rehearse(config: Config, nproc: int | None) -> int:
         saves = sum("ckpt/seconds" in json.loads(row) for row in rows)
     print(f"rehearsal: all went well: {STEPS} steps, validation, {saves} saves, a resume from step {STEPS // 2}")
     return 0
-
-
-def _default_data_size(config: Config) -> int:
-    return MAX_DATA_SIZE if config.train.global_batch_size % (MAX_DATA_SIZE * config.train.micro_batch_size) == 0 else 1
-
-
-def _grid(config: Config, data_size: int, small: Architecture, mix: Mix) -> Grid:
-    """Tensor and pipeline as they are, data as far as memory goes."""
-    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
-    free, gib = psutil.virtual_memory().available / 2**30, 0.0
-    for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
-        grid = Grid(tensor, pipeline, data, context)
-        run = validate(Config, small_run(config, data_size, grid, Path("model"), mix.path, Path("run")), "rehearsal")
-        stages = make_plan(run, small, mix, grid.world_size).stages
-        gib = LIBRARIES_GIB + max(stage.total + stage.snapshot for stage in stages) / 2**30
-        if grid.world_size * gib <= free:
-            return grid
-    raise ConfigError(
-        f"parallel.tensor={tensor} x parallel.pipeline={pipeline} x parallel.context={context} takes "
-        f"{tensor * pipeline * context} processes of about "
-        f"{gib:.1f} GiB, but {free:.1f} GiB are free: rehearse on a larger machine, for example a compute node"
-    )
 
 
 def _program(
@@ -110,16 +83,9 @@ def _program(
 
 
 def _train(path: Path, steps: int, nproc: int) -> int:
-    """`mixcpt train` on the CPU; what this process may have from a launcher of its own is kept away from it."""
-    kept = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    os.environ |= {"MIXCPT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    try:
+    """`mixcpt train` on the CPU."""
+    with ranks_of_our_own("cpu"):
         return launch(nproc, ["train", str(path), f"train.steps={steps}"])
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 def _checked(path: Path, steps: int, before: list[str]) -> list[str]:

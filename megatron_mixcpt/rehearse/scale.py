@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,11 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
+from megatron_mixcpt.rehearse.size import Grid
 
 HEAD_DIM = 16
 STEPS = 4
 MICRO_BATCH_SIZE = 2  # at most
-MAX_DATA_SIZE = 2
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Ranks of a rehearsal."""
-
-    tensor: int
-    pipeline: int
-    data: int
-    context: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
 
 
 def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: int) -> Architecture:
@@ -77,17 +63,26 @@ def _spread(factors: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, seed: int) -> None:
     """A Hugging Face directory of `arch` with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.zeros(shape) if arch.norm_plus_one else torch.ones(shape)
+        return torch.randn(shape, generator=generator) * arch.initializer_range
+
+    write_model(arch, folder, dtype, drawn)
+
+
+def write_model(
+    arch: Architecture, folder: Path, dtype: torch.dtype, weight: Callable[[str, tuple[int, ...]], torch.Tensor]
+) -> None:
+    """A Hugging Face directory of `arch`. `weight(name, shape)`: the tensor of a Hugging Face name."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_dict(arch)))
-    generator = torch.Generator().manual_seed(seed)
     shapes = hf_shapes(arch)
     with SafetensorsWriter(folder, shapes, dtype) as writer:
         for name, shape in shapes.items():
-            if name.endswith("norm.weight"):
-                value = torch.zeros(shape) if arch.norm_plus_one else torch.ones(shape)
-            else:
-                value = torch.randn(shape, generator=generator) * arch.initializer_range
-            writer.write(name, value.to(dtype))
+            writer.write(name, weight(name, shape).to(dtype))
 
 
 def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path, run_dir: Path) -> dict[str, Any]:

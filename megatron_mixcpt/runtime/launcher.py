@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
@@ -25,6 +25,7 @@ GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
 # could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
 # launch/mixcpt.sbatch takes.
 LISTENING_PORTS = range(10000, 20000)
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set
 _offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
 
 
@@ -54,8 +55,24 @@ def is_distributed() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(nproc: int, arguments: Sequence[str]) -> int:
-    """Run `mixcpt ARGUMENTS` in `nproc` ranks; returns the exit code of the first rank that did not end with 0.
+@contextlib.contextmanager
+def ranks_of_our_own(device: str) -> Iterator[None]:
+    """For a run in small inside of another command: what this process may have from a launcher is kept away from the
+    ranks that are launched in the context, which run on `device` (cpu or cuda)."""
+    kept = dict(os.environ)
+    for name in LAUNCHED_BY:
+        os.environ.pop(name, None)
+    os.environ |= {"MIXCPT_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt.cli") -> int:
+    """Run `mixcpt ARGUMENTS`, or another module, in `nproc` ranks; returns the exit code of the first rank that did not
+    end with 0.
 
     Signals are passed on to all ranks. When a rank ends with an error its peers, which would wait for it until the
     collective times out, are given a grace period and then killed.
@@ -82,7 +99,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": threads,
             }
-            command = [sys.executable, "-m", "megatron_mixcpt.cli", *arguments]
+            command = [sys.executable, "-m", program, *arguments]
             # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -24,6 +24,7 @@ SCHEMAS: dict[str, type[Config] | type[SelectConfig]] = {
     "select": SelectConfig,
     "cache-teacher": Config,
 }
+ANY_RANKS = ("certify", "rehearse")  # commands in one process that take the configuration of a run on many
 
 
 def check_command(words: list[str], world_size: int, written: list[Path]) -> list[Path]:
@@ -42,6 +43,8 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
         load_config(PreprocessConfig, args.config, literal=True)
     elif words[0] == "recall":
         return [Path(load_config(RecallConfig, args.config, args.overrides).out).resolve()]
+    elif words[0] in ANY_RANKS:
+        load_config(Config, args.config, args.overrides)
     elif words[0] in SCHEMAS:
         config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
         grid = config.parallel

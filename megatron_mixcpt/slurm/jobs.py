@@ -42,6 +42,17 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
     return [_job(stage, words, words, ask, folder.resolve() / stage, folder.resolve() / stage / "logs", {})]
 
 
+def certify_job(words: list[str], ask: Resources) -> Job:
+    """The job that certifies the run of `words`, a `train` or `align` command line, before that run's own job starts.
+
+    Raises ConfigError as `command_jobs`.
+    """
+    (job,) = command_jobs("certify", words, ask, Path())
+    (frozen,) = job.files
+    arguments = ["certify", str(frozen), "--nproc", str(ask.world_size)]
+    return _job("certify", ["certify", *words[1:]], arguments, ask, job.folder, job.logs, job.files)
+
+
 def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:
     """Two jobs after launch/preprocess.sbatch: an array that tokenizes, and one that assembles and verifies."""
     folder = folder.resolve() / stage

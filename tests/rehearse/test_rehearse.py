@@ -12,10 +12,12 @@ from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from megatron_mixcpt.rehearse import rehearsal
+from megatron_mixcpt.rehearse import grid
 from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
-from megatron_mixcpt.rehearse.rehearsal import _checked, _grid
-from megatron_mixcpt.rehearse.scale import Grid, small_architecture, small_run, write_random_model
+from megatron_mixcpt.rehearse.grid import fitting_grid
+from megatron_mixcpt.rehearse.rehearsal import _checked
+from megatron_mixcpt.rehearse.scale import small_architecture, small_run, write_random_model
+from megatron_mixcpt.rehearse.size import Grid
 from tests.helpers.corpus import edit_mix, write_mix
 from tests.model.families import FAMILIES, make
 from tests.slurm.published import CONFIGS
@@ -140,7 +142,7 @@ def test_pairs_which_only_alignment_reads_are_not_part_of_an_excerpt(tmp_path, p
 
 
 def grid_of_32(mix, nproc):
-    """What _grid is asked for 70B over tensor 8 x pipeline 4, but for a small vocabulary."""
+    """What fitting_grid is asked for 70B over tensor 8 x pipeline 4, but for a small vocabulary."""
     train = {"global_batch_size": 64}
     values = settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}, train={"steps": 9, **train})
     small = small_architecture(Architecture(80, 8192, 28672, 64, 8, 128, 1024), 8, 4, 48)
@@ -153,14 +155,14 @@ def grid_of_32(mix, nproc):
 )
 def test_data_parallel_ranks_are_as_many_as_have_room(monkeypatch, mix, nproc, free_gib, expected):
     memory = type("Memory", (), {"available": free_gib * 2**30})
-    monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: memory)
-    assert _grid(*grid_of_32(mix, nproc)) == expected
+    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: memory)
+    assert fitting_grid(*grid_of_32(mix, nproc)) == expected
 
 
 def test_a_machine_without_room_for_one_replica_is_refused(monkeypatch, mix):
-    monkeypatch.setattr(rehearsal.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**33}))
+    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**33}))
     with pytest.raises(ConfigError, match=r"takes 32 processes of about 0.8 GiB, but 8.0 GiB are free"):
-        _grid(*grid_of_32(mix, 32))
+        fitting_grid(*grid_of_32(mix, 32))
 
 
 def test_settings_that_name_no_size_are_kept(tmp_path, mix):

@@ -1,0 +1,19 @@
+"""A rank of the small problem: `python -m megatron_mixcpt.certify.rank FOLDER`, under a launcher (see subject.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_mixcpt.cli import silence_libraries
+
+
+def main(folder: Path) -> None:
+    silence_libraries()
+    from megatron_mixcpt.certify.subject import observe_all  # which loads the libraries
+
+    observe_all(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
