@@ -46,7 +46,6 @@ setup(
         "pydantic>=2.7",
         "omegaconf>=2.3",
         "rich>=13.0",
-        "matplotlib>=3.8",
         "orjson>=3.9",
         "pyarrow>=15.0",
         "xxhash>=3.4",
@@ -58,6 +57,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "matplotlib>=3.8",  # reads the pictures that tests take of pages
             "peft>=0.15",
             "pytest>=8.2",
             "pytest-timeout>=2.3",

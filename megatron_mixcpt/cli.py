@@ -15,6 +15,7 @@ import warnings
 from megatron_mixcpt import __version__
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import FULL, reason
+from megatron_mixcpt.quick_import import quicken
 
 # Their modules are imported only when asked for: `mixcpt --help` must not wait for torch.
 COMMANDS = {
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code (see docs/commands.md)."""
     argv = sys.argv[1:] if argv is None else argv
     silence_libraries()
+    quicken()
     args = parse(argv)
     try:
         return args.run(args)

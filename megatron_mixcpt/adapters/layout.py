@@ -139,6 +139,11 @@ def _matches(layer: str, pattern: str) -> bool:
 
 def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int, stages: Stages) -> None:
     """Raise ConfigError, naming the way out, where the adapters cannot be cut over `tensor` ranks x `stages`."""
+    if config.method == "alora" and arch.full_layers:
+        raise ConfigError(
+            "adapter.method=alora: some layers of this model have a window and some have none, which ALoRA's attention "
+            "does not follow: set adapter.method=lora"
+        )
     linears = adapted_linears(arch, config)
     adapted = {int(linear.linear.split(".")[2]) for linear in linears}
     for rank in range(stages.pipeline):

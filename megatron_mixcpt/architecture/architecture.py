@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from megatron_mixcpt.errors import ConfigError
 
 VOCAB_MULTIPLE = 128  # rows a rank; keeps matrix shapes friendly to tensor cores
@@ -14,7 +16,9 @@ class RopeScaling:
     """How rotary frequencies are stretched for longer contexts.
 
     `linear` divides all of them by `factor`; `llama3` divides the slow ones and blends in between
-    (Llama 3.1, https://arxiv.org/abs/2407.21783, as configured in its config.json).
+    (Llama 3.1, https://arxiv.org/abs/2407.21783, as configured in its config.json), `yarn` does so by
+    https://arxiv.org/abs/2309.00071; `longrope` divides each by a number of its own, one for documents up to the
+    original context and one for longer ones (https://arxiv.org/abs/2402.13753).
     """
 
     kind: str
@@ -22,11 +26,17 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0  # of yarn and longrope: queries and keys are multiplied with it where they rotate
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the bounds of yarn's blend to whole channels
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer of the Llama family (RMSNorm, SwiGLU, rotary positions, grouped queries)."""
+    """Shape of a decoder-only transformer like Llama (RMSNorm, gated MLP, rotary positions, grouped queries)."""
 
     num_layers: int
     hidden_size: int
@@ -45,6 +55,24 @@ class Architecture:
     qk_norm: bool = False
     initializer_range: float = 0.02
     sliding_window: int | None = None  # a token attends to itself and the window - 1 tokens before it
+    full_layers: tuple[int, ...] = ()  # layers without the window
+    local_rope_theta: float | None = None  # of layers with the window, where rotary scaling is for the others alone
+    rotary_dim: int | None = None  # channels of a head that rotate; None: all
+    qk_norm_whole: bool = False  # a norm of all heads' queries, or keys, together; qk_norm: of each head's
+    norms: str = "before"  # where attention and MLP have norms: before, after, both
+    norm_plus_one: bool = False  # norms multiply with 1 + weight
+    activation: str = "silu"  # of the MLP's gate; or gelu_tanh
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    scale_embeddings: bool = False  # by sqrt(hidden_size), rounded to the weights' type
+
+    def window(self, layer: int) -> int | None:
+        """The window of one layer, counted from 0."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    @property
+    def num_rotary_channels(self) -> int:
+        """Of each head, the first ones."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def padded_vocab_size(self, tensor: int) -> int:
         """Rows of the embedding over `tensor` ranks: `vocab_size` rounded up to a multiple of 128 x tensor."""
@@ -76,7 +104,7 @@ class Architecture:
         return (
             self.num_attention_heads % tensor == 0
             and self.ffn_hidden_size % tensor == 0
-            and (groups % tensor == 0 or tensor % groups == 0)
+            and (groups % tensor == 0 or (tensor % groups == 0 and not self.qk_norm_whole))
         )
 
     @property
@@ -85,7 +113,9 @@ class Architecture:
         q, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = self.hidden_size * (2 * q + 2 * kv)
         attention += (q + 2 * kv if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        attention += q + kv if self.qk_norm_whole else 0
+        norms = (4 if self.norms == "both" else 2) * self.hidden_size
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + self.hidden_size + embeddings
 
@@ -95,8 +125,8 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Architecture":
-        scaling = values.get("rope_scaling")
-        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        """Raises pydantic's ValidationError."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 # Random-initialised Llamas to train from scratch; vocab_size is replaced by the tokenizer's.

@@ -12,7 +12,8 @@ from megatron_mixcpt.architecture.layout import Slot, shard
 def initial_tensor(name: str, shape: tuple[int, ...], arch: Architecture, seed: int) -> torch.Tensor:
     """The tensor drawn from a generator of its own, seeded by its name."""
     if "layernorm" in name:
-        return torch.ones(shape)
+        plus_one = arch.norm_plus_one and not name.endswith("weight_of_heads")
+        return torch.zeros(shape) if plus_one else torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     std = arch.initializer_range

@@ -2,6 +2,7 @@
 
 Whole tensors have megatron-core's shapes over a single rank, with the true (unpadded) vocabulary:
 `linear_qkv` interleaves queries, key and value group by group, `linear_fc1` is the gate above the up projection.
+`post_layernorm` of a layer's last linear is the norm of what comes out of it.
 """
 
 from dataclasses import dataclass
@@ -30,17 +31,26 @@ def whole_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, h)}
     for layer in range(arch.num_layers):
         prefix = f"decoder.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (h,)
+        if arch.norms != "after":
+            shapes[prefix + "input_layernorm.weight"] = (h,)
         shapes[prefix + "self_attention.linear_qkv.weight"] = (q + 2 * kv, h)
         if arch.qkv_bias:
             shapes[prefix + "self_attention.linear_qkv.bias"] = (q + 2 * kv,)
         if arch.qk_norm:
             shapes[prefix + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
             shapes[prefix + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
+        if arch.qk_norm_whole:
+            shapes[prefix + "self_attention.q_layernorm.weight_of_heads"] = (q,)
+            shapes[prefix + "self_attention.k_layernorm.weight_of_heads"] = (kv,)
         shapes[prefix + "self_attention.linear_proj.weight"] = (h, q)
-        shapes[prefix + "pre_mlp_layernorm.weight"] = (h,)
+        if arch.norms != "before":
+            shapes[prefix + "self_attention.linear_proj.post_layernorm.weight"] = (h,)
+        if arch.norms != "after":
+            shapes[prefix + "pre_mlp_layernorm.weight"] = (h,)
         shapes[prefix + "mlp.linear_fc1.weight"] = (2 * arch.ffn_hidden_size, h)
         shapes[prefix + "mlp.linear_fc2.weight"] = (h, arch.ffn_hidden_size)
+        if arch.norms != "before":
+            shapes[prefix + "mlp.linear_fc2.post_layernorm.weight"] = (h,)
     shapes["decoder.final_layernorm.weight"] = (h,)
     if not arch.tie_word_embeddings:
         shapes[OUTPUT] = (arch.vocab_size, h)
@@ -64,6 +74,11 @@ def slots(model: nn.Module, arch: Architecture, first_layer: int) -> list[Slot]:
     return result
 
 
+def is_whole(name: str) -> bool:
+    """Whether every tensor rank has all of it: norms, but those of all heads together."""
+    return "layernorm" in name and not name.endswith("weight_of_heads")
+
+
 def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_vocab: int) -> Tensor:
     """This tensor rank's part of a whole tensor (a view where possible); vocabulary padding rows are zero."""
     if name in (EMBEDDING, OUTPUT):
@@ -72,25 +87,25 @@ def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_v
         if len(part) == rows:
             return part
         return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+    if is_whole(name):
+        return whole
     if "linear_fc1" in name:
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(tensor_size)[tensor_rank], up.chunk(tensor_size)[tensor_rank]])
-    if "linear_qkv" in name:
-        return whole.chunk(tensor_size)[tensor_rank]
-    if "linear_proj" in name or "linear_fc2" in name:
-        return whole.chunk(tensor_size, dim=1)[tensor_rank]
-    return whole  # norms are the same on every rank
+    return whole.chunk(tensor_size, dim=_axis(name))[tensor_rank]
+
+
+def _axis(name: str) -> int:
+    return 1 if "linear_proj" in name or "linear_fc2" in name else 0
 
 
 def unshard(name: str, parts: list[Tensor], vocab_size: int) -> Tensor:
     """The whole tensor from all tensor ranks' parts: the inverse of `shard`."""
     if name in (EMBEDDING, OUTPUT):
         return torch.cat(parts)[:vocab_size]
+    if is_whole(name):
+        return parts[0]
     if "linear_fc1" in name:
         halves = [part.chunk(2) for part in parts]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    if "linear_qkv" in name:
-        return torch.cat(parts)
-    if "linear_proj" in name or "linear_fc2" in name:
-        return torch.cat(parts, dim=1)
-    return parts[0]
+    return torch.cat(parts, dim=_axis(name))

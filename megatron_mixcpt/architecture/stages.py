@@ -83,6 +83,11 @@ def stages_of(config: Config, arch: Architecture) -> Stages:
     """
     grid = config.parallel
     arch.check_layout(grid.tensor, grid.pipeline, grid.interleave)
+    if grid.context > 1 and arch.rope_scaling is not None and arch.rope_scaling.kind == "longrope":
+        raise ConfigError(
+            "parallel.context: this model's rotary scaling (longrope) goes by the length of each document, which ranks "
+            "that have parts of it do not know: set parallel.context=1"
+        )
     if grid.layers_per_stage is not None:
         total = sum(grid.layers_per_stage)
         if total != arch.num_layers:

@@ -93,6 +93,12 @@ class Documents:
         """int64 `[b, s]` of whole rows, counting from 0 in each document."""
         return torch.from_numpy(np.arange(self.row_length) - self.begins)
 
+    def lengths(self) -> Tensor:
+        """int64 `[b, s]` of whole rows, tokens of the document that each token is of."""
+        assert self.part_length == self.row_length
+        queries = self.spans[:, QUERIES].astype(np.int64)
+        return torch.from_numpy(np.repeat(queries, queries).reshape(self.num_rows, self.row_length))
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Documents:
         sums = replace(self, cu_queries=function(self.cu_queries), cu_keys=function(self.cu_keys))
         if self.cut is None or self.key_order is None:

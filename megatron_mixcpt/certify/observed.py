@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mixcpt.adapters.files import to_hf
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import unshard
+from megatron_mixcpt.architecture.layout import is_whole, unshard
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.names import hf_names, split
 
@@ -108,7 +108,7 @@ class _Assembly:
         whole: dict[str, Tensor] = {}
         if self._config.adapter is None:
             for name, parts in shards.items():
-                if "norm" in name:
+                if is_whole(name):
                     _compare_copies(f"{what[:-1]} of {name}", list(parts.values()), copies)
                 tensor = unshard(name, [parts[t] for t in sorted(parts)], self._arch.vocab_size)
                 whole |= dict(zip(hf_names(name, self._arch), split(name, tensor, self._arch)))

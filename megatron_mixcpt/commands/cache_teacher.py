@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ same settings. Keeps the most likely tokens, the label and the tail of every pos
 goes on where it was stopped, and mends what is damaged."""
 
 
+WHOLE_RUN = math.inf
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` or `mixcpt align` takes, with teacher.cache")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
@@ -23,6 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a position (default 32)")
     parser.add_argument(
         "--bits", type=int, choices=[16, 32], default=16, help="of a log-probability: 16 (default) in steps of 2^-11"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="?",
+        const=WHOLE_RUN,
+        metavar="N",
+        help="only the sequences that the first N steps draw (without N: train.steps). Such a cache serves runs of the "
+        "same train.seed and weights alone; the default serves every run on the data",
     )
 
 
@@ -50,15 +63,22 @@ def run(args: argparse.Namespace) -> int:
             from megatron_mixcpt.teacher.deepspeed import check_hf_teacher
 
             check_hf_teacher(config.teacher, mix)
-        planned = new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
+        steps = config.train.steps if args.steps == WHOLE_RUN else args.steps
+        if steps is not None and steps < 1:
+            raise ConfigError(f"--steps {steps}: at least 1")
+        planned, smaller = (
+            new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits, steps=some)
+            for some in (steps, config.train.steps)
+        )
         check_space(Path(str(config.teacher.cache)), planned)
         if not is_distributed():
-            print(cost(planned, config.train.steps * config.train.global_batch_size), file=sys.stderr)
+            print(cost(planned, smaller), file=sys.stderr)
         stop.check()
         if args.nproc > 1 and not is_distributed():
             own = ["--top-k", str(args.top_k), "--bits", str(args.bits)]
+            own += [] if steps is None else ["--steps", str(steps)]
             return launch(args.nproc, ["cache-teacher", args.config, *args.overrides, *own])
         from megatron_mixcpt.train.cache_teacher import cache_teacher
 
-        cache_teacher(config, stop, top_k=args.top_k, bits=args.bits)
+        cache_teacher(config, stop, top_k=args.top_k, bits=args.bits, steps=steps)
     return 0

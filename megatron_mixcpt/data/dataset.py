@@ -77,6 +77,10 @@ class TokenFlagsDataset(GPTDataset):
         sample = {"tokens": torch.from_numpy(tokens), "flags": torch.from_numpy(flags.astype(np.uint8))}
         return sample | {"sequence": int(documents[0])}
 
+    def sequence(self, idx: int) -> int:
+        """`sequence` of sample `idx`, without reading it."""
+        return int(self.document_index[self.sample_index[self.shuffle_index[idx]][0]])
+
 
 class Mixture(torch.utils.data.Dataset):
     """All sources' training splits, indexed by Draw."""
@@ -89,15 +93,23 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         """`tokens` and `flags` as in TokenFlagsDataset, `source`, `digest`, a hash of the sample and its order, and
         `key`, which does not depend on the order."""
-        dataset = self.datasets[draw.source]
-        epoch, number = divmod(draw.number, len(dataset))
-        order = xxhash.xxh3_64_intdigest(f"{self._keys[draw.source]} {epoch}".encode())
-        sample = dataset[permuted(number, len(dataset), order)]
+        sample = self.datasets[draw.source][self._index(draw)]
         # The last token is the next sequence's first, which nothing learns from.
         digest = xxhash.xxh3_64(sample["tokens"][:-1].numpy(), seed=draw.order)
         digest.update(sample["flags"][:-1].numpy())
         key = sample_key(draw.source, sample["sequence"], sample["tokens"].numpy(), sample["flags"].numpy())
         return {**sample, "source": draw.source, "digest": digest.intdigest(), "key": key}
+
+    def sequence(self, draw: Draw) -> int:
+        """Number of the stored sequence that the sample begins with; reads no tokens."""
+        return self.datasets[draw.source].sequence(self._index(draw))
+
+    def _index(self, draw: Draw) -> int:
+        """Every epoch of a source has an order of its own."""
+        size = len(self.datasets[draw.source])
+        epoch, number = divmod(draw.number, size)
+        order = xxhash.xxh3_64_intdigest(f"{self._keys[draw.source]} {epoch}".encode())
+        return permuted(number, size, order)
 
     def stored(self, source: int, number: int) -> dict[str, Any]:
         """Stored sequence `number` of a source as a sample; nothing follows its last token."""

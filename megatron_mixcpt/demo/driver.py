@@ -17,7 +17,7 @@ from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.demo.stages import Done, Progress, Stages, open_folder
 from megatron_mixcpt.demo.texts import read_probe, read_training_texts, write_texts
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.report import metrics_table, verdict, write_report
+from megatron_mixcpt.evaluate.report import how_measured, metrics_table, verdict, write_report
 from megatron_mixcpt.units import duration
 
 ARM_TITLES = {
@@ -197,26 +197,19 @@ class Demo:
         return done
 
     def _report(self, arms: dict[str, Any], done: dict[str, Done]) -> None:
-        from megatron_mixcpt.evaluate.plot import plot_tradeoff
-
         settings = self.settings
-        title = f"Teaching {settings.title} facts that exist nowhere"
-        plot_tradeoff(
-            arms, f"{settings.num_people * 5} new facts in {settings.steps} steps", self.folder / "report.png"
-        )
         write_report(
             self.folder,
             arms,
-            title=title,
+            title=f"Teaching {settings.title} {settings.num_people * 5} facts that exist nowhere",
             settings=self._described(),
             seconds=[(name, receipt.seconds) for name, receipt in done.items()],
-            plot="report.png",
         )
         self.console.close()
         self.console.heading("Result")
-        self.console.say(metrics_table(arms).replace("**", ""))
-        self.console.say("\n" + verdict(arms).replace("**", ""))
-        self.console.say(f"\nReport: {self.folder}/report.md  (report.json, report.png; logs and configs beside it)")
+        self.console.say(metrics_table(arms).markdown())
+        self.console.say(f"\n{how_measured(arms)}\n\n{verdict(arms)}")
+        self.console.say(f"\nReport: {self.folder}/report.html  (report.md, report.json; logs and configs beside it)")
         self.console.say(f"This run took {duration(self.console.elapsed)}.")
 
     def _described(self) -> list[tuple[str, str]]:

@@ -40,6 +40,7 @@ def examine(folder: Path, reference_clock: float | None = None) -> Iterator[tupl
         ("megatron-core", _megatron),
         ("transformer-engine", lambda: _optional("transformer_engine")),
         ("apex", lambda: _optional("apex")),
+        ("attention", _attention),
         ("collectives", _collectives),
         ("network", _network),
         ("shared memory", _shared_memory),
@@ -95,6 +96,26 @@ def _optional(module: str) -> Finding:
     return Finding("ok", "installed" if found else "not installed; not needed")
 
 
+def _attention() -> Finding:
+    """Whether a GPU can run attention over packed documents, and with it long rows and `parallel.context`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("ok", "over packed documents, on the CPU")
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return Finding(
+            "problem", f"torch {torch.__version__} has no torch.nn.attention.varlen: 2.11 or newer is needed"
+        )
+    rows = torch.ones(16, 2, 64, dtype=torch.bfloat16, device="cuda")
+    starts = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
+    out = varlen_attn(rows, rows, rows, starts, starts, 11, 11, window_size=(-1, 0))
+    if not isinstance(out, torch.Tensor) or not torch.equal(out, rows):  # equal values have themselves as every mean
+        return Finding("problem", "torch.nn.attention.varlen computes wrong values on this device")
+    return Finding("ok", "over packed documents, by torch.nn.attention.varlen")
+
+
 def _collectives() -> Finding:
     import torch.distributed as dist
 
@@ -103,9 +124,14 @@ def _collectives() -> Finding:
     ]
     if not dist.is_available() or "gloo" not in backends:
         return Finding("problem", "this torch has no gloo: install a build with torch.distributed")
+    import torch
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    part, whole = torch.ones(2), torch.zeros(2)
+    dist.all_gather_into_tensor(whole, part)
+    dist.reduce_scatter_tensor(part, whole)
     dist.destroy_process_group()
-    return Finding("ok", " and ".join(backends))
+    return Finding("ok", f"{' and '.join(backends)}; gather and reduce-scatter, which cut rows need, work with gloo")
 
 
 def _network() -> Finding:

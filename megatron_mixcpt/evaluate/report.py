@@ -1,4 +1,4 @@
-"""report.json for programs and report.md for people, both from the same measurements."""
+"""The demo's report: report.json for programs, a page and its Markdown for people, all from the same measurements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mixcpt.files import write_json, write_whole
+from megatron_mixcpt.files import write_json
+from megatron_mixcpt.report.figures import legend
+from megatron_mixcpt.report.page import Cell, Figure, Page, Table, Text
+from megatron_mixcpt.report.plane import Point, plane_chart
 
 Arm = Mapping[str, Any]
 """What `measure` returned for one model: `base`, `cpt`, `mixcpt`, and `aligned`, which goes on from `mixcpt`."""
@@ -26,7 +29,7 @@ def verdict(arms: Mapping[str, Arm]) -> str:
     if mixcpt < cpt:
         forgetting = f"mixcpt lost less general perplexity than cpt: {amounts}."
     else:
-        forgetting = f"mixcpt did **not** lose less general perplexity than cpt: {amounts}."
+        forgetting = f"mixcpt did not lose less general perplexity than cpt: {amounts}."
     return " ".join(
         [
             forgetting,
@@ -72,67 +75,64 @@ def write_report(
     title: str,
     settings: Sequence[tuple[str, str]],
     seconds: Sequence[tuple[str, float]],
-    plot: str,
 ) -> None:
-    """Write `report.json` (measurements by arm, in their order) and `report.md` into `folder`.
+    """Write `report.json` (measurements by arm, in their order), `report.html` and `report.md` into `folder`.
 
-    `settings` are (name, value) lines, `seconds` the parts of the run with their duration, `plot` an image's file name.
+    `settings` are (name, value) lines, `seconds` the parts of the run with their duration.
     """
     write_json(folder / "report.json", dict(arms))
-    write_whole(folder / "report.md", _markdown(arms, title, settings, seconds, plot))
+    page = Page(title, "One seed and one small domain: this shows the mechanism, it is not a benchmark.")
+    page.section("", Text(verdict(arms), ""), metrics_table(arms), Text(how_measured(arms)))
+    page.figures("", [_learned_and_forgotten(arms)])
+    samples = [_sample(arms, index) for index in sample_questions(arms["base"])]
+    chosen = Text("Taken from fixed places of the list, whatever the answers.")
+    page.section("Three questions, before and after", chosen, *samples)
+    page.section("Settings", Table(["setting", "value"], settings))
+    rows: list[list[Cell]] = [[name, f"{value:.0f}"] for name, value in seconds]
+    page.section("Time", Table(["part", "seconds"], [*rows, ["all", f"{sum(value for _, value in seconds):.0f}"]]))
+    page.write(folder / "report.html")
 
 
-def metrics_table(arms: Mapping[str, Arm]) -> str:
-    """The measurements as a Markdown table, one column a model."""
+def metrics_table(arms: Mapping[str, Arm]) -> Table:
+    """The measurements, one column a model."""
+    others = list(arms)[1:]
+    rows: list[tuple[str, list[Cell]]] = [
+        ("facts: held-out questions answered", [f"{arm['fact_recall']:.0%}" for arm in arms.values()]),
+        ("facts: training sentences completed", [f"{arm['fact_completion']:.0%}" for arm in arms.values()]),
+        ("answers in the asked format", [f"{arm['format_following']:.0%}" for arm in arms.values()]),
+        ("domain perplexity (unseen documents)", [f"{arm['domain_ppl']:.2f}" for arm in arms.values()]),
+        ("general perplexity (never trained on)", [f"{arm['general_ppl']:.2f}" for arm in arms.values()]),
+        ("general perplexity, times that before", ["", *(f"x {general_loss(arms, name) + 1:.2f}" for name in others)]),
+    ]
+    return Table(["", *arms], [[name, *cells] for name, cells in rows])
+
+
+def how_measured(arms: Mapping[str, Arm]) -> str:
+    """In a line, on how much."""
     base = arms["base"]
-    rows = [
-        ("**facts: held-out questions answered**", [f"**{arms[name]['fact_recall']:.0%}**" for name in arms]),
-        ("facts: training sentences completed", [f"{arms[name]['fact_completion']:.0%}" for name in arms]),
-        ("answers in the asked format", [f"{arms[name]['format_following']:.0%}" for name in arms]),
-        ("domain perplexity (unseen documents)", [f"{arms[name]['domain_ppl']:.2f}" for name in arms]),
-        ("**general perplexity** (never trained on)", [f"**{arms[name]['general_ppl']:.2f}**" for name in arms]),
-        ("change of the general perplexity", ["", *(_change(general_loss(arms, name)) for name in list(arms)[1:])]),
-    ]
-    lines = [f"| | {' | '.join(arms)} |", "|---|" + "---:|" * len(arms)]
-    lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]
-    lines += [
-        "",
+    return (
         f"{base['num_questions']} questions; perplexities over {base['general_tokens']:,} general and "
-        f"{base['domain_tokens']:,} domain tokens. Lower perplexity is better.",
-    ]
-    return "\n".join(lines)
-
-
-def _markdown(
-    arms: Mapping[str, Arm],
-    title: str,
-    settings: Sequence[tuple[str, str]],
-    seconds: Sequence[tuple[str, float]],
-    plot: str,
-) -> str:
-    samples = [_sample(arms, i) for i in sample_questions(arms["base"])]
-    total = sum(value for _, value in seconds)
-    return "\n\n".join(
-        [
-            f"# {title}",
-            verdict(arms),
-            metrics_table(arms),
-            f"![recall of the facts against general perplexity]({plot})",
-            "## Three questions, before and after\n\nTaken from fixed places of the list, whatever the answers.",
-            *samples,
-            "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in settings),
-            "## Time\n\n| part | seconds |\n|---|---:|\n"
-            + "\n".join(f"| {name} | {value:.0f} |" for name, value in seconds)
-            + f"\n| **all** | **{total:.0f}** |",
-            "One seed and one small domain: this shows the mechanism, it is not a benchmark.\n",
-        ]
+        f"{base['domain_tokens']:,} domain tokens. Lower perplexity is better."
     )
 
 
-def _sample(arms: Mapping[str, Arm], index: int) -> str:
+def _learned_and_forgotten(arms: Mapping[str, Arm]) -> Figure:
+    points = [
+        Point(name, colour, arm["general_ppl"], 100 * arm["fact_recall"], 100 * arm["fact_completion"])
+        for colour, (name, arm) in enumerate(arms.items())
+    ]
+    return Figure(
+        plane_chart("facts over general perplexity", points, "perplexity of general text (to the right: forgotten)"),
+        "Learned and forgotten",
+        "held-out questions answered (ring: training sentences completed)",
+        legend((point.name, point.colour) for point in points),
+    )
+
+
+def _sample(arms: Mapping[str, Arm], index: int) -> Table:
     first = arms["base"]["answers"][index]
-    lines = [f"**{first['question']}** Expected: *{first['expected']}*", ""]
-    for name in arms:
-        answer = arms[name]["answers"][index]
-        lines.append(f"- {name}: {answer['answer'] or '(nothing)'} {'✓' if answer['right'] else '✗'}")
-    return "\n".join(lines)
+    answers = {name: arm["answers"][index] for name, arm in arms.items()}
+    rows: list[list[Cell]] = [
+        [name, answer["answer"] or "(nothing)", "✓" if answer["right"] else "✗"] for name, answer in answers.items()
+    ]
+    return Table(["model", f"{first['question']} Expected: {first['expected']}", "right"], rows)

@@ -1,13 +1,15 @@
 """Hugging Face config.json <-> Architecture, saying what is not supported before anything is read."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.families import FAMILIES
+from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, theirs
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -77,16 +79,21 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     family = FAMILIES[config.model_type]
     if getattr(config, "quantization_config", None):
         refuse("its weights are quantised; training needs the original 16- or 32-bit weights")
-    if config.hidden_act != "silu":
-        refuse(f"hidden_act {config.hidden_act!r} is not supported, only silu")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    expected = ACTIVATIONS[family.features.get("activation", "silu")]
+    if activation != expected:
+        refuse(f"hidden_act {activation!r} is not supported, only {expected}")
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
             refuse(f"{key} is not supported (a bias on the output or MLP projections)")
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
-        own = family.read(config)
+        own = read_rotary(config, head_dim) | _windows(config) | family.read(config)
     except ValueError as error:
         refuse(str(error))
-    heads = config.num_attention_heads
+    if "rotary_dim" in own and not family.partial_rotary:
+        refuse("partial_rotary_factor is not supported (rotary positions on part of a head)")
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -94,60 +101,43 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=heads,
         num_query_groups=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=bool(config.tie_word_embeddings),
         initializer_range=config.initializer_range,
-        sliding_window=_sliding_window(config, where),
-        **_rope(config, where),
         **family.features,
         **own,
     )
 
 
-def _sliding_window(config: Any, where: str) -> int | None:
+def _windows(config: Any) -> dict[str, Any]:
+    types = getattr(config, "layer_types", None)
+    others = sorted(set(types or ()) - {"full_attention", "sliding_attention"})
+    if others:
+        raise ValueError(f"layers of {', '.join(others)} are not supported")
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise ConfigError(f"{where}: layers of different attention ({', '.join(sorted(kinds))}) are not supported")
-    return int(window)
-
-
-def _rope(config: Any, where: str) -> dict[str, Any]:
-    # transformers 5 keeps everything in rope_parameters, 4 in rope_theta and rope_scaling.
-    params = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    theta = params.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    kind = params.get("rope_type", params.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"{where}: rope type {kind!r} is not supported; these are: {', '.join(ROPE_TYPES)}")
-    if params.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor is not supported (rotary positions on part of a head)")
-    scaling = None
-    if kind != "default":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(kind, float(params["factor"]), **{n: params[n] for n in names if n in params})
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+        return {}
+    if types is None:  # transformers 4
+        first, pattern = getattr(config, "max_window_layers", 0), getattr(config, "sliding_window_pattern", 0)
+        types = [
+            "full_attention" if n < first or (pattern and (n + 1) % pattern == 0) else "sliding_attention"
+            for n in range(config.num_hidden_layers)
+        ]
+    full = tuple(n for n, kind in enumerate(types) if kind == "full_attention")
+    return {} if len(full) == len(types) else {"sliding_window": int(window), "full_layers": full}
 
 
 def config_dict(arch: Architecture) -> dict[str, Any]:
     """config.json of an architecture that came from no Hugging Face directory (a preset)."""
     family = FAMILIES[arch.model_type]
-    features = {"qkv_bias": False, "qk_norm": False, **family.features}
+    defaults = {field.name: field.default for field in fields(Architecture)}
+    features = {key: defaults[key] for other in FAMILIES.values() for key in other.features} | dict(family.features)
     differing = [f"{key}={getattr(arch, key)}" for key, value in features.items() if getattr(arch, key) != value]
     if differing:
         raise ValueError(f"model_type {arch.model_type!r} does not have {', '.join(differing)}")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if arch.rope_scaling is not None:
-        rope |= {"rope_type": arch.rope_scaling.kind, "factor": arch.rope_scaling.factor}
-        if arch.rope_scaling.kind == "llama3":
-            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                rope[name] = getattr(arch.rope_scaling, name)
     return {
         "architectures": [family.model_class],
         "model_type": arch.model_type,
@@ -162,10 +152,7 @@ def config_dict(arch: Architecture) -> dict[str, Any]:
         "rms_norm_eps": arch.norm_eps,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "initializer_range": arch.initializer_range,
-        "hidden_act": "silu",
-        # Both generations of transformers find theirs.
-        "rope_parameters": rope,
-        "rope_theta": arch.rope_theta,
-        "rope_scaling": None if arch.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "hidden_act": ACTIVATIONS[arch.activation],
+        **rotary_entries(arch),
         **family.write(arch),
     }

@@ -74,14 +74,20 @@ class MixGPTModel(GPTModel):
         if adapter is not None:
             attach(self, adapted_linears(arch, adapter), self.first_layer, arch.sliding_window)
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: Any, packed_seq_params: Documents, **kwargs: Any
+    ) -> tuple:
+        embedded, _, *rest = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if self.arch.scale_embeddings and self.pre_process:
+            embedded = embedded * torch.tensor(self.arch.hidden_size**0.5).to(embedded.dtype).item()
         frozen = self.adapter is not None and self.pre_process and torch.is_grad_enabled() and embedded.is_leaf
         if frozen and (self._recomputes or self.config.pipeline_model_parallel_size > 1):
             # Frozen embeddings need no gradient, but recomputation and the pipeline return none to what follows them
             # unless their input asks for one.
             embedded.requires_grad_()
-        return embedded, self.rotary(position_ids), *rest
+        return embedded, self.rotary(position_ids, packed_seq_params), *rest
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, packing: Documents, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(input_ids, position_ids, None, *args, packed_seq_params=packing, **kwargs)
@@ -101,7 +107,7 @@ class MixGPTModel(GPTModel):
 
     def hidden(self, tokens: Tensor, position_ids: Tensor, packing: Documents) -> Tensor:
         """What `output_logits` takes on the last stage (after the final norm), `[s(/tp), b, h]`; no output head."""
-        embedded, angles, *_ = self._preprocess(tokens, position_ids)
+        embedded, angles, *_ = self._preprocess(tokens, position_ids, packed_seq_params=packing)
         return self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing
         )

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core import tensor_parallel
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from megatron_mixcpt.adapters.layers import adapters_of
+from megatron_mixcpt.model.self_attention import LayerAttention
 
 
 def _computed_again(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def _computed_again(module: nn.Module, function: Callable[[Tensor], Tensor], x: 
     return tensor_parallel.checkpoint(run, False, x)
 
 
-class RecomputedAttention(SelfAttention):
-    """hidden `[s(/tp), b, h]` -> the same and no bias, as SelfAttention."""
+class RecomputedAttention(LayerAttention):
+    """hidden `[s(/tp), b, h]` -> the same and no bias, as LayerAttention."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         run = super().forward

@@ -1,10 +1,12 @@
 """Which module stands where in a transformer layer, and the megatron-core configuration around it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -19,14 +21,23 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.core import DocumentAttention
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.model.norm import RMSNorm
+from megatron_mixcpt.model.norm import HeadsNorm, NormedRowLinear, RMSNorm
 from megatron_mixcpt.model.recompute import RecomputedAttention, RecomputedMLP
+from megatron_mixcpt.model.self_attention import LayerAttention
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 
 
 def _leave(weight: Tensor) -> Tensor:
     """Weights are filled after the model is built (init.py), the same for every layout."""
     return weight
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation with tanh (https://arxiv.org/abs/1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh}
 
 
 def transformer_config(
@@ -45,7 +56,9 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[arch.activation],
+        layernorm_zero_centered_gamma=arch.norm_plus_one,
+        softmax_scale=arch.attention_scale,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
@@ -68,7 +81,7 @@ def transformer_config(
         deallocate_pipeline_outputs=not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        bias_activation_fusion=fusions,
+        bias_activation_fusion=fusions and arch.activation == "silu",
         bias_dropout_fusion=fusions,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -99,28 +112,34 @@ def check_schedule(settings: TransformerConfig) -> None:
 
 
 def layer_spec(arch: Architecture, recompute: str = "none") -> ModuleSpec:
-    """One transformer layer: norm, self attention, norm, gated MLP. `recompute`: `train.recompute`."""
-    qk_norm = RMSNorm if arch.qk_norm else IdentityOp
+    """One transformer layer: self attention and gated MLP, with norms before or after them. `recompute`:
+    `train.recompute`."""
+    before = IdentityOp if arch.norms == "after" else RMSNorm
+    last_linear = AdaptableRowLinear if arch.norms == "before" else NormedRowLinear
+    q_norm = k_norm = RMSNorm if arch.qk_norm else IdentityOp
+    if arch.qk_norm_whole:
+        q_norm = ModuleSpec(module=HeadsNorm, params={"heads": arch.num_attention_heads})
+        k_norm = ModuleSpec(module=HeadsNorm, params={"heads": arch.num_query_groups})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=before,
             self_attention=ModuleSpec(
-                module=RecomputedAttention if recompute == "attention" else SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=RecomputedAttention if recompute == "attention" else LayerAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "arch": arch},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptableColumnLinear,
-                    core_attention=ModuleSpec(module=DocumentAttention, params={"window": arch.sliding_window}),
-                    linear_proj=AdaptableRowLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    core_attention=DocumentAttention,
+                    linear_proj=last_linear,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=before,
             mlp=ModuleSpec(
                 module=RecomputedMLP if recompute == "mlp" else MLP,
-                submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=AdaptableRowLinear),
+                submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=last_linear),
             ),
             mlp_bda=get_bias_dropout_add,
             # The names megatron-core's own checkpoints use, so that others can read ours.

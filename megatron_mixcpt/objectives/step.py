@@ -32,7 +32,8 @@ class ForwardBackward:
         self.model, self.objective = model, objective
         self.num_sources, self.contributes = num_sources, contributes
         self._device = next(model.parameters()).device
-        self._parts = unwrap_model(model).parts
+        parts = unwrap_model(model).parts
+        self._parts: list[Any] = parts if len(parts) > 1 else [model]  # of several, the wrapper is around all of them
 
     def __call__(self, batches: list[Batch], *, forward_only: bool = False) -> Tensor:
         """Accumulate the gradients of the mean loss over what the objective counts, globally. `batches` are on the CPU.
@@ -45,15 +46,14 @@ class ForwardBackward:
             `contributes` is false. Summing them over all ranks gives the global batch's.
         """
         columns, count = len(self.objective.statistics), len(batches)
-        interleaved = len(self._parts) > 1
-        if interleaved and forward_only:
+        if len(self._parts) > 1 and forward_only:
             batches = batches + [batches[-1]] * (-count % self._parts[0].config.pipeline_model_parallel_size)
         totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=self._device)
         self.objective.begin_step(batches)
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, totals=totals, count=count),
-            data_iterator=[enumerate(batches) for _ in self._parts] if interleaved else enumerate(batches),
-            model=self._parts if interleaved else self.model,
+            data_iterator=[enumerate(batches) for _ in self._parts],
+            model=self._parts,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],

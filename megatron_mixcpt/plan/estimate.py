@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, is_whole, whole_shapes
 from megatron_mixcpt.architecture.stages import Stages, stages_of
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
@@ -161,7 +161,7 @@ def _parameters(arch: Architecture, tensor: int, cut: Stages, index: int) -> int
             count += padded // tensor * shape[1] if here else 0
         elif name.startswith("decoder.layers."):
             if int(name.split(".")[2]) in layers:
-                count += math.prod(shape) // (1 if "layernorm" in name else tensor)
+                count += math.prod(shape) // (1 if is_whole(name) else tensor)
         elif index == pipeline - 1:
             count += math.prod(shape)
     return count
@@ -193,8 +193,9 @@ def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
     tensor, size, recompute = config.parallel.tensor, DTYPE_BYTES[config.train.dtype], config.train.recompute
     sequence = tensor if config.parallel.sequence else 1
     queries, keys = (heads * arch.head_dim // tensor for heads in (arch.num_attention_heads, arch.num_query_groups))
-    norms = (4 * FP32 + 2 * size) * arch.hidden_size // sequence  # x and x/rms of two norms, and what they return
-    norms += 2 * FP32
+    count = 4 if arch.norms == "both" else 2
+    norms = count * (2 * FP32 + size) * arch.hidden_size // sequence  # x and x/rms of norms, and what they return
+    norms += count * FP32
     attention = 2 * (queries + keys) * size  # q, output, k, v
     attention += 4 * arch.head_dim * size  # rotary
     attention += FP32 * (arch.num_attention_heads // tensor) + _adapter_bytes(arch, config, "self_attention")

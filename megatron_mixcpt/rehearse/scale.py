@@ -30,16 +30,35 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
     heads = 2 * tensor if grouped else tensor
     groups = min(arch.num_query_groups, tensor) if grouped else heads
     hidden = max(heads * HEAD_DIM, 64)
+    layers = max(parts, 2)
+    rotary_dim = None if arch.rotary_dim is None else HEAD_DIM // 2
+    scaling = arch.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        hidden = heads * HEAD_DIM  # Phi-3 has no head_dim of its own
+        pairs = (rotary_dim or HEAD_DIM) // 2
+        scaling = dataclasses.replace(
+            scaling,
+            short_factor=_spread(scaling.short_factor, pairs),
+            long_factor=_spread(scaling.long_factor, pairs),
+        )
     return dataclasses.replace(
         arch,
-        num_layers=max(parts, 2),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=-(-2 * hidden // tensor) * tensor,
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=HEAD_DIM,
         sliding_window=min(arch.sliding_window, max(seq_length // 2, 1)) if arch.sliding_window else None,
+        full_layers=(layers - 1,) if arch.full_layers else (),
+        rotary_dim=rotary_dim,
+        rope_scaling=scaling,
     )
+
+
+def _spread(factors: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """`count` of them, evenly."""
+    return tuple(factors[number * len(factors) // count] for number in range(count))
 
 
 def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, seed: int) -> None:
@@ -48,7 +67,7 @@ def write_random_model(arch: Architecture, folder: Path, dtype: torch.dtype, see
 
     def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.zeros(shape) if arch.norm_plus_one else torch.ones(shape)
         return torch.randn(shape, generator=generator) * arch.initializer_range
 
     write_model(arch, folder, dtype, drawn)

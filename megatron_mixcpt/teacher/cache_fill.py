@@ -1,4 +1,4 @@
-"""Filling a teacher cache: the teacher's pass over every stored sequence of the training sources, on any grid.
+"""Filling a teacher cache: the teacher's pass over the stored sequences of the training sources, on any grid.
 
 The unit is a shard: data-parallel replicas compute different shards, and a shard that is complete on disk is never
 computed again. Which sequences share a micro-batch follows from the shard alone, so an interrupted job goes on to the
@@ -27,8 +27,10 @@ from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.files import WriteError, write_json
 from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.runtime.failures import tell_alone
+from megatron_mixcpt.runtime.first_rank import on_first
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.teacher.cache_choice import chosen_counts, draws_identity, read_chosen, write_chosen
 from megatron_mixcpt.teacher.cache_format import (
     FORMAT,
     MANIFEST,
@@ -47,14 +49,29 @@ from megatron_mixcpt.teacher.topk import sparsify
 
 
 def new_identity(
-    config: Config, arch: Architecture, mix: Mix, teacher: dict[str, Any], *, top_k: int, bits: int
+    config: Config,
+    arch: Architecture,
+    mix: Mix,
+    teacher: dict[str, Any],
+    *,
+    top_k: int,
+    bits: int,
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    """What a cache of this configuration will be. Raises ConfigError for a `top_k` beyond the vocabulary."""
+    """What a cache of this configuration will be; with `steps`, one of the sequences alone that so many steps draw.
+
+    Raises ConfigError for a `top_k` beyond the vocabulary.
+    """
     if not 1 <= top_k <= arch.vocab_size:
         raise ConfigError(f"--top-k {top_k}: between 1 and the vocabulary's {arch.vocab_size}")
     size = record_dtype(mix.seq_length, top_k, arch.vocab_size, bits).itemsize
+    identity = data_identity(config, arch, mix)
+    if steps is not None:
+        identity["draws"] = draws_identity(config, mix, steps)
+        for content, count in chosen_counts(mix, identity["draws"]).items():
+            identity["sources"][content]["chosen"] = count
     return {
-        **data_identity(config, arch, mix),
+        **identity,
         "teacher": teacher,
         "top_k": top_k,
         "bits": bits,
@@ -62,19 +79,26 @@ def new_identity(
     }
 
 
-def cost(identity: dict[str, Any], drawn: int) -> str:
-    """In a line what a whole cache takes. `drawn`: sequences that the run draws, repeats among them."""
-    sequences = sum(source["sequences"] for source in identity["sources"].values())
-    return (
-        f"all {sequences} training sequences of {identity['seq_length']} tokens once through the teacher, "
-        f"{_size(identity) / 2**30:.3f} GiB on disk; train.steps x train.global_batch_size draws {drawn}"
+def cost(identity: dict[str, Any], smaller: dict[str, Any]) -> str:
+    """In a line what a cache takes, and what one of the sequences that the run draws (`smaller`) would."""
+    sequences, drawn = _sequences(identity), _sequences(smaller)
+    text = (
+        f"{sequences} training sequences of {identity['seq_length']} tokens once through the teacher, "
+        f"{_size(identity) / 2**30:.3f} GiB on disk"
     )
+    if drawn >= sequences:
+        return text
+    return f"{text}; this run draws {drawn} of them: --steps caches those alone, {_size(smaller) / 2**30:.3f} GiB"
+
+
+def _sequences(identity: dict[str, Any]) -> int:
+    return sum(shard.end - shard.begin for shard in shards_of(identity))
 
 
 def _size(identity: dict[str, Any]) -> int:
-    """Bytes of a whole cache."""
+    """Bytes of a complete cache."""
     dtype = record_dtype(identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"])
-    return dtype.itemsize * sum(shard.end - shard.begin for shard in shards_of(identity))
+    return dtype.itemsize * _sequences(identity)
 
 
 def check_space(cache: Path, identity: dict[str, Any]) -> None:
@@ -94,7 +118,7 @@ def claim_cache(cache: Path, identity: dict[str, Any]) -> None:
     """Begin a cache, or go on with one. Raises ConfigError where the directory holds something else."""
     if (cache / MANIFEST).exists():
         found = read_manifest(cache)["identity"]
-        differing = sorted(key for key in identity if found.get(key) != identity[key])
+        differing = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
         if differing:
             raise ConfigError(
                 f"teacher.cache: {cache} holds a cache that differs in {', '.join(differing)}: set another directory "
@@ -137,14 +161,18 @@ def fill_cache(
     """
     missing = missing_shards(cache, identity, state)
     dtype = record_dtype(mix.seq_length, identity["top_k"], identity["vocab_size"], identity["bits"])
-    dataset = train_dataset(mix, 0, cache / "index")
+    draws = identity.get("draws")
+    dataset = train_dataset(mix, draws["seed"] if draws else 0, cache / "index")
+    if draws:
+        on_first("choose sequences", lambda: write_chosen(cache, mix, dataset, draws), state)
+    chosen = {content: read_chosen(cache, identity, content) for content in identity["sources"]}
     mine = missing[state.data_rank :: state.data_size]
     # All ranks go the same number of rounds: a teacher may need every one of them at every pass.
     # In each of them a replica has a micro-batch for each of its ranks.
     width = state.tensor_size * state.pipeline_size
     rounds = _rounds(missing, state.data_size, micro_batch_size, width)
-    work = _work(mine, dataset, mix, dtype, micro_batch_size, width)
-    total = sum(shard.end - shard.begin for shard in shards_of(identity))
+    work = _work(mine, dataset, mix, dtype, chosen, micro_batch_size, width)
+    total = _sequences(identity)
     left = sum(shard.end - shard.begin for shard in missing)
     writes = state.is_last_stage and state.tensor_rank == 0
     with contextlib.ExitStack() as stack:
@@ -203,20 +231,31 @@ def _sizes(shards: list[Shard], size: int) -> Iterator[int]:
 
 
 def _work(
-    shards: list[Shard], dataset: Mixture, mix: Mix, dtype: np.dtype, size: int, width: int
+    shards: list[Shard],
+    dataset: Mixture,
+    mix: Mix,
+    dtype: np.dtype,
+    chosen: dict[str, np.ndarray | None],
+    size: int,
+    width: int,
 ) -> Iterator[tuple[list[Batch], list[_Place | None]]]:
-    """`width` micro-batches at a time, without end: made-up ones, of no place, when nothing is left."""
+    """`width` micro-batches at a time, without end: made-up ones, of no place, when nothing is left.
+
+    `chosen`: see `read_chosen`.
+    """
     contents = [source.train.content for source in mix.train_sources if source.train]
 
     def real() -> Iterator[tuple[Batch, _Place | None]]:
         for shard in shards:
             source = contents.index(shard.content)
+            listed = chosen[shard.content]
             records = np.zeros(shard.end - shard.begin, dtype)
             for begin in range(shard.begin, shard.end, size):
-                numbers = list(range(begin, min(begin + size, shard.end)))
-                samples = [dataset.stored(source, number) for number in numbers]
+                places = range(begin, min(begin + size, shard.end))
+                numbers = places if listed is None else listed[places.start : places.stop]
+                samples = [dataset.stored(source, int(number)) for number in numbers]
                 samples += samples[-1:] * (size - len(samples))  # every micro-batch has the same shape
-                yield collate(samples), _Place(shard, records, begin - shard.begin, len(numbers))
+                yield collate(samples), _Place(shard, records, begin - shard.begin, len(places))
 
     remaining = real()
     spare = collate([dataset.stored(0, 0)] * size)

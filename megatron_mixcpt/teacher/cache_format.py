@@ -3,8 +3,10 @@
     cache.json                       what was computed, of which model and data; when complete, every shard's hash
     <data hash>/<number>.bin, .json  records of `sequences_per_shard` stored sequences in their order, and their hash
 
-A record is one stored sequence. It is addressed by the sequence's number in its source, not by a step, so a cache
-serves any order of the data, any mixture of its sources and any number of epochs.
+    <data hash>/chosen.bin           where the cache is of some sequences alone: their numbers (see cache_choice.py)
+
+A record is one stored sequence. It is addressed by the sequence's number in its source, not by a step, so a cache of
+all sequences serves any order of the data, any mixture of its sources and any number of epochs.
 
 Symbols: s tokens a sequence, k tokens kept a position.
 """
@@ -23,7 +25,8 @@ from megatron_mixcpt.checkpoint.manifest import hash_file
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.files import write_json, write_whole
 
-FORMAT = "mixcpt-teacher-cache/1"
+FORMAT = "mixcpt-teacher-cache/2"
+READABLE = (FORMAT, "mixcpt-teacher-cache/1")  # which knew no chosen sequences
 MANIFEST = "cache.json"
 SHARD_BYTES = 64 << 20
 STEP = 2.0**-11  # nats between two neighbours of 16 bits, which so reach down to -32: a probability of 1e-14
@@ -87,7 +90,7 @@ def _check(record: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """Records of the stored sequences `begin:end` of the source whose data has the hash `content`."""
+    """Records `begin:end` of the source whose data has the hash `content`."""
 
     content: str
     number: int
@@ -102,9 +105,10 @@ def shards_of(identity: dict[str, Any]) -> list[Shard]:
     """All shards of a cache, in order."""
     size = identity["sequences_per_shard"]
     return [
-        Shard(content, number, begin, min(begin + size, source["sequences"]))
+        Shard(content, number, begin, min(begin + size, records))
         for content, source in identity["sources"].items()
-        for number, begin in enumerate(range(0, source["sequences"], size))
+        for records in [source.get("chosen", source["sequences"])]
+        for number, begin in enumerate(range(0, records, size))
     ]
 
 
@@ -138,6 +142,6 @@ def read_manifest(cache: Path) -> dict[str, Any]:
         raise ConfigError(f"teacher.cache: {path}: no such file; `mixcpt cache-teacher` writes it") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"teacher.cache: {path}: cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in READABLE:
         raise ConfigError(f"teacher.cache: {path}: not a cache of this version ({FORMAT})")
     return manifest

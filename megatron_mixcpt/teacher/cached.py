@@ -21,6 +21,7 @@ from megatron_mixcpt.data.dataset import SampleKey
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.runtime.failures import tell_alone
+from megatron_mixcpt.teacher.cache_choice import read_chosen, refuse_other_draws
 from megatron_mixcpt.teacher.cache_format import (
     check_record,
     dequantized,
@@ -44,6 +45,7 @@ def open_cache(config: Config, arch: Architecture, mix: Mix) -> dict[str, Any]:
     manifest = read_manifest(cache)
     identity = manifest["identity"]
     refuse_foreign(cache, identity, data_identity(config, arch, mix))
+    refuse_other_draws(cache, identity, config, mix)
     if "shards" not in manifest:
         raise ConfigError(f"teacher.cache: {cache} is not finished: run `mixcpt cache-teacher` again, it goes on")
     for shard in shards_of(identity):
@@ -71,6 +73,7 @@ class CachedTeacher:
         self._per_shard: int = identity["sequences_per_shard"]
         self._dtype = record_dtype(mix.seq_length, self.top_k, identity["vocab_size"], identity["bits"])
         self._contents = [source.train.content for source in mix.train_sources if source.train]
+        self._chosen = [read_chosen(cache, identity, content) for content in self._contents]
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="teacher-cache")
         self._coming: list[Future[tuple[Tensor, ...]]] = []
 
@@ -106,7 +109,7 @@ class CachedTeacher:
         return torch.from_numpy(records["ids"].astype(np.int32)), *numbers
 
     def _record(self, key: SampleKey) -> np.ndarray:
-        number, place = divmod(key.sequence, self._per_shard)
+        number, place = divmod(self._place(key), self._per_shard)
         path = self.cache / self._contents[key.source] / f"{number:06d}.bin"
         where = f"teacher.cache: {path}, record {place}"
         size = self._dtype.itemsize
@@ -121,6 +124,19 @@ class CachedTeacher:
         record = np.frombuffer(content, dtype=self._dtype)[0]
         check_record(record, key.content, where)
         return record
+
+    def _place(self, key: SampleKey) -> int:
+        """Among the records of its source."""
+        chosen = self._chosen[key.source]
+        if chosen is None:
+            return key.sequence
+        place = int(np.searchsorted(chosen, key.sequence))
+        if place == len(chosen) or chosen[place] != key.sequence:
+            raise VerificationError(
+                f"teacher.cache: {self.cache} has no answer for sequence {key.sequence} of data "
+                f"{self._contents[key.source]}: it was made with --steps, for fewer or other samples"
+            )
+        return place
 
     def _made_up(self, batch: Batch) -> tuple[Tensor, ...]:
         """Of the size of a real answer."""

@@ -51,8 +51,8 @@ class ModelTeacher:
         with self.as_teacher():
             self._hidden = get_forward_backward_func()(
                 forward_step_func=self._keep_hidden,
-                data_iterator=[iter(batches) for _ in parts] if len(parts) > 1 else iter(batches),
-                model=parts if len(parts) > 1 else parts[0],
+                data_iterator=[iter(batches) for _ in parts],
+                model=parts,
                 num_microbatches=len(batches),
                 seq_length=batches[0].tokens.shape[1],
                 micro_batch_size=batches[0].tokens.shape[0],

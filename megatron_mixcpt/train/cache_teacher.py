@@ -20,8 +20,8 @@ from megatron_mixcpt.teacher.interface import Teacher
 from megatron_mixcpt.train.setup import build_stage, read_model_and_mix
 
 
-def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -> None:
-    """Fill `config.teacher.cache`, or what of it is missing.
+def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int, steps: int | None = None) -> None:
+    """Fill `config.teacher.cache`, or what of it is missing; with `steps`, for what so many steps draw alone.
 
     Raises ConfigError where the directory holds something else, StoppedError (75) when stopped.
     """
@@ -45,7 +45,8 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int) -
             stage = build_stage(config, arch)
             start, vocab_start = stage.start.weights, stage.model.vocab_start
             teacher = InitialTeacher(stage.model, pipelined=state.pipeline_size > 1)
-        identity = new_identity(config, arch, mix, teacher_identity(config, start), top_k=top_k, bits=bits)
+        teacher_is = teacher_identity(config, start)
+        identity = new_identity(config, arch, mix, teacher_is, top_k=top_k, bits=bits, steps=steps)
         from_first(lambda: claim_cache(cache, identity))
         size = config.train.micro_batch_size
         fill_cache(cache, identity, teacher, mix, state, stop, micro_batch_size=size, vocab_start=vocab_start)

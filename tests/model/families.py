@@ -13,6 +13,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 20000.0}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 BASE = {
     "vocab_size": 301,
     "hidden_size": 48,
@@ -36,15 +39,80 @@ FAMILIES = {
     ),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 12, "num_key_value_heads": 2}),
     "mistral-no-window": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": WINDOWS, "head_dim": 12}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3-multi-query": ("Qwen3", {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}),
+    "qwen3-windows-yarn": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "rope_parameters": YARN,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+    ),
+    "llama-longrope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 9,  # some documents are longer, some are not
+                "short_factor": [1.0, 1.1, 1.3, 2.0],
+                "long_factor": [1.0, 2.0, 4.0, 9.0],
+            }
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 5,
+            "layer_types": WINDOWS,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
+        },
+    ),
+    "phi3": ("Phi3", {}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "sliding_window": 11,
+            "original_max_position_embeddings": 9,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "attention_factor": 1.2,
+                "short_factor": [1.0, 1.3, 3.0],
+                "long_factor": [1.0, 4.0, 16.0],
+            },
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "num_attention_heads": 4,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "layer_types": WINDOWS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": PLAIN,
+            },
+        },
+    ),
 }
 
 
 def make(name, out, dtype=torch.float32, shard_size="5GB", **changes):
     """Save the model to `out` and return it, evaluating, with eager attention."""
     stem, differing = FAMILIES[name]
-    config = getattr(transformers, f"{stem}Config")(**{**BASE, **differing, **changes})
+    configs = [f"{stem}TextConfig", f"{stem}Config"]
+    config_class = next(getattr(transformers, name) for name in configs if hasattr(transformers, name))
+    config = config_class(**{**BASE, **differing, **changes})
     torch.manual_seed(7)
     model = getattr(transformers, f"{stem}ForCausalLM")._from_config(config, attn_implementation="eager")
     with torch.no_grad():

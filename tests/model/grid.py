@@ -30,6 +30,28 @@ TIED = Architecture(
     rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=16),
     initializer_range=0.2,
 )
+UNLIKE_LLAMA = Architecture(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=12,
+    vocab_size=130,
+    tie_word_embeddings=True,
+    qk_norm_whole=True,
+    norms="both",
+    norm_plus_one=True,
+    activation="gelu_tanh",
+    scale_embeddings=True,
+    attention_scale=0.25,
+    sliding_window=5,
+    full_layers=(1, 3),
+    local_rope_theta=100.0,
+    rotary_dim=8,
+    rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.2),
+    initializer_range=0.2,
+)
 SEQUENCE, MICROBATCHES, BATCH = 24, 4, 2
 
 

@@ -65,13 +65,13 @@ def load_wholes(rank, world_size, cases):
 @pytest.mark.distributed
 def test_a_converted_checkpoint_loads_into_any_layout(tmp_path):
     cases = []
-    for name in ("llama-tied-llama3", "qwen2"):
+    for name in ("llama-tied-llama3", "qwen2", "olmo3", "phi4-mini", "gemma3"):
         source, checkpoint = tmp_path / name / "in", tmp_path / name / "ckpt"
         make(name, source)
         assert main(["convert", "--hf", str(source), "--out", str(checkpoint)]) == 0
         assert load_whole(checkpoint, source, 1, 1)
         cases += [(checkpoint, source, 2, 1), (checkpoint, source, 1, 2)]
-    assert run_distributed(load_wholes, 2, cases) == [[True] * 4] * 2
+    assert run_distributed(load_wholes, 2, cases) == [[True] * len(cases)] * 2
 
 
 def save_random(rank, world_size, parent, archs, tensor, pipeline):
@@ -229,24 +229,31 @@ def shards(change):
     return damage
 
 
-ROPE = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # what is wrong -> (how to make it so, exit code, what the message says)
 REFUSALS = {
     "no directory": (shutil.rmtree, 2, "not a directory"),
     "no config": (lambda folder: (folder / "config.json").unlink(), 2, "no config.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), 2, "cannot read"),
-    "unknown family": (damage_config(model_type="gpt2"), 2, "'gpt2' is not supported; these are: llama, mistral"),
+    "unknown family": (damage_config(model_type="gpt2"), 2, "'gpt2' is not supported; these are: gemma3_text, llama"),
     "experts": (damage_config(model_type="mixtral", num_local_experts=8), 2, "mixture-of-experts"),
-    "yarn": (damage_config(rope_parameters=ROPE), 2, "rope type 'yarn'"),
-    "old yarn": (damage_config(rope_parameters=None, rope_scaling=ROPE), 2, "rope type 'yarn'"),
+    "dynamic": (damage_config(rope_parameters=ROPE), 2, "rope type 'dynamic'"),
+    "old dynamic": (damage_config(rope_parameters=None, rope_scaling=ROPE), 2, "rope type 'dynamic'"),
     "gelu": (damage_config(hidden_act="gelu"), 2, "hidden_act 'gelu'"),
     "output bias": (damage_config(attention_bias=True), 2, "attention_bias"),
     "quantised": (damage_config(quantization_config={"quant_method": "awq", "bits": 4}), 2, "quantised"),
-    "mixed windows": (
-        damage_config(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    "other attention": (
+        damage_config(model_type="qwen2", layer_types=["chunked_attention"] * 4),
         2,
-        "different attention",
+        "layers of chunked_attention are not supported",
     ),
+    "soft caps": (
+        damage_config(model_type="gemma3_text", final_logit_softcapping=30.0, hidden_act=None, rope_parameters=None),
+        2,
+        "final_logit_softcapping is not supported",
+    ),
+    "partial rotation": (damage_config(rope_parameters=PARTIAL), 2, "partial_rotary_factor is not supported"),
     "truncated": (truncate, 3, "model.safetensors is truncated or damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), 3, "no weights"),
     "no index": (shards(lambda f: (f / "model.safetensors.index.json").unlink()), 3, "no model.safetensors.index.json"),

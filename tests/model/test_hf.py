@@ -1,6 +1,5 @@
 """Hugging Face -> megatron on any grid -> Hugging Face: every bit, every logit."""
 
-import dataclasses
 import itertools
 import json
 
@@ -185,31 +184,35 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_model_from_no_directory_exports(model_type, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_from_no_directory_exports(models, name, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
+    source, reference = models[name]
     with parallel_context():
-        from megatron_mixcpt.architecture.architecture import PRESETS, RopeScaling
-        from megatron_mixcpt.attention.documents import Documents
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import save_hf
+        from megatron_mixcpt.model.load import load_hf, save_hf
 
-        arch = dataclasses.replace(
-            PRESETS["tiny"],
-            model_type=model_type,
-            vocab_size=200,
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type == "qwen3",
-            rope_scaling=RopeScaling("llama3", 4.0, original_max_position_embeddings=512),
-            sliding_window=16 if model_type == "mistral" else None,
-        )
-        model = build_gpt(arch)
+        arch = architecture_from_hf(source)
+        model = build_gpt(arch, seed=None)
+        load_hf(model, source)
         save_hf(model, arch, tmp_path / "out")
         assert architecture_from_hf(tmp_path / "out") == arch
-        tokens = torch.randint(200, (1, 24), generator=torch.Generator().manual_seed(0))
-        positions = torch.arange(24).unsqueeze(0)
-        with torch.no_grad():
-            ours = model(tokens, positions, Documents.whole(*tokens.shape))[..., :200]
-            reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
-    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    tokens = tokens_of(reference)
+    with torch.no_grad():
+        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")(tokens)
+        torch.testing.assert_close(ours.logits, reference(tokens).logits, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_is_that_of_transformers(models, name):
+    """Greedily, with its key-value cache. Keys of longrope stay there as they were, so these rows stay short."""
+    source, reference = models[name]
+    tokens = tokens_of(reference, rows=1, length=4)
+    options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    expected = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    for _ in range(5):
+        logits = our_logits(source, tokens, torch.zeros(tokens.shape, dtype=torch.bool))[:, -1]
+        logits[:, reference.config.eos_token_id] = -torch.inf
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(tokens, expected)

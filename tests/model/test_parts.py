@@ -15,7 +15,7 @@ from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
 from megatron_mixcpt.runtime.parallel import parallel_context
-from tests.model.grid import TIED, TINY
+from tests.model.grid import TIED, TINY, UNLIKE_LLAMA
 
 ROPES = {
     "default": (None, {"rope_type": "default"}),
@@ -29,6 +29,10 @@ ROPES = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+    ),
+    "yarn": (
+        RopeScaling("yarn", 4.0, original_max_position_embeddings=32768),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
     ),
 }
 
@@ -56,8 +60,8 @@ def test_rotary_angles_survive_a_cast_of_the_model():
 
 
 def test_unknown_rope_scaling_is_refused():
-    with pytest.raises(ValueError, match="yarn"):
-        inverse_frequencies(dataclasses.replace(TINY, rope_scaling=RopeScaling("yarn", 2.0)))
+    with pytest.raises(ValueError, match="dynamic"):
+        inverse_frequencies(dataclasses.replace(TINY, rope_scaling=RopeScaling("dynamic", 2.0)))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -77,7 +81,7 @@ def test_norm_matches_fp64(dtype, tolerance):
     torch.testing.assert_close(norm(x).double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("arch", [TINY, TIED], ids=["grouped", "tied"])
+@pytest.mark.parametrize("arch", [TINY, TIED, UNLIKE_LLAMA], ids=["grouped", "tied", "unlike-llama"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_unshard_inverts_shard(arch, size):
     for name, shape in whole_shapes(arch).items():
@@ -116,7 +120,7 @@ def test_presets_build_with_the_stated_number_of_parameters(name):
 
 
 def test_architecture_round_trips_through_plain_values():
-    for arch in (TINY, TIED, PRESETS["tiny"]):
+    for arch in (TINY, TIED, UNLIKE_LLAMA, PRESETS["tiny"]):
         assert Architecture.from_dict(arch.to_dict()) == arch
 
 

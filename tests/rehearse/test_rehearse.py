@@ -19,6 +19,7 @@ from megatron_mixcpt.rehearse.rehearsal import _checked
 from megatron_mixcpt.rehearse.scale import small_architecture, small_run, write_random_model
 from megatron_mixcpt.rehearse.size import Grid
 from tests.helpers.corpus import edit_mix, write_mix
+from tests.model.families import FAMILIES, make
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
 
@@ -106,6 +107,16 @@ def test_the_written_model_is_read_back_as_it_was_meant(tmp_path):
     arch = small_architecture(published(tmp_path / "real", "Qwen2-7B"), 4, 2, 256)
     write_random_model(arch, tmp_path / "small", torch.bfloat16, seed=1)
     assert architecture_from_hf(tmp_path / "small") == arch
+
+
+def test_every_family_in_small_is_read_back_as_it_was_meant(tmp_path):
+    import torch
+
+    for name in FAMILIES:
+        make(name, tmp_path / name)
+        arch = small_architecture(architecture_from_hf(tmp_path / name), 2, 2, 64)
+        write_random_model(arch, tmp_path / f"{name}-small", torch.bfloat16, seed=1)
+        assert architecture_from_hf(tmp_path / f"{name}-small") == arch, name
 
 
 def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):

@@ -39,6 +39,12 @@ CONFIGS = {
         "qwen2", hidden=3584, ffn=18944, layers=28, heads=28, groups=4, vocabulary=152064, positions=131072,
         eps=1e-6, theta=1000000.0, sliding_window=131072, use_sliding_window=False,
     ),
+    "gemma-3-4b-text": _config(
+        "gemma3_text", hidden=2560, ffn=10240, layers=34, heads=8, groups=4, vocabulary=262208, positions=131072,
+        eps=1e-6, theta=1000000.0, tied=True, architectures=["Gemma3ForCausalLM"], head_dim=256,
+        hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=1024, sliding_window_pattern=6,
+        rope_local_base_freq=10000.0, rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
 }  # fmt: skip
 PARAMETERS = {
     "SmolLM2-135M": 134.5,
@@ -46,5 +52,6 @@ PARAMETERS = {
     "Meta-Llama-3.1-8B": 8030.3,
     "Meta-Llama-3-70B": 70553.7,
     "Qwen2-7B": 7615.6,
+    "gemma-3-4b-text": 3880.3,
 }
 """In millions, as their model cards say (tied embeddings counted once)."""

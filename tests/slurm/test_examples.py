@@ -21,6 +21,7 @@ from tests.slurm.published import CONFIGS, PARAMETERS
 FOLDER = Path(__file__).parents[2] / "launch" / "configs"
 EXAMPLES = {  # ranks, GiB of a device
     "smollm2-135m-cpu": (1, 8),
+    "gemma3-4b-8gpu": (8, 80),
     "qwen2-7b-8gpu": (8, 80),
     "qwen2-7b-mol-8gpu": (8, 80),
     "qwen2-7b-replay-8gpu": (8, 80),

@@ -229,6 +229,16 @@ def test_a_cache_of_other_data_is_refused(small, tmp_path):
         train(validate(Config, cached(other, tmp_path / "run", values["teacher"]["cache"]), "t"))
 
 
+def test_a_cache_of_the_first_format_is_read(small, tmp_path):
+    values, cache = small
+    shutil.copytree(cache, tmp_path / "cache")
+    path = tmp_path / "cache" / "cache.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format": "mixcpt-teacher-cache/1"}))
+    known = run_steps(values)["losses"]
+    assert run_steps(values | {"teacher": {"source": "cached", "cache": str(tmp_path / "cache")}})["losses"] == known
+
+
 def test_another_cache_in_the_directory_is_left_alone(small):
     values, cache = small
     before = files(cache)
@@ -258,11 +268,55 @@ def test_the_command_reports_bytes_a_token_and_training_reads_with_workers(small
         assert main(["cache-teacher", str(config)]) == 0
     output, told = capsys.readouterr()
     assert "132.5 bytes a token (32 tokens kept, 16 bits); the tail holds" in output, output
-    assert f"all {len(records(tmp_path / 'cache'))} training sequences of " in told  # what it costs, before it starts
-    assert "train.steps x train.global_batch_size draws 32" in told
+    assert f"{len(records(tmp_path / 'cache'))} training sequences of " in told  # what it costs, before it starts
+    assert "--steps" not in told  # the run draws every one of them
+    assert main(["cache-teacher", str(config), "train.steps=2"]) == 0
+    assert "this run draws 16 of them: --steps caches those alone" in capsys.readouterr().err
     assert main(["train", str(config), "data.num_workers=1", "train.steps=2"]) == 0
     assert main(["cache-teacher", str(config), "teacher.source=initial"]) == 2
     assert main(["cache-teacher", str(config), "--top-k", "251"]) == 2
+
+
+def _fill_first(rank, world_size, values, steps):
+    fill(values, steps=steps)
+
+
+@pytest.mark.distributed
+def test_a_cache_of_the_first_steps_holds_what_they_draw_and_serves_no_other_run(tmp_path):
+    mix = write_mix(tmp_path / "data", vocab_size=VOCABULARY, train=40)
+    cache = tmp_path / "cache"
+    values = cached(mix, tmp_path / "run", cache)
+    run_distributed(_fill_first, 2, values, 3, timeout=300, warm=True)
+    assert len(records(cache)) == 24 < 80  # 3 steps of 8, no sequence twice
+    known = files(cache)
+    three = settings(mix, tmp_path / "three", train=values["train"] | {"steps": 3})
+    online = run_steps(three)
+    found = run_steps(three | {"teacher": values["teacher"]})
+    np.testing.assert_allclose(found["losses"], online["losses"], rtol=1e-6)
+    fill(values, steps=3)  # complete already
+    assert files(cache) == known
+
+    def refused(message, **sections):
+        with pytest.raises(ConfigError, match=message):
+            train(validate(Config, cached(mix, tmp_path / "other", cache, **sections), "t"))
+
+    refused("holds only what a run draws with 24 samples, the run draws 32")
+    refused("with train.seed 1234, the run has 5", train={**three["train"], "seed": 5})
+    path = sorted(cache.rglob("chosen.bin"))[0]
+    path.write_bytes(path.read_bytes()[8:])
+    refused("chosen.bin is missing or damaged", train=three["train"])
+
+
+def test_the_steps_to_cache_are_given_or_the_runs(small, tmp_path, capsys):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(cached(small[0]["data"]["mix"], tmp_path / "run", tmp_path / "cache")))
+    assert main(["cache-teacher", str(config), "train.steps=2", "--steps", "0"]) == 2
+    assert "--steps 0: at least 1" in capsys.readouterr().err
+    assert main(["cache-teacher", str(config), "train.steps=2", "--steps"]) == 0
+    assert len(records(tmp_path / "cache")) == 16
+    assert main(["train", str(config), "train.steps=2"]) == 0
+    assert main(["cache-teacher", str(config)]) == 2
+    assert "differs in draws, sources" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_before_and_while_the_cache_is_written(small, tmp_path, monkeypatch, capsys):

@@ -29,6 +29,19 @@ def _nothing(_: Any) -> dict[str, Any]:
     return {}
 
 
+def layer_types(arch: Architecture) -> list[str]:
+    """As config.json has them."""
+    return ["full_attention" if arch.window(n) is None else "sliding_attention" for n in range(arch.num_layers)]
+
+
+def window_entries(arch: Architecture) -> dict[str, Any]:
+    """What Qwen2 and Qwen3 say of windows."""
+    if arch.sliding_window is None:
+        return {"use_sliding_window": False}
+    entries = {"sliding_window": arch.sliding_window, "layer_types": layer_types(arch)}
+    return entries | {"use_sliding_window": True, "max_window_layers": len(arch.full_layers)}
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models.
@@ -41,6 +54,7 @@ class Family:
         read: further fields of Architecture, from a transformers configuration. Raises ValueError, which says what is
             not supported.
         write: further entries of config.json, from an architecture.
+        partial_rotary: whether rotary positions may be those of a part of each head.
     """
 
     model_type: str
@@ -49,6 +63,7 @@ class Family:
     names: Mapping[str, Names] = field(default_factory=dict)
     read: Callable[[Any], dict[str, Any]] = _nothing
     write: Callable[[Architecture], dict[str, Any]] = _nothing
+    partial_rotary: bool = False
 
     def layer_names(self, rest: str) -> Names:
         """Of the whole tensor `decoder.layers.N.<rest>`, without `model.layers.N.`."""
