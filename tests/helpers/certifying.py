@@ -69,7 +69,7 @@ def computed(problem, faults, folder, choose=lambda fault, others: others):
 def _observe(rank, world_size, queue):
     from megatron_mixcpt.certify.subject import observe_all
     from megatron_mixcpt.runtime import parallel
-    from tests.helpers.planted import FAULTS
+    from tests.helpers.planted_ranks import FAULTS
 
     for number, (fault, folder) in enumerate(queue):
         # Ranks that had no part in the last cases of one fault are back for the next: they count alike again.

@@ -16,6 +16,7 @@ from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.commands.generate import NAME as GENERATE
 from megatron_mixcpt.convert.card import model_card
+from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import edit_mix, write_mix
 from tests.model.families import assert_same_bits, make, make_tokenizer, read_all
@@ -105,6 +106,23 @@ def test_the_card_names_what_was_not_measured_and_has_no_empty_table(folder):
     card = model_card(dataclasses.replace(origin, mix=none, run_dir=folder / "base"))  # without metrics
     assert f"Not measured: {first.name}, {second.name} (" in card and "| before |" not in card
     assert "Gain and loss" not in model_card(dataclasses.replace(origin, run_dir=folder / "base"))
+
+
+def test_the_card_shows_a_certificate_of_this_run_and_no_other(folder):
+    origin = find_origin(folder / "run")
+    grid = {"tensor": 1, "pipeline": 1, "context": 1, "data": 1}
+    own = Certificate(
+        settings_of(origin.config), features_of(origin.arch), 1, grid, current_versions(), "cpu", [], 144, ["saving"]
+    )
+    try:
+        own.write(folder / "run")
+        card = model_card(origin)
+        assert "## Certified" in card and "144 comparisons" in card and "Not part of it: saving." in card
+        for other in ({"ranks": 8}, {"versions": {**current_versions(), "torch": "0.1"}}):
+            dataclasses.replace(own, **other).write(folder / "run")
+            assert "## Certified" not in model_card(origin)
+    finally:
+        (folder / "run" / FILE_NAME).unlink()
 
 
 def test_what_is_shipped_is_the_newest_checkpoint_or_what_was_allowed(folder, tmp_path, capsys):
