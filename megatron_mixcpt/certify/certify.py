@@ -17,7 +17,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.rehearse.grid import default_data_size, fitting_grid
+from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import small_architecture
 from megatron_mixcpt.train.setup import check_settings
 
@@ -35,9 +35,8 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
     Raises ConfigError for what `mixcpt train` would refuse, VerificationError where something is off.
     """
     began = time.monotonic()
-    replica = config.parallel.replica
-    data_size = nproc // replica if nproc else default_data_size(config)
-    ranks = replica * data_size
+    data_size = data_parallel_size(config, nproc)
+    ranks = config.parallel.replica * data_size
     arch, mix = check_settings(config, nproc or ranks)
     layout = config.parallel
     small = small_architecture(arch, layout.tensor, layout.pipeline * layout.interleave, SEQ_LENGTH)

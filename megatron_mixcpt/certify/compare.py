@@ -20,6 +20,7 @@ from megatron_mixcpt.certify.observed import Step
 from megatron_mixcpt.certify.oracle import Expected, Oracle, read_adapter, read_weights
 from megatron_mixcpt.certify.problem import START, STUDENT, Problem
 from megatron_mixcpt.config import Config
+from megatron_mixcpt.huggingface.weights import DTYPES
 
 # Of the error that plain torch makes, or of rounding once. In bf16 that error is large: what a smaller multiple of it
 # would show is for the run in fp32 to find, which every configuration has too.
@@ -70,7 +71,7 @@ class Judge:
 
     def __init__(self, problem: Problem, config: Config) -> None:
         self._problem, self._config = problem, config
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.dtype]
+        self._dtype = DTYPES[config.train.dtype]
         adapter = problem.adapter(START) if config.adapter else None
         self._exact, self._plain = (
             Oracle(config, problem.model(START), adapter, dtype) for dtype in (torch.float64, self._dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 from megatron_mixcpt.runtime.launcher import add_nproc
@@ -66,13 +67,11 @@ def run(args: argparse.Namespace) -> int:
         steps = config.train.steps if args.steps == WHOLE_RUN else args.steps
         if steps is not None and steps < 1:
             raise ConfigError(f"--steps {steps}: at least 1")
-        planned, smaller = (
-            new_identity(config, arch, mix, {}, top_k=args.top_k, bits=args.bits, steps=some)
-            for some in (steps, config.train.steps)
-        )
+        identity = partial(new_identity, config, arch, mix, {}, top_k=args.top_k, bits=args.bits)
+        planned = identity(steps=steps)
         check_space(Path(str(config.teacher.cache)), planned)
         if not is_distributed():
-            print(cost(planned, smaller), file=sys.stderr)
+            print(cost(planned, identity(steps=config.train.steps)), file=sys.stderr)
         stop.check()
         if args.nproc > 1 and not is_distributed():
             own = ["--top-k", str(args.top_k), "--bits", str(args.bits)]

@@ -18,8 +18,10 @@ MAX_DATA_SIZE = 2
 LIBRARIES_GIB = 0.8  # of a process and its data worker, measured
 
 
-def default_data_size(config: Config) -> int:
-    """Replicas of the model where the user names no number of ranks."""
+def data_parallel_size(config: Config, nproc: int | None) -> int:
+    """Replicas of the model in a run of `nproc` ranks; None: the user names no number."""
+    if nproc:
+        return nproc // config.parallel.replica
     return MAX_DATA_SIZE if config.train.global_batch_size % (MAX_DATA_SIZE * config.train.micro_batch_size) == 0 else 1
 
 

@@ -13,7 +13,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.rehearse.excerpt import write_excerpt
-from megatron_mixcpt.rehearse.grid import default_data_size, fitting_grid
+from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import (
     REPLACED_TEACHERS,
     STEPS,
@@ -33,9 +33,8 @@ def rehearse(config: Config, nproc: int | None) -> int:
 
     Raises ConfigError for what `mixcpt train` would refuse, and where this machine has no memory for one replica.
     """
-    replica = config.parallel.replica
-    data_size = nproc // replica if nproc else default_data_size(config)
-    arch, mix = check_settings(config, nproc or replica * data_size)
+    data_size = data_parallel_size(config, nproc)
+    arch, mix = check_settings(config, nproc or config.parallel.replica * data_size)
     seq_length = min(mix.seq_length, SEQ_LENGTH)
     parts = config.parallel.pipeline * config.parallel.interleave
     small = small_architecture(arch, config.parallel.tensor, parts, seq_length)

@@ -112,11 +112,11 @@ def line_chart(
         f'data-chart="{escape(json.dumps(hover, separators=(",", ":")))}">',
         f'<clipPath id="{clip}">'
         f'<rect x="{LEFT - 4}" y="{TOP - 4}" width="{ACROSS + 8}" height="{DOWN + 8}"/></clipPath>',
-        *_y_axis(axis, axis.ticks()),
+        *y_axis(axis, axis.ticks()),
     ]
     for tick, text in zip(x_ticks, tick_labels(x_ticks)):
         x = LEFT + ACROSS * (tick - x_low) / (x_high - x_low)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>')
+        parts.append(text_at("tick", x, HEIGHT - BOTTOM + 17, text))
     for where, what in marks:
         if x_low <= where <= x_high:
             x = LEFT + ACROSS * (where - x_low) / (x_high - x_low)
@@ -131,7 +131,7 @@ def line_chart(
     if left := [one for one in series if max(map(abs, one.values), default=0.0) > edge]:
         most = number(max((y for one in left for y in one.values), key=abs))
         note += f"; {', '.join(one.name for one in left)} leaves the picture, as far as {most}"
-    parts.append(f'{_text("axis", LEFT + ACROSS / 2, HEIGHT - 6, note)}<g clip-path="url(#{clip})">')
+    parts.append(f'{text_at("axis", LEFT + ACROSS / 2, HEIGHT - 6, note)}<g clip-path="url(#{clip})">')
     for one, over in zip(series, smoothed):
         faint = " faint" if over is not None else ""
         parts += [_path(run, place, f"line c{one.colour}{faint}") for run in _stretches(thin(one.points))]
@@ -167,7 +167,7 @@ def bar_chart(
     bar = 0.8 * group / max(1, len(series))
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
-        *_y_axis(axis, lines, unit),
+        *y_axis(axis, lines, unit),
     ]
     for index, (name, values) in enumerate(series.items()):
         for place, value in enumerate(values):
@@ -179,7 +179,7 @@ def bar_chart(
     every = math.ceil(len(labels) * max((len(text) for text in labels), default=1) / 62)
     for place, text in enumerate(labels):
         if place % every == 0:
-            parts.append(_text("tick", LEFT + (place + 0.5) * group, HEIGHT - BOTTOM + 17, text))
+            parts.append(text_at("tick", LEFT + (place + 0.5) * group, HEIGHT - BOTTOM + 17, text))
     for where, what in marks:
         x = LEFT + where * group
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + DOWN}"/>')
@@ -188,7 +188,7 @@ def bar_chart(
         parts.append(
             f'<text class="tick" x="{x + (-5 if right else 5):.1f}" y="{TOP - 3}" {anchor}>{escape(what)}</text>'
         )
-    return Html("".join([*parts, _text("axis", LEFT + ACROSS / 2, HEIGHT - 6, x_label), "</svg>"]))
+    return Html("".join([*parts, text_at("axis", LEFT + ACROSS / 2, HEIGHT - 6, x_label), "</svg>"]))
 
 
 def legend(names: Iterable[tuple[str, int]]) -> Html:
@@ -278,7 +278,8 @@ def _axis(series: Sequence[Series], smoothed: Sequence[Sequence[Pair] | None], z
     return Axis(low if low >= 0 > low - room else low - room, high + room)
 
 
-def _y_axis(axis: Axis, lines: Sequence[float], unit: str = "") -> list[str]:
+def y_axis(axis: Axis, lines: Sequence[float], unit: str = "") -> list[str]:
+    """Lines across the picture at these values, each with its number and `unit`."""
     parts = []
     for tick, text in zip(lines, tick_labels(lines)):
         y = axis.place(tick)
@@ -287,7 +288,8 @@ def _y_axis(axis: Axis, lines: Sequence[float], unit: str = "") -> list[str]:
     return parts
 
 
-def _text(kind: str, x: float, y: float, text: str) -> str:
+def text_at(kind: str, x: float, y: float, text: str) -> str:
+    """Text of a class (tick, axis), centred at x."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
 
 

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from megatron_mixcpt.report.figures import ACROSS, BOTTOM, DOWN, HEIGHT, LEFT, TOP, WIDTH, Axis, tick_labels
+from megatron_mixcpt.report.figures import (
+    ACROSS,
+    BOTTOM,
+    DOWN,
+    HEIGHT,
+    LEFT,
+    TOP,
+    WIDTH,
+    Axis,
+    text_at,
+    tick_labels,
+    y_axis,
+)
 from megatron_mixcpt.report.page import Html
 from megatron_mixcpt.units import number
 
@@ -34,15 +46,9 @@ def plane_chart(label: str, points: Sequence[Point], x_label: str) -> Html:
         return LEFT + ACROSS * (TOP + DOWN - axis.place(x)) / DOWN
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for tick in range(0, 101, 20):
-        y = shares.place(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + ACROSS}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick} %</text>')
+    parts += y_axis(shares, range(0, 101, 20), " %")
     ticks = axis.ticks()
-    for tick_x, text in zip(ticks, tick_labels(ticks)):
-        parts.append(
-            f'<text class="tick" x="{across(tick_x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>'
-        )
+    parts += [text_at("tick", across(x), HEIGHT - BOTTOM + 17, text) for x, text in zip(ticks, tick_labels(ticks))]
     start = points[0]
     for point in points:
         x, y, second = across(point.x), shares.place(point.y), shares.place(point.second)
@@ -59,10 +65,7 @@ def plane_chart(label: str, points: Sequence[Point], x_label: str) -> Html:
             f"<title>{escape(told)}</title></circle>"
         )
     note = f"{x_label}, logarithmic" if axis.logarithmic else x_label
-    middle = LEFT + ACROSS / 2
-    return Html(
-        "".join([*parts, f'<text class="axis" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{note}</text></svg>'])
-    )
+    return Html("".join([*parts, text_at("axis", LEFT + ACROSS / 2, HEIGHT - 6, note), "</svg>"]))
 
 
 def _x_axis(values: Sequence[float]) -> Axis:

@@ -13,8 +13,8 @@ from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
-from tests.helpers.certifying import computed, posed, with_fault
-from tests.helpers.corpus import edit_mix, write_mix
+from tests.helpers.certifying import add_pairs, computed, posed, with_fault
+from tests.helpers.corpus import write_mix
 from tests.train.runs import settings
 
 QWEN2 = Architecture(4, 96, 192, 6, 2, 16, 250, model_type="qwen2", qkv_bias=True)
@@ -78,12 +78,7 @@ RIGHT = {
 def mix(tmp_path_factory):
     """With preference pairs in its second source."""
     path = write_mix(tmp_path_factory.mktemp("certify") / "data", seq_length=64, train=12)
-
-    def change(content):
-        train = content["sources"][0]["train"]
-        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
-
-    edit_mix(path, change)
+    add_pairs(path)
     return path
 
 

@@ -7,8 +7,8 @@ import pytest
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.certify.axes import DATA, ONE, blamed, variants, whole_run
 from megatron_mixcpt.certify.trial import judged
-from tests.helpers.certifying import computed, posed
-from tests.helpers.corpus import edit_mix, write_mix
+from tests.helpers.certifying import add_pairs, computed, posed
+from tests.helpers.corpus import write_mix
 
 ANYWHERE = "there in one process too"  # no matter of the layout
 ARCH = Architecture(
@@ -112,14 +112,9 @@ PLANTED = [(problem, fault) for problem, (_, faults) in PROBLEMS.items() for fau
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):
     path = write_mix(tmp_path_factory.mktemp("certify") / "data", seq_length=64, train=12)
-
-    def change(content):
-        train = content["sources"][0]["train"]
-        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
-
     preferences = path.with_name("preferences.json")
     preferences.write_text(path.read_text())
-    edit_mix(preferences, change)
+    add_pairs(preferences)
     return path, preferences
 
 
