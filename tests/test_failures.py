@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # As torch has them, shortened.
 PEERS = [
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:21374",
-    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL version 2.28.9\n"
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL version 2.28\n"
     "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
     "Last error:\nsocketProgress: Connection closed by remote peer node2<41334>",
     "NCCL error in: ProcessGroupNCCL.cpp:94, internal error - please report this issue, NCCL version 2.27.3\n"

@@ -77,8 +77,8 @@ def named(error: BaseException) -> MixcptError | None:
     if LOST_DEVICE.search(text):
         return MixcptError(
             f"the GPU of {platform.node()} with local rank {os.environ.get('LOCAL_RANK', '0')} failed ({first}): see "
-            "what nvidia-smi and `dmesg | grep Xid` say there, and take the node out if it fails again; an earlier kernel "
-            "may have done it, which CUDA_LAUNCH_BLOCKING=1 shows. Run the same command to resume"
+            "nvidia-smi and `dmesg | grep Xid` there, take the node out if it fails again; an earlier kernel may have "
+            "done it, which CUDA_LAUNCH_BLOCKING=1 shows. Run the same command to resume"
         )
     if LOST_PEER.search(text) and not WRONG_CALL.search(text):
         return LostRankError(
