@@ -82,7 +82,7 @@ if sys.argv[1] == "down":
     torch.distributed.destroy_process_group = lambda: ctypes.CDLL(None).pause()
 else:
     libc = ctypes.CDLL(None)
-    libc.atexit(libc.pause)
+    getattr(libc, "__cxa_atexit")(libc.pause, None, None)  # after the interpreter
 errors = {"known": ConfigError("train.lr: is wrong"), "bug": ZeroDivisionError("a bug")}
 try:
     with parallel_context():

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from benchmarks.gpu.findings import Findings
+from benchmarks.gpu.findings import Findings, LeftOut
 from benchmarks.lssd_gpu import copy_bandwidth, linear_table, measure, write_report
 from benchmarks.lssd_peers import LOGITS, Contender
 from benchmarks.lssd_report import Case, Record, plot
@@ -29,21 +29,25 @@ def run(findings: Findings, *, small: bool) -> None:
     copied = copy_bandwidth(device, 16 if small else 4096)
     first = [contender for contender in LOGITS if contender.name != SLOW_TO_BEGIN]
     last = [] if small else [contender for contender in LOGITS if contender.name == SLOW_TO_BEGIN]
-    findings.plan(*(f"{case.label}: {c.name}" for c in LOGITS if c in first + last for case in cases))
+    findings.plan(*(f"{case.label}: {c.name}" for c in first + last for case in cases if _takes(c, case)))
     records: list[Record] = []
     linear = ""
     for case in cases:
-        for contender in first:
+        for contender in (c for c in first if _takes(c, case)):
             _try(findings, contender, case, copied, device, records)
     with findings.tried("from hidden states") as values:
         linear = linear_table(SMALL_LINEAR if small else LINEAR, device)
         write_report(findings.folder, records, copied, device, linear)
         values["told"] = "in lssd_gpu.md"
     for case in cases:
-        for contender in last:
+        for contender in (c for c in last if _takes(c, case)):
             _try(findings, contender, case, copied, device, records, linear)
     with findings.tried("picture"):
         plot(records, copied, findings.folder / "lssd_gpu.png")
+
+
+def _takes(contender: Contender, case: Case) -> bool:
+    return (contender.masks or not case.masked) and (contender.any_temperature or case.temperature == 1.0)
 
 
 def _try(
@@ -62,10 +66,9 @@ def _try(
         records.sort(key=lambda r: (CASES + SMALL_CASES).index(r.case))
         write_report(findings.folder, records, copied, device, linear)
         if record.note:
-            values["told"] = record.note
-        else:
-            share = record.bandwidth / copied if record.bandwidth else None
-            values |= {"forward ms": record.forward, "both ms": record.both, "share of copy": share}
-            values |= {"MiB": record.memory, "loss error": record.loss_error, "gradient error": record.gradient_error}
+            raise LeftOut(record.note)
+        share = record.bandwidth / copied if record.bandwidth else None
+        values |= {"forward ms": record.forward, "both ms": record.both, "share of copy": share}
+        values |= {"MiB": record.memory, "loss error": record.loss_error, "gradient error": record.gradient_error}
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -31,13 +31,13 @@ def run(findings: Findings, *, small: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mix = write_mix(folder / "data", seq_length=64, train=64)
-        with ThreadPoolExecutor(len(modes) * len(RUNS)) as pool:
+        with ThreadPoolExecutor(len(modes)) as pool:
             for mode in modes:
-                pool.submit(_try, findings, mode, folder / mode.replace(" ", "_"), mix, pool, small)
+                pool.submit(_try, findings, mode, folder / mode.replace(" ", "_"), mix, small)
 
 
-def _try(findings: Findings, mode: str, folder: Path, mix: Path, pool: ThreadPoolExecutor, small: bool) -> None:
-    with findings.tried(mode) as values:
+def _try(findings: Findings, mode: str, folder: Path, mix: Path, small: bool) -> None:
+    with findings.tried(mode) as values, ThreadPoolExecutor(len(RUNS)) as pool:
         folder.mkdir()
         steps, every = (16, 4) if small else (240, 40)
         runs = RUNS if not small else ("straight", "killed")
