@@ -181,6 +181,7 @@ def test_what_cannot_begin_says_why(monkeypatch):
     assert "not installed: no-such-package" in program._obstacle(small=True)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_of_it_runs_in_small(tmp_path):
     """The very program that a GPU runs, in tiny sizes on the CPU."""
