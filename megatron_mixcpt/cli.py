@@ -30,6 +30,7 @@ COMMANDS = {
     "certify-loss": "hold any vocabulary-parallel loss against the same oracle",
     "launch": "submit a run or a chain of stages to SLURM",
     "train": "train on a mixture, or resume the run",
+    "study": "many runs of one question: which method, for this data and model",
     "recall": "let the model write its own rehearsal data",
     "cache-teacher": "compute the teacher's answers once, before training",
     "select": "choose samples for alignment by their score under a model",

@@ -99,6 +99,11 @@ class Progress:
                 share, [f"{self._title} {share:.0%}", amounts, *self._rates(), f"ETA {duration(max(0.0, left))}"]
             )
 
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._display is not None:
+            self._display.message(text)
+
     def reach(self, done: float) -> None:
         """So much is done in all."""
         self.advance(done - self._done)

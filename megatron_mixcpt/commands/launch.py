@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 NAME = "launch"
-HELP = """Submit a training run to SLURM, or a chain of stages. The job runs on a copy of the configuration, keeps a
-log a rank, and goes back into the queue when it is preempted, reaches its time limit or loses a node, to resume.
-Example: mixcpt launch train.yaml --nodes 2 --gpus-per-node 8 --partition gpu --time 12:00:00"""
+HELP = """Submit a training run, a study or a chain of stages to SLURM. The job runs on a copy of the configuration,
+keeps a log a rank, and goes back into the queue when it is preempted, reaches its time limit or loses a node, to
+resume. Example: mixcpt launch train.yaml --nodes 2 --gpus-per-node 8 --partition gpu --time 12:00:00"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options without a value here take the default of slurm/resources.py."""
     parser.add_argument(
-        "config", help="YAML file that `mixcpt train` or `mixcpt align` takes, or a chain (with `stages`)"
+        "config",
+        help="YAML file that `mixcpt train`, `mixcpt align` or `mixcpt study` takes, or a chain (with `stages`)",
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the training file's"
@@ -48,14 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config, validate
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.slurm.chain import chain_jobs, is_chain
-    from megatron_mixcpt.slurm.jobs import certify_job, command_jobs
+    from megatron_mixcpt.slurm.chain import chain_jobs, describes
+    from megatron_mixcpt.slurm.jobs import certify_job, command_jobs, study_job
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
+    from megatron_mixcpt.study.cells import Cells
+    from megatron_mixcpt.study.config import Study
+    from megatron_mixcpt.study.plan import check as check_study
     from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
-    if is_chain(args.config):
+    kind = describes(args.config)
+    if args.certify and kind == "study":
+        raise ConfigError(f"{args.config} is a study: certify its training file before, with `mixcpt certify`")
+    if kind == "study":
+        jobs = [study_job(args.config, args.overrides, validate(Resources, options, "mixcpt launch"))]
+        check_study(Cells(load_config(Study, args.config, args.overrides), args.config))
+    elif kind == "chain":
         if args.overrides:
             raise ConfigError(f"{args.config} is a chain: write {args.overrides[0]} into the command of its stage")
         if args.certify:
@@ -69,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size)
     if args.dry_run:
-        print(overview(jobs) if len(jobs) > 1 or is_chain(args.config) else jobs[0].script)
+        print(overview(jobs) if len(jobs) > 1 or kind == "chain" else jobs[0].script)
         print(submissions(jobs), file=sys.stderr)  # the script alone can go into a file
         return 0
 

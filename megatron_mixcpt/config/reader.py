@@ -21,7 +21,14 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import write_whole
 
 # Keys that only one command's files have: who gives a file to another command is told which it is for.
-COMMAND_OF = {"sources": "preprocess", "stages": "launch", "select": "select", "align": "align", "train": "train"}
+COMMAND_OF = {
+    "sources": "preprocess",
+    "stages": "launch",
+    "arms": "study",
+    "select": "select",
+    "align": "align",
+    "train": "train",
+}
 
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str | int, ...]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_mixcpt.evaluate.comparison import CHANGES, Measured, add_measurements, change, rows_of
+from megatron_mixcpt.evaluate.comparison import CHANGES, Measured, add_measurements, change
+from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import Figure, Page, Table

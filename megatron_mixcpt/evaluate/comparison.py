@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import ledger_report
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
+from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.report.figures import bar_chart, legend
 from megatron_mixcpt.report.page import Cell, Figure, Page, Table, Text
@@ -56,11 +56,6 @@ def change(measured: Mapping[str, Measured]) -> dict[str, float]:
     if changes:
         result["task_change"] = sum(changes) / len(changes)
     return result
-
-
-def rows_of(parts: Measured) -> dict[str, Any]:
-    """Measurements as JSON has them."""
-    return {part: [dataclasses.asdict(row) for row in rows] for part, rows in parts.items()}
 
 
 def check_unwritten(out: Path, *, overwrite: bool) -> None:

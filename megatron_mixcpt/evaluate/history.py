@@ -14,17 +14,14 @@ from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import measure
-from megatron_mixcpt.evaluate.gci import Answer, GciScore
-from megatron_mixcpt.evaluate.harness import TaskScore
-from megatron_mixcpt.evaluate.held_out import SourcePerplexity
-from megatron_mixcpt.evaluate.ledger import Entry, Item, ledger
+from megatron_mixcpt.evaluate.ledger import Entry, ledger
 from megatron_mixcpt.evaluate.ledger_report import answered, shortened
 from megatron_mixcpt.evaluate.measure import EvalSettings, Measured
+from megatron_mixcpt.evaluate.stored import from_rows, rows_of
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
 
-PARTS = {"sources": SourcePerplexity, "tasks": TaskScore, "items": Item, "gci": GciScore, "gci_answers": Answer}
 SHOWN = 40  # questions on the page
 CAPTION = (
     "The shares are those of all questions, without the changes that guessing among given answers explains. Step 0 is "
@@ -67,14 +64,7 @@ def _read(path: Path, how: dict[str, Any]) -> list[Point]:
         return []
     try:
         content = json.loads(path.read_text())
-        points = [
-            Point(
-                point["step"],
-                point["path"],
-                {part: [kind(**row) for row in point[part]] for part, kind in PARTS.items()},
-            )
-            for point in content["points"]
-        ]
+        points = [Point(point["step"], point["path"], from_rows(point)) for point in content["points"]]
         measured = content["measured"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: no history to go on with: give another --out, or --overwrite") from None
@@ -85,11 +75,7 @@ def _read(path: Path, how: dict[str, Any]) -> list[Point]:
 
 
 def _write(out: Path, run: str, how: dict[str, Any], points: Sequence[Point]) -> None:
-    rows = [
-        {"step": point.step, "path": point.path}
-        | {part: [dataclasses.asdict(row) for row in point.measured.get(part, ())] for part in PARTS}
-        for point in points
-    ]
+    rows = [{"step": point.step, "path": point.path} | rows_of(point.measured) for point in points]
     base = answered(points[0].measured)
     books = {point.step: ledger(base, answered(point.measured)) for point in points[1:]} if base else {}
     ledgers = {step: [dataclasses.asdict(entry) for entry in entries] for step, entries in books.items()}

@@ -40,13 +40,14 @@ class Chain(Section):
     """Stages in their order."""
 
 
-def is_chain(path: str) -> bool:
-    """Whether a YAML file describes a chain, and not a training run."""
+def describes(path: str) -> str:
+    """Whether a YAML file describes a `chain`, a `study` or a `run`."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return False  # which the reader of configurations explains
-    return isinstance(content, dict) and "stages" in content
+        return "run"  # whose reader explains what is wrong
+    keys = content if isinstance(content, dict) else {}
+    return "chain" if "stages" in keys else "study" if "arms" in keys else "run"
 
 
 def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:

@@ -13,8 +13,9 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import SAVE_MARGIN, Resources
 from megatron_mixcpt.slurm.submit import Job, job_name
+from megatron_mixcpt.study.config import Study
 
-DISTRIBUTED = ("train", "align", "select", "cache-teacher", "recall")
+DISTRIBUTED = ("train", "align", "select", "cache-teacher", "recall", "study")
 """Commands that share their work among ranks; all others get one process."""
 PREPROCESS_GRACE = "B:TERM@60"
 
@@ -51,6 +52,27 @@ def certify_job(words: list[str], ask: Resources) -> Job:
     (frozen,) = job.files
     arguments = ["certify", str(frozen), "--nproc", str(ask.world_size)]
     return _job("certify", ["certify", *words[1:]], arguments, ask, job.folder, job.logs, job.files)
+
+
+def study_job(path: str, overrides: list[str], ask: Resources) -> Job:
+    """The job that works on a study: one process a node, each with as many runs at a time as its ranks allow.
+
+    Raises ConfigError where a run has more ranks than a node.
+    """
+    study = load_config(Study, path, overrides)
+    jobs = ask.ranks_per_node // study.nproc
+    if jobs == 0:
+        raise ConfigError(
+            f"{path}: nproc: a run has {study.nproc} ranks, which share a node, and a node is asked for "
+            f"{ask.ranks_per_node}: set --gpus-per-node or --tasks-per-node"
+        )
+    out = Path(study.out).resolve()
+    frozen = out / "launch" / "study.yaml"
+    cores = ask.cpus_per_task * ask.ranks_per_node
+    alone = ask.model_copy(update={"tasks_per_node": 1, "cpus_per_task": cores})
+    arguments = ["study", str(frozen), "--jobs", str(jobs)]
+    words = ["study", path, *overrides]
+    return _job("study", words, arguments, alone, out / "launch", out / "logs", {frozen: rendered(study)})
 
 
 def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:

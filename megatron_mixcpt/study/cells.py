@@ -1,0 +1,196 @@
+"""The runs of a study. Each has a folder of its own, whose name says what it is and ends with a hash of its settings,
+
+so that a run that was made with other settings is never taken for this one:
+
+    OUT/study.yaml                        the study as it runs
+    OUT/base/measured-HASH.json           the model that all runs start from
+    OUT/cells/ARM-lr1e-05-seed1-HASH/
+        train.yaml                        of `mixcpt train` (or align)
+        run/                              its run directory
+        measured-HASH.json                the run and its averages with the base, by alpha
+        failed.json                       why it could not be made
+        log.txt
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_mixcpt.config import Config, save_config
+from megatron_mixcpt.config.reader import Document, read_document, validate_document
+from megatron_mixcpt.data.mix import open_mix
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.measure import EvalSettings
+from megatron_mixcpt.study.config import RATES, Study
+
+BASE = "base"
+WITHOUT_EFFECT = ("run_dir", "wandb", "checkpoint")  # on what a run learns
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an arm at a learning rate with a seed."""
+
+    arm: str
+    lr: float
+    seed: int
+    config: Config
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm}, lr {self.lr:g}, seed {self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the run's weights have an average with the base's: an ALoRA adapter stays beside them."""
+        return self.config.adapter is None or self.config.adapter.method != "alora"
+
+    def write(self) -> Path:
+        """Write the training file; returns its path."""
+        path = self.folder / "train.yaml"
+        save_config(self.config, path)
+        return path
+
+
+class Cells:
+    """All runs that a study may make, and where their measurements are.
+
+    Args:
+        where: the study's file, for errors.
+
+    Raises ConfigError naming the arm where its settings are wrong.
+    """
+
+    def __init__(self, study: Study, where: str) -> None:
+        self.study = study
+        self._where = where
+        self._file = read_document(study.base)
+        self._made: dict[tuple[str, float, int], Cell] = {}
+        first = next(iter(study.arms))
+        start = self.cell(first, study.rates(first)[0], study.seeds[0]).config
+        source = start.model.hf or start.model.checkpoint
+        if source is None:
+            raise ConfigError(
+                f"{study.base}: model.preset: a study compares with the model that its runs start from: set model.hf"
+            )
+        self.base = Path(source)
+        self.mix_path = Path(study.measure.mix or start.data.mix)
+        for arm in study.arms:
+            for rate in study.rates(arm):
+                if self.cell(arm, rate, study.seeds[0]).config.model != start.model:
+                    raise ConfigError(f"{where}: arms.{arm}: model: all arms start from the same weights")
+
+    @property
+    def out(self) -> Path:
+        return Path(self.study.out)
+
+    def cell(self, arm: str, lr: float, seed: int) -> Cell:
+        """The run of an arm. Raises ConfigError."""
+        if (arm, lr, seed) not in self._made:
+            self._made[arm, lr, seed] = self._make(arm, lr, seed)
+        return self._made[arm, lr, seed]
+
+    def _make(self, arm: str, lr: float, seed: int) -> Cell:
+        own = {key: value for key, value in self.study.arms[arm].items() if key != RATES}
+        laid = {**own, "train.lr": lr, "train.seed": seed, "run_dir": "run"}
+        try:
+            values = OmegaConf.create(self._file.values)
+            for key, value in laid.items():
+                OmegaConf.update(values, key, value, merge=True, force_add=True)
+            plain: Any = OmegaConf.to_container(values)
+            config = validate_document(Config, Document(self._file.name, plain, self._file.lines))
+            mix = open_mix(config.data.mix, config.data.seq_length)
+        except (OmegaConfBaseException, ConfigError) as error:
+            raise ConfigError(f"{self._where}: arms.{arm}: {error}") from None
+        told = config.model_dump(mode="json", by_alias=True, exclude=set(WITHOUT_EFFECT))
+        name = f"{arm}-lr{lr:g}-seed{seed}-{_hash([told, mix.fingerprint])}"
+        folder = self.out / "cells" / name
+        return Cell(arm, lr, seed, config.model_copy(update={"run_dir": str(folder / "run")}), folder)
+
+    def sweep(self, arm: str) -> list[Cell]:
+        """First stage: every learning rate with the first seed."""
+        return [self.cell(arm, rate, self.study.seeds[0]) for rate in self.study.rates(arm)]
+
+    def repeats(self, arm: str, lr: float) -> list[Cell]:
+        """Second stage: the other seeds at the chosen learning rate."""
+        return [self.cell(arm, lr, seed) for seed in self.study.seeds[1:]]
+
+    @property
+    def num_runs(self) -> int:
+        """In all."""
+        return sum(len(self.study.rates(arm)) + len(self.study.seeds) - 1 for arm in self.study.arms)
+
+    @property
+    def settings(self) -> EvalSettings:
+        """What is measured."""
+        how = self.study.measure
+        return EvalSettings(
+            self.mix_path, list(how.tasks), how.gci, how.chat, how.dtype, how.micro_batch_size, how.max_samples
+        )
+
+    @cached_property
+    def file_name(self) -> str:
+        """Of measurements: it changes with what is measured."""
+        how = self.study.measure.model_dump(mode="json", exclude={"micro_batch_size"})
+        texts = [Path(name).read_text() for name in [*how["tasks"], how["gci"] or ""] if Path(name).is_file()]
+        return f"measured-{_hash([how, open_mix(self.mix_path).fingerprint, str(self.base), texts])}.json"
+
+    @property
+    def base_file(self) -> Path:
+        return self.out / BASE / self.file_name
+
+    @property
+    def base_measured(self) -> dict[str, Any]:
+        """The base model's measurements; empty before they are made."""
+        return _read(self.base_file).get("1", {})
+
+    def measured_file(self, cell: Cell) -> Path:
+        return cell.folder / self.file_name
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """Measurements by alpha, of the run itself at 1, as far as there are any."""
+        return _read(self.measured_file(cell))
+
+    def missing(self, cell: Cell) -> list[float]:
+        """Alphas that are still to be measured, the run itself first."""
+        alphas = [1.0, *self.study.average * cell.is_averaged]
+        known = self.measured(cell)
+        return [alpha for alpha in alphas if f"{alpha:g}" not in known]
+
+    def named(self, name: str) -> Cell:
+        """The run whose folder has this name. Raises ConfigError where the study, as it is now, has none."""
+        for arm in self.study.arms:
+            for rate in self.study.rates(arm):
+                for seed in self.study.seeds:
+                    if (cell := self.cell(arm, rate, seed)).folder.name == name:
+                        return cell
+        raise ConfigError(f"{self._where}: no run of it is {name}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return {}
+    return _parsed(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _parsed(path: Path, changed: int, size: int) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _hash(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())[:10]

@@ -1,0 +1,77 @@
+"""What a run learned and forgot, in a few numbers, and the rule that chooses by them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mixcpt.evaluate.comparison import change
+from megatron_mixcpt.evaluate.stored import from_rows
+from megatron_mixcpt.study.config import ChooseConfig
+
+Outcome = dict[str, float]
+"""What could be measured of: `domain` (fall of the loss on domain sources) and `forgetting` (rise on all others), nats
+a token; `tasks`, change of the mean accuracy; `facts` and `both`, shares of the questions."""
+
+NAMES = {"domain_gain": "domain", "general_forgetting": "forgetting", "task_change": "tasks"}
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, 1 to 9.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def outcome(rows: Mapping[str, Any], base: Mapping[str, Any]) -> Outcome:
+    """Of the measurements of a model and of the base's."""
+    model, before = from_rows(rows), from_rows(base)
+    found = {NAMES[name]: value for name, value in change({"model": model, "base": before}).items()}
+    for score in model["gci"]:
+        if score.skill == "all" and score.score in ("domain", "both"):
+            found["facts" if score.score == "domain" else "both"] = score.value
+    return found
+
+
+def chosen(rule: ChooseConfig, sweep: Mapping[float, Outcome]) -> tuple[float, bool] | None:
+    """The learning rate that the rule chooses, and whether it lies within; None where nothing was measured."""
+    if not sweep:
+        return None
+    within = {lr: one for lr, one in sweep.items() if is_within(rule, one)}
+    if within:
+        return max(within, key=lambda lr: (within[lr].get(rule.gain, -math.inf), -lr)), True
+    return min(sweep, key=lambda lr: (sweep[lr].get("forgetting", math.inf), lr)), False
+
+
+def is_within(rule: ChooseConfig, one: Outcome) -> bool:
+    """Whether an outcome costs no more than the rule allows."""
+    limits = rule.within
+    forgotten = limits.forgetting is not None and one.get("forgetting", math.inf) > limits.forgetting
+    return not forgotten and (limits.tasks is None or one.get("tasks", -math.inf) >= -limits.tasks)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds. `half`: half the width of its 95 % interval (Student's t); None of a single one."""
+
+    value: float
+    half: float | None
+
+    def told(self, form: str) -> str:
+        return form.format(self.value) + (f" ± {form.format(self.half).lstrip('+')}" if self.half is not None else "")
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Of at least one value."""
+    if len(values) == 1:
+        return Mean(values[0], None)
+    free = len(values) - 1
+    t = STUDENT_T[free - 1] if free <= len(STUDENT_T) else 1.96 + 2.37 / free + 2.82 / free**2  # within 0.2 %
+    return Mean(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (forgetting, gain): those that no other beats in both, by forgetting."""
+    kept: list[tuple[float, float]] = []
+    for forgetting, gain in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not kept or gain > kept[-1][1]:
+            kept.append((forgetting, gain))
+    return kept

@@ -1,0 +1,74 @@
+"""What a study will take, and what would stop it, before anything starts."""
+
+from __future__ import annotations
+
+import shutil
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.harness import require_harness, resolve_task
+from megatron_mixcpt.evaluate.measure import check_models, gci_instances
+from megatron_mixcpt.observe.run_data import read_run
+from megatron_mixcpt.plan.estimate import make_plan
+from megatron_mixcpt.study.cells import Cells
+from megatron_mixcpt.study.progress import standing
+from megatron_mixcpt.train.setup import check as check_run
+from megatron_mixcpt.train.setup import check_settings, existing_parent
+from megatron_mixcpt.units import duration, number, size
+
+
+def check(cells: Cells) -> None:
+    """Raise ConfigError for what a run or a measurement would refuse, naming the arm."""
+    how = cells.study.measure
+    if how.tasks:
+        require_harness()
+        for task in how.tasks:
+            if task != "bundled":
+                resolve_task(task)
+    if how.gci:
+        gci_instances(how.gci)
+    check_models([cells.base], cells.settings)
+    for arm in cells.study.arms:
+        try:
+            check_run(cells.sweep(arm)[0].config, cells.study.nproc)
+        except ConfigError as error:
+            raise ConfigError(f"arms.{arm}: {error}") from None
+
+
+def foretold(cells: Cells) -> list[str]:
+    """Runs, tokens, disk and, from the runs that are there, time: lines for people."""
+    study = cells.study
+    now = standing(cells)
+    stages = sum(len(study.rates(arm)) for arm in study.arms)
+    runs = {arm: len(study.rates(arm)) + len(study.seeds) - 1 for arm in study.arms}
+    plans = {arm: _plan(cells.sweep(arm)[0].config, study.nproc) for arm in study.arms}
+    tokens = sum(runs[arm] * plans[arm][0] for arm in study.arms)
+    kept = sum(runs[arm] * plans[arm][1] for arm in study.arms) if study.keep_checkpoints else 0
+    disk = kept + max(saved for _, saved in plans.values())
+    free = shutil.disk_usage(existing_parent(cells.out)).free
+    models = sum(count * (1 + len(study.average) * cells.sweep(arm)[0].is_averaged) for arm, count in runs.items())
+    lines = [
+        f"runs        {cells.num_runs} = {stages} (every learning rate of {len(study.arms)} arms, seed "
+        f"{study.seeds[0]}) + {cells.num_runs - stages} (other seeds at the chosen ones); {now.num_ended} are done",
+        f"measured    {models} models and the base",
+        f"data        {number(tokens, 3)} tokens in all",
+        f"disk        {size(disk)} of checkpoints in {cells.out}; {size(free)} are free here"
+        + (": too little; keep_checkpoints: false keeps none" if free < disk else ""),
+    ]
+    seconds = [run for cell in now.runs if not cells.missing(cell) and (run := read_run(cell.run_dir).seconds())]
+    if seconds:
+        each = sum(seconds) / len(seconds)
+        left = (cells.num_runs - now.num_ended) * each
+        lines.append(f"time        {duration(each)} of training a run so far, {duration(left)} left, without measuring")
+    else:
+        lines.append("time        `mixcpt plan` tells it for a run on a GPU; here the first run will")
+    return lines
+
+
+def _plan(config: Config, nproc: int) -> tuple[int, int]:
+    """Tokens of a run, and bytes of the checkpoints that it keeps."""
+    arch, mix = check_settings(config, nproc)
+    plan = make_plan(config, arch, mix, nproc)
+    every = config.checkpoint.every
+    saves = config.train.steps // every if every else 1
+    return plan.tokens(config.train.steps), plan.checkpoint * (min(max(saves, 1), config.checkpoint.keep) + 1)

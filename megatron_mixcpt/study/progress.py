@@ -1,0 +1,69 @@
+"""How far a study is: what is done, what failed, which learning rates were chosen, what comes next."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mixcpt.study.cells import Cell, Cells
+from megatron_mixcpt.study.outcome import Outcome, chosen, outcome
+
+FAILED = "failed.json"
+
+
+@dataclass
+class Standing:
+    """A study as its folder shows it now."""
+
+    cells: Cells
+    runs: list[Cell] = field(default_factory=list)
+    """In the study so far, by arm; the second stage of an arm joins when its learning rate is chosen."""
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows by the run's folder and alpha; empty before the base is measured."""
+    outcomes: dict[str, dict[float, Outcome]] = field(default_factory=dict)
+    """By the run's folder and alpha."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Reason by the run's folder."""
+    chosen: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """By arm: learning rate, and whether it lies within what the rule allows."""
+
+    @property
+    def open(self) -> list[Cell]:
+        """Runs that are neither measured nor failed."""
+        return [c for c in self.runs if c.folder.name not in self.failed and self.cells.missing(c)]
+
+    @property
+    def num_ended(self) -> int:
+        return len(self.runs) - len(self.open)
+
+    def of(self, cell: Cell, alpha: float = 1.0) -> Outcome | None:
+        """What a run, or its average with the base, learned and forgot; None where it is not measured."""
+        return self.outcomes.get(cell.folder.name, {}).get(alpha)
+
+
+def standing(cells: Cells) -> Standing:
+    """Read the folder of a study."""
+    now = Standing(cells)
+    base = cells.base_measured
+    for arm in cells.study.arms:
+        sweep = cells.sweep(arm)
+        _add(now, sweep, base)
+        ended = base and all(cell.folder.name in now.failed or not cells.missing(cell) for cell in sweep)
+        choice = chosen(cells.study.choose, {cell.lr: one for cell in sweep if (one := now.of(cell)) is not None})
+        if ended and choice is not None:
+            now.chosen[arm] = choice
+            _add(now, cells.repeats(arm, choice[0]), base)
+    return now
+
+
+def _add(now: Standing, runs: list[Cell], base: dict) -> None:
+    for cell in runs:
+        now.runs.append(cell)
+        name = cell.folder.name
+        if base:
+            now.measured[name] = now.cells.measured(cell)
+            now.outcomes[name] = {float(a): outcome(rows, base) for a, rows in now.measured[name].items()}
+        failure = cell.folder / FAILED
+        if now.cells.missing(cell) and failure.is_file():
+            now.failed[name] = json.loads(failure.read_text())["reason"]

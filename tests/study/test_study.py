@@ -1,0 +1,239 @@
+"""A study goes on after every stop, computes nothing twice, and says what failed and what differs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.config import load_config
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.gci import Answer, summarize
+from megatron_mixcpt.evaluate.held_out import SourcePerplexity
+from megatron_mixcpt.evaluate.stored import rows_of
+from megatron_mixcpt.files import write_json
+from megatron_mixcpt.study import run
+from megatron_mixcpt.study.cells import BASE, Cells
+from megatron_mixcpt.study.config import Study
+from megatron_mixcpt.study.run import run_study
+from tests.observe.browser import open_page
+
+
+def read(path):
+    return Cells(load_config(Study, path), path)
+
+
+def made_up(lr, seed, alpha):
+    """What a model learned and forgot: more with the learning rate, and a little other with every seed."""
+    gain, forgotten = alpha * (lr * 100 + seed / 100), alpha * lr * 20
+    answers = [Answer(str(n), "speech", f"Say {n} <&>", "Yes.", n < 3 + 2 * gain, True, -0.5) for n in range(6)]
+    sources = [SourcePerplexity("facts", "domain", 8.0 * 2.718281828**-gain)]
+    sources += [SourcePerplexity("tasks", "instruction", 9.0 * 2.718281828**forgotten)]
+    return rows_of({"sources": sources, "gci": summarize(answers), "gci_answers": answers})
+
+
+class Pretended:
+    """In place of the processes of a study: what they would have written, and who was called."""
+
+    def __init__(self, cells, failing=(), seconds=0.0):
+        self.cells, self.failing, self.seconds = cells, list(failing), seconds
+        self.trained, self.measured, self.at_once, self.most = [], [], 0, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, team, command, log, environment):
+        if "megatron_mixcpt.cli" in command:
+            values = yaml.safe_load(Path(command[command.index("train") + 1]).read_text())
+            with self.lock:
+                self.trained.append(values["run_dir"])
+                self.at_once += 1
+                self.most = max(self.most, self.at_once)
+            time.sleep(self.seconds)
+            with self.lock:
+                self.at_once -= 1
+            if any(name in values["run_dir"] for name in self.failing):
+                return 3, "the data is damaged"
+            return 0, ""
+        self.measured.append(command[-1])
+        if command[-1] == BASE:
+            write_json(self.cells.base_file, {"1": made_up(0.0, 0, 1.0)})
+            return 0, ""
+        cell = self.cells.named(command[-1])
+        alphas = {f"{alpha:g}": made_up(cell.lr, cell.seed, alpha) for alpha in self.cells.missing(cell)}
+        write_json(self.cells.measured_file(cell), self.cells.measured(cell) | alphas)
+        return 0, ""
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    def use(cells, **options):
+        pretended = Pretended(cells, **options)
+        monkeypatch.setattr(run, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr(run._Team, "_process", lambda team, *arguments: pretended(team, *arguments))
+        return pretended
+
+    return use
+
+
+def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_study, pretend):
+    cells = read(write_study(choose={"within": {"forgetting": 0.05}}))
+    pretended = pretend(cells)
+    now = run_study(cells, 1)
+    # At 1e-2 a run forgets 0.2 nats: the rule must take 1e-3.
+    assert now.chosen == {"ce": (1e-3, True), "mixcpt": (1e-3, True)}
+    assert sorted((cell.arm, cell.lr, cell.seed) for cell in now.runs) == [
+        (arm, *rest) for arm in ("ce", "mixcpt") for rest in ((1e-3, 1), (1e-3, 2), (1e-2, 1))
+    ]
+    assert len(pretended.trained) == len(set(pretended.trained)) == 6 == cells.num_runs
+    content = json.loads((cells.out / "study.json").read_text())
+    assert content["complete"] and content["arms"]["ce"]["lr"] == 1e-3
+    gained = content["arms"]["ce"]["over_seeds"]["domain"]
+    assert gained["mean"] == pytest.approx(0.115) and gained["half_width"] == pytest.approx(12.706 * 0.005, rel=1e-3)
+    of_run = content["runs"][0]["by_alpha"]
+    assert of_run["0.5"]["forgetting"] == pytest.approx(of_run["1"]["forgetting"] / 2)
+    assert of_run["1"]["ledger"][0]["count"] == 6
+
+
+def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends_on_it(write_study, pretend):
+    cells = read(write_study())
+    first = pretend(cells)
+    run_study(cells, 1)
+    again = pretend(cells)
+    run_study(cells, 1)
+    assert again.trained == again.measured == []
+
+    changed = read(write_study(arms={"ce": {"loss.target": "none"}, "mixcpt": {"loss.kd_weight": 2.0}}))
+    other = pretend(changed)
+    run_study(changed, 1)
+    assert len(other.trained) == 3 and all("mixcpt" in name for name in other.trained)
+    assert set(other.trained).isdisjoint(first.trained)
+
+    more = read(write_study(average=[0.5, 0.75]))
+    averaged = pretend(more)
+    run_study(more, 1)  # measures anew what lacks an average; the trainer would say at once that its run is at its end
+    assert len(averaged.measured) == 6 and "0.75" in more.measured(more.sweep("ce")[0])
+
+    otherwise = read(write_study(measure={"max_samples": 3}))
+    assert otherwise.base_file != cells.base_file and otherwise.missing(otherwise.sweep("ce")[0]) == [1.0, 0.5]
+
+
+def test_a_run_that_fails_stands_in_the_table_with_its_reason_and_is_tried_again(write_study, pretend, capsys):
+    cells = read(write_study())
+    pretend(cells, failing=["ce-lr0.01"])
+    now = run_study(cells, 2)
+    assert list(now.failed.values()) == ["the data is damaged"]
+    assert now.chosen["ce"] == (1e-3, True)  # of what there is
+    text = (cells.out / "study.md").read_text()
+    assert "failed: the data is damaged" in text and len(now.runs) == 6
+    assert not json.loads((cells.out / "study.json").read_text())["complete"]
+    mended = pretend(cells)
+    now = run_study(cells, 2)
+    assert not now.failed and now.chosen["ce"][0] == 1e-2
+    assert sorted(Path(name).parent.name.partition("-seed")[0] for name in mended.trained) == ["ce-lr0.01", "ce-lr0.01"]
+
+
+def test_workers_share_a_study_and_none_makes_what_another_has(write_study, pretend):
+    """Several at a time here, and a second team that came later, as on another node."""
+    path = write_study()
+    cells = read(path)
+    pretended = pretend(cells, seconds=0.2)
+    other = threading.Thread(target=lambda: run._Team(read(path), 2).work())
+    other.start()
+    run._Team(cells, 2).work()
+    other.join(60)
+    assert len(pretended.trained) == len(set(pretended.trained)) == 6
+    assert pretended.most > 1
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"arms": {"ce": {"loss.targt": "none"}}}, r"arms\.ce: .*loss\.targt: unknown key; did you mean loss\.target"),
+        ({"arms": {"ce": {"train.lr": "fast"}}, "lr": ["x"]}, "lr"),
+        ({"arms": {"ce": {"lr": []}}}, r"arms\.ce\.lr: a list of learning rates"),
+        ({"arms": {"ce": {"lr": [1e-3, 1e-3]}}}, r"arms\.ce\.lr: a learning rate is given twice"),
+        ({"arms": {"a b": {}}}, "arms"),
+        ({"seeds": [1, 1]}, "seeds: a seed is given twice"),
+        ({"choose": {"gain": "facts"}}, r"choose\.gain facts .* measure\.gci"),
+        ({"choose": {"within": {"tasks": 0.1}}}, r"choose\.within\.tasks needs measure\.tasks"),
+        ({"arms": {"ce": {}, "other": {"model": {"hf": "elsewhere"}}}}, r"arms\.other: model: all arms start from"),
+        ({"arms": {"ce": {"data.mix": "nowhere/mix.json"}}}, r"arms\.ce: data\.mix: nowhere/mix\.json: no such file"),
+        ({"arms": {"ce": {"model": {"hf": None, "preset": "tiny"}}}}, r"model\.preset: a study compares"),
+        ({"average": [1.0]}, r"average"),
+    ],
+)
+def test_what_is_wrong_is_told_by_arm_and_key_before_anything_starts(write_study, tmp_path, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        read(write_study(**changed))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_would_refuse_is_told_before_anything_starts(write_study, tmp_path, capsys):
+    assert main(["study", write_study(arms={"ce": {"parallel": {"tensor": 3}}})]) == 2
+    assert "arms.ce" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["study", write_study(measure={"gci": str(tmp_path / "none.jsonl")})]) == 2
+    assert "none.jsonl" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["train", write_study()]) == 2
+    assert "this file is for `mixcpt study`" in capsys.readouterr().err
+
+
+def test_the_dry_run_says_what_it_takes_and_starts_nothing(write_study, tmp_path, capsys):
+    assert main(["study", write_study(), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "6 = 4 (every learning rate of 2 arms, seed 1) + 2" in said and "12 models and the base" in said
+    assert "MiB of checkpoints" in said and not (tmp_path / "out").exists()
+
+
+def test_a_real_study_is_stopped_and_goes_on(write_study, tmp_path):
+    """Two arms, one of them an adapter, at one rate and seed, by the command itself; ^C in between."""
+    path = write_study(
+        arms={"ce": {"loss.target": "none"}, "lora": {"loss.target": "none", "adapter": {"method": "lora", "rank": 2}}},
+        lr=[1e-2],
+        seeds=[1],
+        keep_checkpoints=False,
+        choose=None,
+    )
+    command = [sys.executable, "-m", "megatron_mixcpt.cli", "study", path, "--jobs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begun = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "out").glob("cells/*/log.txt")) and begun.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGINT)
+    _, said = begun.communicate(timeout=120)
+    assert begun.returncode == 75 and "of 2 runs are done; the same command goes on" in said
+    assert not list((tmp_path / "out").glob("**/failed.json"))
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    cells = read(path)
+    content = json.loads((cells.out / "study.json").read_text())
+    assert content["complete"]
+    for entry in content["runs"]:
+        whole, half = entry["by_alpha"]["1"], entry["by_alpha"]["0.5"]
+        assert whole["domain"] != 0 and whole["domain"] != half["domain"] and entry["tokens"] > 0
+    assert not list(cells.out.glob("cells/*/run/checkpoints")) and list(cells.out.glob("cells/*/run/report.html"))
+    # The base's own loss is what the measured gain is counted from.
+    (facts,) = [s for s in content["base"]["measured"]["sources"] if s["name"] == "facts"]
+    (after,) = [s for s in content["runs"][0]["by_alpha"]["1"]["measured"]["sources"] if s["name"] == "facts"]
+    assert content["runs"][0]["by_alpha"]["1"]["domain"] == pytest.approx(math.log(facts["value"] / after["value"]))
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (400, 900)])
+def test_the_page_shows_the_trade_the_arms_and_every_run(write_study, pretend, tmp_path, size):
+    cells = read(write_study(measure={"gci": "facts:2"}, choose={"gain": "facts"}))
+    pretend(cells, failing=["mixcpt-lr0.01"])
+    run_study(cells, 1)
+    document, console = open_page(cells.out / "study.html", size=size, dark=size[0] == 400)
+    assert console == []
+    assert document.count("<svg") == 2  # questions, which the rule goes by, and the loss
+    for text in ("ce, lr 0.01, seed 1", "average at 0.5", "mean of 2 seeds", "failed: the data is damaged"):
+        assert text in document, text
