@@ -14,7 +14,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults test-gpu preprocess train bench bench-gpu aot lint clean
+.PHONY: help install demo test test-fast test-faults test-gpu preprocess train bench bench-gpu gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -62,6 +62,11 @@ bench: install ## run the CPU benchmarks; their tables are in benchmarks/results
 bench-gpu: install ## run the kernel benchmark on this machine's GPU
 	@$(BIN)/python -m pip install --quiet --editable ".[bench-gpu]"
 	@$(BIN)/python -m benchmarks.lssd_gpu $(ARGS)
+
+# With whatever torch the machine has: .venv where it is there, else PYTHON; nothing is installed but WHEELS, for this run.
+gpu: OUT = runs/gpu
+gpu: ## everything that one GPU can tell, in nine minutes (OUT=runs/gpu WHEELS=dir ARGS='--only training'; docs/gpu.md)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU and check registers, spills and loads
 	@$(BIN)/python -m megatron_mixcpt.kernels.aot --arch 80 90 100

@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.lssd_memory import PeakMemory
 from benchmarks.lssd_peers import LOGITS, Contender, Loss, linear_contenders
 from benchmarks.lssd_report import Case, Record, aims, plot, table
+from megatron_mixcpt.files import write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKED = 64  # tokens whose error against fp64 is taken
@@ -174,6 +175,22 @@ def linear_table(sizes: list[int], device: str) -> str:
     return "\n".join(lines)
 
 
+def write_report(folder: Path, records: list[Record], copied: float, device: str, linear: str = "") -> str:
+    """lssd_gpu.md, which is returned, and lssd_gpu.json. copied: GB/s of a copy, of this run."""
+    sections = [
+        "# The LSSD loss on a GPU",
+        f"{machine(device)}. Copy: {copied:.0f} GB/s. Several GPUs were not measured.",
+        aims(records, copied),
+        linear,
+        "![time and bandwidth](lssd_gpu.png)",
+        table(records, copied),
+    ]
+    report = "\n\n".join(section for section in sections if section)
+    write_whole(folder / "lssd_gpu.md", report + "\n")
+    write_whole(folder / "lssd_gpu.json", json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n")
+    return report
+
+
 def machine(device: str) -> str:
     import triton
 
@@ -216,27 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     contenders = [c for c in LOGITS if not options.only or c.name in options.only]
     copied = copy_bandwidth(options.device, 1024 if options.device == "cuda" else 16)
-    records = []
+    options.out.mkdir(parents=True, exist_ok=True)
+    records: list[Record] = []
     for case in cases(options):
         print(case.label, flush=True)
         records += [measure(contender, case, options.device) for contender in contenders]
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    report = "\n\n".join(
-        [
-            "# The LSSD loss on a GPU",
-            f"{machine(options.device)}. Copy: {copied:.0f} GB/s. Several GPUs were not measured.",
-            aims(records, copied),
-            linear_table(options.linear, options.device),
-            "![time and bandwidth](lssd_gpu.png)",
-            table(records, copied),
-        ]
-    )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "lssd_gpu.md").write_text(report + "\n")
-    (options.out / "lssd_gpu.json").write_text(json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n")
+        write_report(options.out, records, copied, options.device)  # what is there is there, whatever comes
+    linear = linear_table(options.linear, options.device)
+    print(write_report(options.out, records, copied, options.device, linear))
     plot(records, copied, options.out / "lssd_gpu.png")
-    print(report)
     return 0
 
 

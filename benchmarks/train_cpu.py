@@ -52,8 +52,8 @@ def smollm2(folder: Path) -> transformers.LlamaForCausalLM:
     return model
 
 
-def batch_of(seq_length: int, documents: int) -> Batch:
-    tokens = torch.randint(0, 49152, (1, seq_length + 1), generator=torch.Generator().manual_seed(0))
+def batch_of(seq_length: int, documents: int, vocab_size: int = 49152) -> Batch:
+    tokens = torch.randint(0, vocab_size, (1, seq_length + 1), generator=torch.Generator().manual_seed(0))
     doc_start = torch.zeros(1, seq_length, dtype=torch.bool)
     doc_start[0, :: seq_length // documents] = True
     packing = Documents.of(doc_start)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 
 from megatron_mixcpt.checkpoint.store import seal
@@ -75,24 +74,6 @@ def answers(*command_lines):
 def test_help_comes_without_importing_a_library():
     codes, _ = answers(["--help"], *([command, "--help"] for command in COMMANDS))
     assert set(codes) == {0}
-
-
-QUICK = """\
-import sys
-from megatron_mixcpt.quick_import import quicken
-quicken()
-import megatron.core.transformer.transformer_layer, megatron.core.distributed
-found = {"torch._dynamo", "torch._inductor", "wandb"} & sys.modules.keys()
-assert not found, found
-import wandb
-assert wandb.init
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's functions are compiled")
-def test_megatron_core_comes_without_the_compilers_and_wandb_afterwards():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", QUICK], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_are_told_without_importing_a_library(values, tmp_path):

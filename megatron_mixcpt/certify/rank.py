@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from megatron_mixcpt.cli import silence_libraries
+from megatron_mixcpt.quick_import import quicken
 
 
 def main(folder: Path) -> None:
     silence_libraries()
+    quicken()
     from megatron_mixcpt.certify.subject import observe_all  # which loads the libraries
 
     observe_all(folder)

@@ -93,7 +93,7 @@ def _megatron() -> Finding:
 
 def _optional(module: str) -> Finding:
     found = util.find_spec(module) is not None
-    return Finding("ok", "installed" if found else "not installed; not needed")
+    return Finding("ok", "installed; not used" if found else "not installed; not needed")
 
 
 def _attention() -> Finding:

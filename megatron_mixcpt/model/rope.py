@@ -85,11 +85,11 @@ class Rotary(nn.Module):
         if self.frequencies.device != position_ids.device:
             for name in ("frequencies", "long", "local"):
                 if getattr(self, name) is not None:
-                    setattr(self, name, getattr(self, name).to(position_ids.device))
+                    setattr(self, name, getattr(self, name).to(position_ids.device, non_blocking=True))
         positions = position_ids.t().float().unsqueeze(-1)  # [s, b, 1]
         angles = positions * self.frequencies  # [s, b, rotary_dim / 2]
         if self.long is not None and packing is not None and packing.max_keys > self.original:
-            is_long = (packing.lengths() > self.original).t().unsqueeze(-1).to(positions.device)
+            is_long = (packing.lengths() > self.original).t().unsqueeze(-1).to(positions.device, non_blocking=True)
             angles = torch.where(is_long, positions * self.long, angles)
         if self.local is not None:
             angles = torch.stack((angles, positions * self.local))

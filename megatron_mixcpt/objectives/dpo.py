@@ -88,7 +88,7 @@ class DPOObjective:
 
     def count(self, batch: Batch) -> Tensor:
         pairs = len(cast(PairBatch, batch).rows) if speaks_for_context() else 0
-        return torch.tensor(pairs, dtype=torch.int32, device=batch.tokens.device)
+        return torch.full((), pairs, dtype=torch.int32, device=batch.tokens.device)  # no copy, which would wait
 
 
 class DPOTask:

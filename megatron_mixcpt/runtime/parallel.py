@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.runtime import leaving
 from megatron_mixcpt.runtime.cpu_backend import cpu_backend
 from megatron_mixcpt.runtime.devices import agree_on_device, take_device
 
@@ -130,8 +131,8 @@ def parallel_context(
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none set this is a grid of one process. With
     CUDA the backend is nccl and each process takes the device of its local rank; otherwise gloo and the CPU backend.
     `MIXCPT_DEVICE` (cpu, cuda) says which it must be; all ranks agree on it before any of them waits. Everything is
-    taken down at exit. With `interleave` above 1, models are cut into that many parts a pipeline rank, and Megatron's
-    schedule is the interleaved one.
+    taken down at exit; after an error the process ends, whatever NCCL is waiting for (leaving.py). With `interleave`
+    above 1, models are cut into that many parts a pipeline rank, and Megatron's schedule is the interleaved one.
 
     Raises:
         ConfigError: the processes do not divide into whole model replicas, the launch variables are incomplete, or a
@@ -157,20 +158,25 @@ def parallel_context(
             device_id=device if backend == "nccl" else None,
         )
         stack.callback(dist.destroy_process_group)
-        yield _join_grid(
-            stack,
-            store,
-            rank,
-            world_size,
-            local_rank,
-            device,
-            tensor,
-            pipeline,
-            context,
-            interleave,
-            seed,
-            timeout_minutes,
-        )
+        try:
+            yield _join_grid(
+                stack,
+                store,
+                rank,
+                world_size,
+                local_rank,
+                device,
+                tensor,
+                pipeline,
+                context,
+                interleave,
+                seed,
+                timeout_minutes,
+            )
+        except BaseException as error:
+            if launch and backend in leaving.CAN_HANG:
+                leaving.end_within(leaving.GRACE_SECONDS, error)
+            raise
 
 
 def seed_step(state: ParallelState, seed: int, step: int) -> None:

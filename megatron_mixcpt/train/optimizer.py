@@ -7,10 +7,16 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_mixcpt.config import OptimizerSection, TrainConfig
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.train.schedule import learning_rate
 
 
@@ -19,8 +25,14 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW with decoupled weight decay; norms and biases are not decayed (Megatron's grouping).
 
-    Raises ConfigError where `placement` asks for an offload that cannot be built here.
+    Raises ConfigError where `placement` asks for an offload that cannot be built here, and where megatron-core has
+    taken up another library's optimizer.
     """
+    if not USING_PYTORCH_OPTIMIZER:
+        raise ConfigError(
+            "megatron-core has taken up the optimizer of Transformer Engine or Apex, with which nothing is tested: "
+            "call megatron_mixcpt.quick_import.quicken() before anything imports megatron.core, as `mixcpt` does"
+        )
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,

@@ -13,8 +13,8 @@ from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
-from tests.helpers.certifying import add_pairs, computed, posed, with_fault
-from tests.helpers.corpus import write_mix
+from tests.helpers.certifying import computed, posed, with_fault
+from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
 
 QWEN2 = Architecture(4, 96, 192, 6, 2, 16, 250, model_type="qwen2", qkv_bias=True)

@@ -7,8 +7,8 @@ import pytest
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.certify.axes import DATA, ONE, blamed, variants, whole_run
 from megatron_mixcpt.certify.trial import judged
-from tests.helpers.certifying import add_pairs, computed, posed
-from tests.helpers.corpus import write_mix
+from tests.helpers.certifying import computed, posed
+from tests.helpers.corpus import add_pairs, write_mix
 
 ANYWHERE = "there in one process too"  # no matter of the layout
 ARCH = Architecture(

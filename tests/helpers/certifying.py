@@ -14,7 +14,6 @@ from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.rehearse.size import Grid
 from megatron_mixcpt.train.setup import check_settings
-from tests.helpers.corpus import edit_mix
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import settings
 
@@ -30,16 +29,6 @@ def posed(folder, mix, arch=None, data=1, **sections):
     real, _ = check_settings(config, config.parallel.replica * data)
     grid = Grid(config.parallel.tensor, config.parallel.pipeline, data, config.parallel.context)
     return pose(config, real, open_mix(config.data.mix), grid, data, folder / "problem")
-
-
-def add_pairs(mix):
-    """Make the second source of a mixture one of preference pairs, with the rows that the first trains on."""
-
-    def change(content):
-        train = content["sources"][0]["train"]
-        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
-
-    edit_mix(mix, change)
 
 
 def beside(problem, folder):

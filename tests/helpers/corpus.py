@@ -88,3 +88,13 @@ def edit_mix(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps({**content, "fingerprint": data_mix.fingerprint(content)}))
+
+
+def add_pairs(mix: Path) -> None:
+    """Make the second source of a mixture one of preference pairs, with the rows that the first trains on."""
+
+    def change(content):
+        train = content["sources"][0]["train"]
+        content["sources"][1] |= {"kind": "preference", "pairs": {"train": train, "valid": None}}
+
+    edit_mix(mix, change)

@@ -50,12 +50,10 @@ def reference(folder):
     return model, tokenizer, texts
 
 
-# A process of its own: libraries that are here already were not imported as the command imports them.
+# A process of its own: in this one the file may have been parsed.
 CONVERT = """\
 import sys
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.quick_import import quicken
-quicken()
 from gguf import gguf_reader
 parse, parsed = gguf_reader.GGUFReader._build_fields, []
 gguf_reader.GGUFReader._build_fields = lambda *arguments: parsed.append(1) or parse(*arguments)

@@ -1,0 +1,26 @@
+"""The tests that are marked gpu, each a finding."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+from benchmarks.gpu.findings import Findings
+
+WHERE = ("tests/gpu", "tests/kernels")
+SMALL = ("tests/kernels/test_arguments.py",)  # of which none needs a GPU
+WORKERS = 6  # most of the time goes into compiling kernels, on the CPU
+FINDINGS = "MIXCPT_GPU_FINDINGS"  # folder, for pytest_findings.py
+
+
+def run(findings: Findings, *, small: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_findings", "-p", "no:cacheprovider"]
+    command += [] if small else ["-m", "gpu"]
+    if importlib.util.find_spec("xdist") and not small:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    environment = {**os.environ, FINDINGS: str(findings.folder)}
+    code = subprocess.run([*command, *(SMALL if small else WHERE)], env=environment, check=False).returncode
+    if code not in (0, 1):  # 1: tests failed, which are findings themselves
+        raise SystemExit(f"pytest ended with exit code {code}")

@@ -1,0 +1,52 @@
+"""One rank of a grid whose other ranks do not exist, on a device whose tensors have no values.
+
+What a step keeps there of a model of any size is counted in seconds, without its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_mixcpt.config import Config
+from megatron_mixcpt.runtime import parallel
+from megatron_mixcpt.train import dry_run, setup
+from megatron_mixcpt.train.agreement import agree
+from megatron_mixcpt.train.optimizer import optimizer_step
+from tests.device.residency import CPU, META, Residency
+from tests.device.runs import told_apart
+from tests.train.runs import grid_of
+
+
+def resident_bytes(config: Config, ranks: int, rank: int) -> Residency:
+    """What `rank` of `ranks` keeps on its device in a step, at its fullest in `peak`. Reads no weights."""
+    with told_apart(META) as residency, _alone(rank, ranks), grid_of(config) as state:
+        components = setup.build(config, state)
+        dry_run.dry_run(config, components, state)
+        with residency.part("optimizer"):
+            agree(torch.zeros(1, 2, dtype=torch.float64, device=state.device), 0, stop=False)
+            optimizer_step(components.optimizer, 0, config.train)
+    return residency
+
+
+@contextlib.contextmanager
+def _alone(rank: int, ranks: int) -> Iterator[None]:
+    """Collectives with the others bring nothing, and take no time."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    join = dist.init_process_group
+    place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "none", "MASTER_PORT": "0"}
+    with (
+        mock.patch.dict(os.environ, place),
+        mock.patch.object(parallel, "_store", lambda *_: FakeStore()),
+        mock.patch.object(parallel, "agree_on_device", lambda *_: CPU),
+        mock.patch.object(dist, "init_process_group", lambda backend, **options: join("fake", **options)),
+        mock.patch.object(setup, "load_hf", lambda *_: None),
+        mock.patch.object(setup, "weights_fingerprint", lambda *_: None),
+    ):
+        yield
