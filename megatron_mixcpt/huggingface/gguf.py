@@ -1,7 +1,7 @@
 """A model in one GGUF file: which it is, how transformers is told of it, and that it is parsed once.
 
-transformers parses the file, tens of thousands of tokenizer entries one by one, for configuration, weights and tokenizer
-anew, and makes one table of names for every tensor: half of the time of a conversion.
+transformers parses the file, tens of thousands of tokenizer entries one by one, for configuration, weights and
+tokenizer anew, and makes one table of names for every tensor: half of the time of a conversion.
 """
 
 from __future__ import annotations
