@@ -159,6 +159,12 @@ class Flash(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+def _type(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Optimizers know parameters by the name of their type, which for meta tensors says so."""
+    found = x.type(*args, **kwargs)
+    return found.replace("meta.", "") if isinstance(found, str) else found
+
+
 class Asked(TorchFunctionMode):
     """Sees every call of torch's Python interface: what it is asked to put where, and what leaves it for Python."""
 
@@ -184,6 +190,7 @@ class Asked(TorchFunctionMode):
             of.backward: self._backward,
         }
         if residency.memory == META:
+            self._handlers[of.type] = _type
             self._handlers[F.scaled_dot_product_attention] = lambda q, k, v, **_: Flash.apply(q, k, v)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -191,6 +198,8 @@ class Asked(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
+        if func in FROM_VALUES:
+            args = (tree_map_only(Tensor, self._read, args[0]), *args[1:]) if isinstance(args[0], list) else args
         pinned = kwargs.pop("pin_memory", False)
         wanted = self._wanted(kwargs.get("device"))
         if wanted is None:
@@ -263,6 +272,12 @@ class Asked(TorchFunctionMode):
                 result = x.to(dtype or x.dtype, copy=True)
         crossed(self._residency, x, result, blocks=not non_blocking)
         return result
+
+    def _read(self, x: Tensor) -> Any:
+        """A tensor in a list of values: its number is read."""
+        if self._residency.holds(x):
+            self._residency.wait("item")
+        return torch.ones((), dtype=x.dtype).item() if x.is_meta else x
 
     def _tolist(self, x: Tensor) -> Any:
         if self._residency.holds(x):

@@ -98,6 +98,7 @@ def test_mixing_is_an_error(residency, mixing):
         (1, lambda x, host: x.to("cpu", non_blocking=True)),  # pageable: the copy is done when the call returns
         (1, lambda x, host: host.to("cuda")),
         (1, lambda x, host: torch.tensor([1.0, 2.0], device="cuda")),
+        (2, lambda x, host: torch.tensor([x[0], x[1]])),
         (1, lambda x, host: x.copy_(host)),
         (1, lambda x, host: x.nonzero()),
         (1, lambda x, host: x[x > 0]),
