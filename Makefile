@@ -14,7 +14,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults test-gpu preprocess train bench bench-gpu gpu aot lint clean
+.PHONY: help install demo test test-fast test-faults test-gpu test-floors preprocess train bench bench-gpu gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -47,6 +47,14 @@ test-faults: install ## the fault tests with their full counts; writes the figur
 
 test-gpu: install ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# DeepSpeed, which few runs use, is built from source and left out.
+FLOORS = .venv-floors
+test-floors: ## some tests with the oldest libraries that setup.py admits, in .venv-floors (torch with CUDA: five gigabytes)
+	@$(PYTHON) -m venv $(FLOORS) && $(PYTHON) -m tests.helpers.floors | grep -v deepspeed > $(FLOORS)/floors.txt
+	@$(FLOORS)/bin/python -m pip install --quiet -r $(FLOORS)/floors.txt hypothesis pytest pytest-timeout peft==0.15
+	@PYTHONPATH=. $(FLOORS)/bin/python -m pytest tests/test_examples.py tests/test_quick_import.py tests/checkpoint/test_store.py \
+	  tests/data tests/data_prep/test_pipeline.py tests/objectives tests/train/test_resume.py $(ARGS)
 
 preprocess: install ## turn raw text into a mixed dataset (CONFIG=preprocess.yaml)
 	@test -n "$(CONFIG)" || { echo "usage: make preprocess CONFIG=preprocess.yaml"; exit 2; }
