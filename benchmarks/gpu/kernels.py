@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -43,6 +44,8 @@ def run(findings: Findings, *, small: bool) -> None:
         for contender in (c for c in last if _takes(c, case)):
             _try(findings, contender, case, copied, device, records, linear)
     with findings.tried("picture"):
+        if importlib.util.find_spec("matplotlib") is None:
+            raise LeftOut("matplotlib is not installed")
         plot(records, copied, findings.folder / "lssd_gpu.png")
 
 

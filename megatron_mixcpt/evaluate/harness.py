@@ -17,7 +17,7 @@ import yaml
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.ledger import Item
 from megatron_mixcpt.evaluate.loading import load_directory
-from megatron_mixcpt.huggingface.config import gguf_file
+from megatron_mixcpt.huggingface.gguf import gguf_file
 
 BUNDLED = Path(__file__).parent / "tasks"
 RIGHT = ("acc", "exact_match")  # metrics that are 0 or 1 for a question, the first that a task has is taken

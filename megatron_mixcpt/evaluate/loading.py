@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.config import gguf_file
+from megatron_mixcpt.huggingface.gguf import gguf_option
 
 
 def quiet_libraries() -> None:
@@ -20,12 +20,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def gguf_option(hf_dir: str | Path) -> dict[str, str]:
-    """What transformers must be told to open a directory with one GGUF file; nothing for others."""
-    gguf = gguf_file(Path(hf_dir))
-    return {"gguf_file": gguf.name} if gguf else {}
 
 
 def load_directory(hf_dir: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:

@@ -154,7 +154,7 @@ def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
         return plain_prompt
     from transformers import AutoTokenizer
 
-    from megatron_mixcpt.evaluate.loading import gguf_option
+    from megatron_mixcpt.huggingface.gguf import gguf_option
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **gguf_option(folder))
     if not tokenizer.chat_template:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.config import architecture_from_hf, gguf_file
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.huggingface.gguf import gguf_file
 
 
 def is_hf_directory(path: Path) -> bool:

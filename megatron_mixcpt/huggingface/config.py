@@ -7,20 +7,11 @@ from typing import Any, NoReturn
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.families import FAMILIES
+from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option
 from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, theirs
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-
-
-def gguf_file(hf_dir: Path) -> Path | None:
-    """The GGUF file of a directory that has one and no config.json."""
-    files = sorted(hf_dir.glob("*.gguf"))
-    if (hf_dir / "config.json").exists() or not files:
-        return None
-    if len(files) > 1:
-        raise ConfigError(f"{hf_dir} holds {len(files)} GGUF files: leave the one to use in a directory of its own")
-    return files[0]
 
 
 def check_directory(hf_dir: str | Path) -> None:
@@ -42,11 +33,9 @@ def load_config(hf_dir: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig  # takes seconds
 
     path = Path(hf_dir)
-    gguf = gguf_file(path)
-    extra = {"gguf_file": gguf.name} if gguf else {}
     try:
         return AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=trust_remote_code, **extra
+            str(path), local_files_only=True, trust_remote_code=trust_remote_code, **gguf_option(path)
         )
     except Exception as error:  # transformers raises many kinds for a bad file
         raise ConfigError(f"{path}: transformers cannot read its configuration: {error}") from error

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.huggingface.config import config_dict, gguf_file
+from megatron_mixcpt.huggingface.config import config_dict
+from megatron_mixcpt.huggingface.gguf import gguf_option
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,11 +26,10 @@ TOKENIZER_FILES = (
 
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy tokenizer and chat template of a Hugging Face directory; a GGUF file's are extracted by transformers."""
-    gguf = gguf_file(source)
-    if gguf:
+    if gguf := gguf_option(source):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(str(source), gguf_file=gguf.name).save_pretrained(out)
+        AutoTokenizer.from_pretrained(str(source), **gguf).save_pretrained(out)
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)

@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from megatron_mixcpt.errors import ConfigError, VerificationError
-from megatron_mixcpt.huggingface.config import gguf_file
+from megatron_mixcpt.huggingface.gguf import gguf_option
 
 FILES = ("tokenizer.json", "tokenizer.model")  # either says all about ids
 
@@ -18,10 +18,8 @@ def _definition(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "tokenizer.json").read_text())
     from transformers import AutoTokenizer
 
-    gguf = gguf_file(folder)
-    extra = {"gguf_file": gguf.name} if gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **gguf_option(folder))
         return json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises many kinds
         raise ConfigError(f"{folder}: transformers cannot open its tokenizer: {error}") from error

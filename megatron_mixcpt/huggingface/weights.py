@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, whole_shapes
 from megatron_mixcpt.errors import VerificationError
-from megatron_mixcpt.huggingface.config import gguf_file
+from megatron_mixcpt.huggingface.gguf import gguf_option
 from megatron_mixcpt.huggingface.names import IGNORED_SUFFIXES, hf_names, hf_shapes, places
 from megatron_mixcpt.huggingface.tensorfiles import (
     MemorySource,
@@ -32,11 +32,10 @@ def open_source(hf_dir: str | Path) -> TensorSource:
     GGUF is dequantised by transformers, which holds the whole model in memory.
     """
     folder = Path(hf_dir)
-    gguf = gguf_file(folder)
-    if gguf:
+    if gguf := gguf_option(folder):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **gguf)
         return MemorySource(model.state_dict())
     pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
     if pickled and not list(folder.glob("*.safetensors*")):

@@ -190,13 +190,13 @@ def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int,
 
 
 def _adapter_bytes(arch: Architecture, config: Config, module: str) -> int:
-    """Kept by the adapters of one layer's `module` for each token: z, what goes into B, and what ALoRA's attention
-    keeps."""
+    """Kept by the adapters of one layer's `module` for each token: z, what goes into B, and queries, keys, values and
+    the result of ALoRA's attention."""
     if config.adapter is None:
         return 0
     linears = [linear for linear in adapted_linears(arch, config.adapter) if f".{module}." in linear.linear]
     width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
-    tensors = 2 if config.adapter.method == "lora" else 8
+    tensors = 2 if config.adapter.method == "lora" else 6
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 

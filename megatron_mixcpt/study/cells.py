@@ -24,11 +24,14 @@ import xxhash
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_mixcpt.checkpoint.manifest import MANIFEST
+from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.config import Config, save_config
 from megatron_mixcpt.config.reader import Document, read_document, validate_document
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.measure import EvalSettings
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.study.config import RATES, Study
 
 BASE = "base"
@@ -115,9 +118,10 @@ class Cells:
         except (OmegaConfBaseException, ConfigError) as error:
             raise ConfigError(f"{self._where}: arms.{arm}: {error}") from None
         told = config.model_dump(mode="json", by_alias=True, exclude=set(WITHOUT_EFFECT))
-        name = f"{arm}-lr{lr:g}-seed{seed}-{_hash([told, mix.fingerprint])}"
+        name = f"{arm}-lr{lr:g}-seed{seed}-{_hash([told, mix.fingerprint, *_weights(config)])}"
         folder = self.out / "cells" / name
-        return Cell(arm, lr, seed, config.model_copy(update={"run_dir": str(folder / "run")}), folder)
+        wandb = config.wandb.model_copy(update={"name": config.wandb.name or name})
+        return Cell(arm, lr, seed, config.model_copy(update={"run_dir": str(folder / "run"), "wandb": wandb}), folder)
 
     def sweep(self, arm: str) -> list[Cell]:
         """First stage: every learning rate with the first seed."""
@@ -145,7 +149,8 @@ class Cells:
         """Of measurements: it changes with what is measured."""
         how = self.study.measure.model_dump(mode="json", exclude={"micro_batch_size"})
         texts = [Path(name).read_text() for name in [*how["tasks"], how["gci"] or ""] if Path(name).is_file()]
-        return f"measured-{_hash([how, open_mix(self.mix_path).fingerprint, str(self.base), texts])}.json"
+        start = _weights(self.sweep(next(iter(self.study.arms)))[0].config)
+        return f"measured-{_hash([how, open_mix(self.mix_path).fingerprint, *start, texts])}.json"
 
     @property
     def base_file(self) -> Path:
@@ -177,6 +182,19 @@ class Cells:
                     if (cell := self.cell(arm, rate, seed)).folder.name == name:
                         return cell
         raise ConfigError(f"{self._where}: no run of it is {name}")
+
+
+def _weights(config: Config) -> list[str]:
+    """Of what a run starts from: what tells these weights from others under the same name."""
+    if config.model.hf:
+        return [_fingerprint(config.model.hf)]
+    if config.model.checkpoint:
+        manifest = find_origin(Path(config.model.checkpoint), verify=False).checkpoint / MANIFEST
+        return [_hash(manifest.read_text())]
+    return []
+
+
+_fingerprint = cache(weights_fingerprint)
 
 
 def _read(path: Path) -> dict[str, Any]:

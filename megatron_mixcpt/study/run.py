@@ -140,11 +140,18 @@ class _Team:
                     held.enter_context(RunLock(folder))
                 except ConfigError:  # another machine's
                     return False
+                if self._is_done(folder, cell):  # since we looked
+                    return False
                 self._make(folder, environment, cell)
         finally:
             with self._change:
                 self._taken.discard(name)
         return True
+
+    def _is_done(self, folder: Path, cell: Cell | None) -> bool:
+        if cell is None:
+            return bool(self._cells.base_measured)
+        return (folder / FAILED).is_file() or not self._cells.missing(cell)
 
     def _make(self, folder: Path, environment: dict[str, str], cell: Cell | None) -> None:
         measure = [str(self._cells.out / "study.yaml"), folder.name if cell else BASE]

@@ -31,7 +31,7 @@ def test_two_nodes_share_a_study_and_make_each_run_once(cluster, tmp_path):
 
 def test_a_node_makes_as_many_runs_at_a_time_as_its_ranks_allow(tmp_path, capsys):
     material = write_material(tmp_path / "material")
-    path = study_file(material, tmp_path, nproc=2)
+    path = study_file(material, tmp_path, nproc=2, arms={"ce": {"train.micro_batch_size": 2}})
     options = ["launch", path, "--nodes=3", "--gpus-per-node=8", "--dry-run"]
     assert main(options) == 0
     script = capsys.readouterr().out

@@ -20,6 +20,7 @@ from megatron_mixcpt.evaluate.gci import Answer, summarize
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.files import write_json
+from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
@@ -101,7 +102,9 @@ def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_stu
     assert of_run["1"]["ledger"][0]["count"] == 6
 
 
-def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends_on_it(write_study, pretend):
+def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends_on_it(
+    write_study, pretend, material, monkeypatch
+):
     cells = read(write_study())
     first = pretend(cells)
     run_study(cells, 1)
@@ -119,6 +122,11 @@ def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends
     averaged = pretend(more)
     run_study(more, 1)  # measures anew what lacks an average; the trainer would say at once that its run is at its end
     assert len(averaged.measured) == 6 and "0.75" in more.measured(more.sweep("ce")[0])
+
+    monkeypatch.setattr(cells_module, "_fingerprint", cells_module.weights_fingerprint)
+    with open(material / "hf" / "config.json", "a") as file:
+        file.write("\n")  # another model under the same name
+    assert not {cell.folder for cell in read(write_study()).sweep("ce")} & {cell.folder for cell in cells.sweep("ce")}
 
     otherwise = read(write_study(measure={"max_samples": 3}))
     assert otherwise.base_file != cells.base_file and otherwise.missing(otherwise.sweep("ce")[0]) == [1.0, 0.5]
