@@ -66,14 +66,18 @@ class RunPlan:
         return steps * self.tokens_per_step
 
 
-def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int) -> RunPlan:
-    """`world_size` and the configuration fit together (train.setup.check)."""
+def make_plan(config: Config, arch: Architecture, mix: Mix, world_size: int, *, gpu: bool = True) -> RunPlan:
+    """`world_size` and the configuration fit together (train.setup.check).
+
+    Args:
+        gpu: fused kernels compute the loss and the MLP's activation, which keep less than plain PyTorch on a CPU does.
+    """
     grid, train = config.parallel, config.train
     data_size = world_size // grid.replica
     num_micro = train.global_batch_size // (train.micro_batch_size * data_size)
     row_length = config.row_sequences * mix.seq_length
     cut = stages_of(config, arch)
-    stages = [_stage(config, arch, cut, row_length, index, data_size, num_micro) for index in range(grid.pipeline)]
+    stages = [_stage(config, arch, cut, row_length, index, data_size, num_micro, gpu) for index in range(grid.pipeline)]
     checkpoint = checkpoint_bytes(arch, train.dtype, config.adapter)
     return RunPlan(stages, cut, data_size, num_micro, train.global_batch_size * row_length, checkpoint)
 
@@ -90,7 +94,14 @@ def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | No
 
 
 def _stage(
-    config: Config, arch: Architecture, cut: Stages, row_length: int, index: int, data_size: int, num_micro: int
+    config: Config,
+    arch: Architecture,
+    cut: Stages,
+    row_length: int,
+    index: int,
+    data_size: int,
+    num_micro: int,
+    gpu: bool,
 ) -> StagePlan:
     train, tensor, pipeline = config.train, config.parallel.tensor, config.parallel.pipeline
     size = DTYPE_BYTES[train.dtype]
@@ -105,16 +116,17 @@ def _stage(
     offloaded = config.optimizer.offload == "cpu"
     tokens = train.micro_batch_size * row_length // config.parallel.context
     layers, parts = most_in_flight(cut, index, num_micro)  # the first stage waits longest for its gradients
-    kept, again = (tokens * count for count in _layer_bytes(arch, config))
+    kept, again = (tokens * count for count in _layer_bytes(arch, config, gpu))
     transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
-    head = tokens * arch.hidden_size * (2 * FP32 + size) if last else 0  # the final norm
-    logits = _logits_bytes(config, arch, tokens) if last else 0
+    hidden = tokens * arch.hidden_size // (tensor if config.parallel.sequence else 1)  # values between two layers
+    head = hidden * (2 * FP32 + size) if last else 0  # the final norm
+    logits = _logits_bytes(config, arch, tokens, gpu) if last else 0
     # Logits are gone when the gradients reach the layers.
     activations = layers * kept + max(again + transient - logits, 0) + head
     if cut.interleave > 1:
-        activations += parts * tokens * arch.hidden_size * size  # what each has sent on is not let go
+        activations += parts * hidden * size  # what each has sent on is not let go
     if pipeline > 1 and config.runs_teacher and last:
-        activations += num_micro * tokens * arch.hidden_size * size  # the teacher's last hidden states of a step
+        activations += num_micro * hidden * size  # the teacher's last hidden states of a step
     return StagePlan(
         num_parameters=count,
         num_trained=trained,
@@ -178,17 +190,17 @@ def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int,
 
 
 def _adapter_bytes(arch: Architecture, config: Config, module: str) -> int:
-    """Kept by the adapters of one layer's `module` for each token: z, what goes into B, and what ALoRA's attention
-    keeps."""
+    """Kept by the adapters of one layer's `module` for each token: z, what goes into B, and queries, keys, values and
+    the result of ALoRA's attention."""
     if config.adapter is None:
         return 0
     linears = [linear for linear in adapted_linears(arch, config.adapter) if f".{module}." in linear.linear]
     width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
-    tensors = 2 if config.adapter.method == "lora" else 8
+    tensors = 2 if config.adapter.method == "lora" else 6
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 
 
-def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
+def _layer_bytes(arch: Architecture, config: Config, gpu: bool) -> tuple[int, int]:
     """Of one layer for each token of a micro-batch: kept for backward, and there again while it is computed again."""
     tensor, size, recompute = config.parallel.tensor, DTYPE_BYTES[config.train.dtype], config.train.recompute
     sequence = tensor if config.parallel.sequence else 1
@@ -199,21 +211,24 @@ def _layer_bytes(arch: Architecture, config: Config) -> tuple[int, int]:
     attention = 2 * (queries + keys) * size  # q, output, k, v
     attention += 4 * arch.head_dim * size  # rotary
     attention += FP32 * (arch.num_attention_heads // tensor) + _adapter_bytes(arch, config, "self_attention")
-    mlp = 5 * arch.ffn_hidden_size // tensor * size  # gate and up, gate, silu(gate), product
+    fused = gpu and arch.activation == "silu"
+    mlp = (3 if fused else 5) * arch.ffn_hidden_size // tensor * size  # gate and up, product; gate, silu(gate)
     mlp += _adapter_bytes(arch, config, "mlp")
     layer = norms + attention + mlp
     if recompute == "full":
-        return arch.hidden_size * size, layer
+        return arch.hidden_size // sequence * size, layer
     again = {"none": 0, "mlp": mlp, "attention": attention}[recompute]
     return layer - again, again
 
 
-def _logits_bytes(config: Config, arch: Architecture, tokens: int) -> int:
-    """Student and teacher logits, or student logits and their gradient, and what the loss needs beside them where no
-    fused kernel computes it; in bf16 the matrix product, before the loss, copies one more."""
+def _logits_bytes(config: Config, arch: Architecture, tokens: int, gpu: bool) -> int:
+    """Student and teacher logits, or student logits and their gradient. On a CPU also what the loss needs beside them;
+    in bf16 its matrix product, before the loss, copies one more."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.fuses_lm_head:
-        return 3 * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
+        return (2 if gpu else 3) * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
     logits = tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
+    if gpu:
+        return 2 * logits
     scratch = SCRATCH_BUFFERS * min(BLOCK_ELEMENTS, tokens * vocabulary) * FP32
     return max(2 * logits + scratch, (2 if config.train.dtype == "fp32" else 3) * logits)

@@ -32,7 +32,7 @@ def fitting_grid(config: Config, data_size: int, small: Architecture, mix: Mix) 
     for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
         grid = Grid(tensor, pipeline, data, context)
         run = validate(Config, small_run(config, data_size, grid, Path("model"), mix.path, Path("run")), "rehearsal")
-        stages = make_plan(run, small, mix, grid.world_size).stages
+        stages = make_plan(run, small, mix, grid.world_size, gpu=False).stages
         gib = LIBRARIES_GIB + max(stage.total + stage.snapshot for stage in stages) / 2**30
         if grid.world_size * gib <= free:
             return grid

@@ -187,7 +187,8 @@ class Asked(TorchFunctionMode):
             of.__array__: self._to_numpy(of.__array__),
             of.pin_memory: self._pin,
             of.is_pinned: lambda x, *_: residency.is_pinned(x),
-            of.backward: self._backward,
+            of.backward: lambda x, gradient=None, *args, **kwargs: self._backward(x, gradient, *args, **kwargs),
+            torch.autograd.backward: self._backward,
         }
         if residency.memory == META:
             self._handlers[of.type] = _type
@@ -299,6 +300,25 @@ class Asked(TorchFunctionMode):
         self._residency.pin(copied)
         return copied
 
-    def _backward(self, x: Tensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
-        with self:  # which torch turns off while a call is handled, and backward runs the program's own functions
-            torch.autograd.backward(x, gradient, *args, **kwargs)
+    def _backward(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: Any = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """As `torch.autograd.backward`, with this mode on, which torch turns off while a call is handled: backward runs
+        functions of the program's own."""
+        outputs, gradients = ((x,) if x is None or isinstance(x, Tensor) else tuple(x) for x in (tensors, grad_tensors))
+        gradients = torch.autograd._make_grads(outputs, gradients * (len(outputs) // len(gradients)), False)
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(
+                outputs,
+                gradients,
+                bool(create_graph if retain_graph is None else retain_graph),
+                create_graph,
+                tuple(inputs or ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )

@@ -13,8 +13,7 @@ from tests.align.runs import select_values
 from tests.device.claimed import claimed_device
 from tests.device.runs import SAVE, VALIDATION, run
 from tests.device.waits import undocumented
-from tests.helpers.certifying import add_pairs
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import add_pairs, write_mix
 from tests.helpers.nano import use_nano
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed

@@ -100,7 +100,7 @@ def test_the_memory_of_a_rank_is_foreseen_within_a_tenth(tmp_path, larger_mix, l
     faults = {rank: (measure, str(tmp_path / f"{rank}.json")) for rank in range(ranks)}
     finish(write_config(tmp_path / "train.yaml", values), ranks=ranks, faults=faults)
     config = validate(Config, values, "test")
-    foreseen = max(stage.total for stage in make_plan(config, *read_model_and_mix(config), ranks).stages)
+    foreseen = max(stage.total for stage in make_plan(config, *read_model_and_mix(config), ranks, gpu=False).stages)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     taken = max(entry["peak"] - entry["before"] for entry in measured)
     ratio = foreseen / taken

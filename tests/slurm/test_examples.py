@@ -106,7 +106,7 @@ def test_an_example_is_planned_the_same_without_model_and_data(
     assert memory(capsys.readouterr().out) == memory(alone)
 
 
-@pytest.mark.parametrize("memory", ["30", "20", "10"])
+@pytest.mark.parametrize("memory", ["25", "20", "10"])
 def test_what_does_not_fit_is_told_with_keys_that_make_it_fit(capsys, memory):
     command = ["plan", str(FOLDER / "llama3-8b-8gpu.yaml"), "--nproc=8", "--memory", memory]
     command += ["--model-shape", "llama3-8b", "--tokens", "1e9"]

@@ -1,0 +1,86 @@
+"""`mixcpt plan` against what lies on the claimed device: of small models in every layout, and of the large examples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mixcpt.config import Config, load_config, validate
+from megatron_mixcpt.plan.estimate import make_plan
+from megatron_mixcpt.train.setup import check_settings
+from tests.device.imagined import resident_bytes
+from tests.helpers.corpus import write_mix
+from tests.slurm.published import CONFIGS
+from tests.train.runs import settings
+
+FOLDER = Path(__file__).parents[2] / "launch" / "configs"
+NO_TEACHER = {"loss": {"target": "none", "by_kind": {}}, "teacher": {"source": "none"}}
+RUNS = {  # name -> (ranks, what differs)
+    "fp32": (1, {}),
+    "bf16": (1, {"train": {"dtype": "bf16"}}),
+    "recompute full": (1, {"train": {"recompute": "full"}}),
+    "recompute mlp": (1, {"train": {"recompute": "mlp"}}),
+    "recompute attention": (1, {"train": {"recompute": "attention"}}),
+    "no teacher": (1, NO_TEACHER),
+    "fused head": (1, {"train": {"dtype": "bf16"}, "loss": {"fuse_lm_head": True}}),
+    "lora": (1, {"adapter": {"method": "lora"}, "teacher": {"source": "adapter_off"}}),
+    "alora": (1, {"adapter": {"method": "alora", "rank": 32}} | NO_TEACHER),
+    "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "CP2": (2, {"parallel": {"context": 2}}),
+    "DP2, distributed optimizer": (2, {"train": {"dtype": "bf16", "distributed_optimizer": True}}),
+    "PP2": (2, {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}}),
+    "PP2 interleaved": (2, {"parallel": {"pipeline": 2, "interleave": 2}}),
+}
+EXAMPLES = {"llama3-8b-8gpu": 8, "llama3-70b-64gpu": 64}
+
+
+def compared(config, ranks):
+    """`{stage: (bytes foreseen, bytes found by part)}` for the first and the last stage of the pipeline."""
+    plan = make_plan(config, *check_settings(config, ranks), ranks)
+    each = ranks // config.parallel.pipeline
+    return {
+        stage: (foreseen.total, resident_bytes(config, ranks, stage * each).peak)
+        for stage, foreseen in enumerate(plan.stages)
+        if stage in (0, config.parallel.pipeline - 1)
+    }
+
+
+def agrees(found):
+    for stage, (foreseen, by_part) in found.items():
+        parts = {part: f"{count / 2**20:.1f}" for part, count in by_part.items()}
+        assert foreseen == pytest.approx(by_part.total(), rel=0.1), f"stage {stage}: {foreseen / 2**20:.1f}, {parts}"
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    return write_mix(tmp_path_factory.mktemp("plan") / "data", seq_length=512, vocab_size=8000, train=6, valid=1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_small_model_takes_what_is_foreseen(tmp_path, mix, name):
+    ranks, sections = RUNS[name]
+    train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12} | sections.get("train", {})
+    values = settings(mix, tmp_path / "run", **sections | {"train": train})
+    agrees(compared(validate(Config, values, "test"), ranks))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_takes_what_is_foreseen(tmp_path, monkeypatch, name):
+    path = FOLDER / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text())
+    model = tmp_path / values["model"]["hf"]
+    model.mkdir(parents=True)
+    content = CONFIGS[model.name]
+    (model / "config.json").write_text(json.dumps(content))
+    length = values["data"]["seq_length"]
+    write_mix(
+        (tmp_path / values["data"]["mix"]).parent, train=2, valid=1, seq_length=length, vocab_size=content["vocab_size"]
+    )
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Config, path)
+    grid = config.parallel
+    # As many micro-batches as are in flight: of the others only the teacher's hidden states are kept.
+    few = config.train.micro_batch_size * EXAMPLES[name] // grid.replica * grid.pipeline
+    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": few})})
+    agrees(compared(config, EXAMPLES[name]))
