@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from megatron_mixcpt.quick_import import quicken
+
 # Folders whose tests share what a machine has one of: the SLURM cluster.
 TOGETHER = ("slurm",)
 # Begun first, in this order: what mostly waits, beside which the other worker has a core and more to itself, then what
@@ -22,6 +24,8 @@ settings.load_profile("mixcpt")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+quicken()  # as every command does: nothing is tested with what megatron-core would take up by itself
 
 # A process of wandb for each of hundreds of tiny runs would take longer than they do; tests/observe has its own.
 os.environ["WANDB_MODE"] = "disabled"

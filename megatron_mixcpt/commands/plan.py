@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu is not None and train.dtype == "fp32" and not args.peak_tflops:
         raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
     row_length = config.row_sequences * mix.seq_length
-    plan = make_plan(config, arch, mix, world_size)
+    on_gpu = bool(args.gpu or args.memory) or train.dtype == "bf16"
+    plan = make_plan(config, arch, mix, world_size, gpu=on_gpu)
 
     print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
     if config.adapter is not None:
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         for line in _pipeline_lines(config, plan, arch.num_layers):
             print(line)
     header = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
-    print(f"memory of a rank, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
+    where = "on a GPU" if on_gpu else "on a CPU, as fp32 and no --gpu say"
+    print(f"memory of a rank {where}, GiB\n{'stage':8}{'parameters':>14}" + "".join(f"{name:>13}" for name in header))
     for index, stage in enumerate(plan.stages):
         cells = "".join(f"{getattr(stage, name) / 2**30:13.3f}" for name in header)
         print(f"{index:<8}{stage.num_parameters:14}{cells}")
