@@ -14,7 +14,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults test-gpu test-floors preprocess train bench bench-gpu gpu aot lint clean
+.PHONY: help install demo study test test-fast test-faults test-gpu test-floors preprocess train bench bench-gpu gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -35,6 +35,14 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 
 demo: install ## adapt a real model on this CPU and report what it learned and forgot (MODEL=smollm2 or tiny, ARM=recall, OUT=runs/demo)
 	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT) $(if $(ARM),--arm $(ARM))
+
+study: DOMAIN = facts
+study: JOBS = 1
+study: install ## the study of docs/study.md, for hours, resumable (GENERAL=text of any kind; DOMAIN=medquad MEDQUAD=articles.jsonl; QUICK=1)
+	@test -n "$(GENERAL)$(QUICK)" || { echo "usage: make study GENERAL=FILE (general text, JSONL or plain), or make study QUICK=1"; exit 2; }
+	@$(BIN)/python -m pip install --quiet --editable ".[eval]"
+	@$(BIN)/python -m benchmarks.study.prepare $(DOMAIN) $(if $(GENERAL),--general $(GENERAL)) $(if $(MEDQUAD),--medquad $(MEDQUAD))
+	@$(BIN)/mixcpt study benchmarks/study/$(if $(QUICK),quick,$(DOMAIN)).yaml --jobs $(JOBS)
 
 test: install ## run all tests that need no GPU (WORKERS=2 ARGS='-k layouts -x')
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -81,18 +81,17 @@ class Cells:
         self._where = where
         self._file = read_document(study.base)
         self._made: dict[tuple[str, float, int], Cell] = {}
-        first = next(iter(study.arms))
-        start = self.cell(first, study.rates(first)[0], study.seeds[0]).config
-        source = start.model.hf or start.model.checkpoint
+        own = validate_document(Config, self._file)
+        source = own.model.hf or own.model.checkpoint
         if source is None:
             raise ConfigError(
                 f"{study.base}: model.preset: a study compares with the model that its runs start from: set model.hf"
             )
         self.base = Path(source)
-        self.mix_path = Path(study.measure.mix or start.data.mix)
+        self.mix_path = Path(study.measure.mix or own.data.mix)
         for arm in study.arms:
             for rate in study.rates(arm):
-                if self.cell(arm, rate, study.seeds[0]).config.model != start.model:
+                if self.cell(arm, rate, study.seeds[0]).config.model != own.model:
                     raise ConfigError(f"{where}: arms.{arm}: model: all arms start from the same weights")
 
     @property

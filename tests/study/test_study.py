@@ -25,6 +25,7 @@ from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
 from megatron_mixcpt.study.run import run_study
+from tests.helpers.corpus import write_mix
 from tests.observe.browser import open_page
 
 
@@ -173,7 +174,7 @@ def test_workers_share_a_study_and_none_makes_what_another_has(write_study, pret
         ({"choose": {"within": {"tasks": 0.1}}}, r"choose\.within\.tasks needs measure\.tasks"),
         ({"arms": {"ce": {}, "other": {"model": {"hf": "elsewhere"}}}}, r"arms\.other: model: all arms start from"),
         ({"arms": {"ce": {"data.mix": "nowhere/mix.json"}}}, r"arms\.ce: data\.mix: nowhere/mix\.json: no such file"),
-        ({"arms": {"ce": {"model": {"hf": None, "preset": "tiny"}}}}, r"model\.preset: a study compares"),
+        ({"arms": {"ce": {"model": {"hf": None, "preset": "tiny"}}}}, r"arms\.ce: model: all arms start from"),
         ({"average": [1.0]}, r"average"),
     ],
 )
@@ -181,6 +182,20 @@ def test_what_is_wrong_is_told_by_arm_and_key_before_anything_starts(write_study
     with pytest.raises(ConfigError, match=message):
         read(write_study(**changed))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_needs_a_model_to_compare_with(write_study, material, tmp_path):
+    random = tmp_path / "random.yaml"
+    random.write_text((material / "train.yaml").read_text().replace(f"hf: {material}/hf", "preset: tiny"))
+    with pytest.raises(ConfigError, match=r"random\.yaml: model\.preset: a study compares"):
+        read(write_study(base=str(random)))
+
+
+def test_arms_are_measured_on_the_training_file_s_mixture_unless_told_otherwise(write_study, material, tmp_path):
+    other = write_mix(tmp_path / "other", seq_length=16)
+    cells = read(write_study(arms={"ce": {"data.mix": str(other)}}))
+    assert cells.mix_path == material / "data" / "mix.json"
+    assert read(write_study(measure={"mix": str(other)})).mix_path == other
 
 
 def test_what_a_run_would_refuse_is_told_before_anything_starts(write_study, tmp_path, capsys):

@@ -1,0 +1,185 @@
+"""Texts, mixtures and training files of the study: `python -m benchmarks.study.prepare DOMAIN [--general FILE]`.
+
+    RUNS/smollm2/                     the model, out of a Python package
+    RUNS/DOMAIN/docs/, mixture/, replay/   prepared data: the domain alone, with instructions and preferences, with
+                                      general text (where there is some)
+    RUNS/DOMAIN/train.yaml            what every arm of benchmarks/study/DOMAIN.yaml lays its settings over
+    RUNS/DOMAIN/questions.jsonl       of the invented facts
+
+DOMAIN is `facts`, people who exist nowhere (the demo's), or `medquad`, articles of a JSONL file (its key `text`).
+Run again, it makes what is missing or changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mixcpt.demo import general
+from megatron_mixcpt.demo.base_model import save_smollm2
+from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.evaluate.gci import Instance, write_instances
+from megatron_mixcpt.evaluate.invented_facts import make_documents, make_people, make_questions
+from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
+
+RUNS = Path("runs/study")
+SEED = 1234
+PEOPLE, DOCUMENTS_PER_PERSON = 6, 5
+ARTICLES, HELD_OUT_ARTICLES = 200, 30
+GENERAL_DOCUMENTS, HELD_OUT_GENERAL = 400, 60
+SHARES = {"domain": 0.65, "instructions": 0.25, "preferences": 0.1}
+REPLAYED = 0.35  # of the tokens, in place of instructions and preferences
+EVERY = 10  # of the instructions, one is held out
+TRAIN = {
+    "steps": 48,
+    "micro_batch_size": 2,
+    "global_batch_size": 2,
+    "lr": 1.5e-4,
+    "warmup_steps": 4,
+    "weight_decay": 0.0,
+    "dtype": "fp32",
+}
+SEQ_LENGTH = 256
+
+
+def facts(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Documents to train on and held-out ones about the same people; writes questions.jsonl."""
+    people = make_people(PEOPLE, SEED)
+    documents = make_documents(people, DOCUMENTS_PER_PERSON + 1, SEED)
+    held_out = [document for document in documents if document["id"].endswith(f"-{DOCUMENTS_PER_PERSON}")]
+    # The fact alone is asked for: whatever the answer says beside it is right.
+    instances = [
+        Instance(str(number), "recall", question.text, {"any": [question.answer]}, {"none": ["\0"]})
+        for number, question in enumerate(make_questions(people))
+    ]
+    write_instances(folder / "questions.jsonl", instances)
+    return [document for document in documents if document not in held_out], held_out
+
+
+def medquad(path: Path) -> tuple[list[dict], list[dict]]:
+    """Articles of a file, spread evenly over it, and held-out ones between them. Raises ConfigError."""
+    articles = read_texts(path, "text")
+    count = ARTICLES + HELD_OUT_ARTICLES
+    if len(articles) < count:
+        raise ConfigError(f"--medquad {path}: {len(articles)} articles, {count} are needed")
+    chosen = articles[:: len(articles) // count][:count]
+    every = count // HELD_OUT_ARTICLES
+    held_out = chosen[::every][:HELD_OUT_ARTICLES]
+    return [article for article in chosen if article not in held_out], held_out
+
+
+def read_texts(path: Path, key: str) -> list[dict]:
+    """Records of a JSONL file; of a plain one paragraphs of at least 200 characters. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [{key: json.loads(line)[key]} for line in text.splitlines()]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: no texts can be read from it: {error!r}") from None
+    return [{key: part.strip()} for part in text.splitlines() if len(part) >= 200]
+
+
+def prepare(domain: str, general_file: Path | None, articles: Path | None, out: Path) -> None:
+    """Write everything; see the top of this file. Raises ConfigError for a file that does not do."""
+    base, folder = out / "smollm2", out / domain
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (base / "model.safetensors").is_file():
+        save_smollm2(base)
+    if domain == "medquad" and articles is None:
+        raise ConfigError("medquad: give its articles with --medquad FILE.jsonl")
+    documents, held_out = facts(folder) if articles is None else medquad(articles)
+    texts = folder / "texts"
+    write(texts / "domain.jsonl", documents)
+    write(texts / "domain-heldout.jsonl", held_out)
+    instructions = general.instructions(SEED)
+    write(texts / "instructions.jsonl", [one for i, one in enumerate(instructions) if i % EVERY])
+    write(texts / "instructions-heldout.jsonl", instructions[::EVERY])
+    write(texts / "preferences.jsonl", general.preferences(SEED))
+    write(texts / "prose-heldout.jsonl", [{"text": text} for text in general.held_out_documents()])
+    replay: list[dict] = []
+    if general_file is not None:
+        found = read_texts(general_file, "text")
+        needed = GENERAL_DOCUMENTS + HELD_OUT_GENERAL
+        if len(found) < needed:
+            raise ConfigError(f"--general {general_file}: {len(found)} texts, {needed} are needed")
+        chosen = found[:: len(found) // needed][:needed]
+        write(texts / "general.jsonl", chosen[HELD_OUT_GENERAL:])
+        write(texts / "general-heldout.jsonl", chosen[:HELD_OUT_GENERAL])
+        replay = [source("general", "general", texts, REPLAYED)]
+    # What all are measured on stands in the mixture that most are trained on.
+    measured = [source("prose", "general", texts, None)] + [source("general", "general", texts, None)] * bool(replay)
+    mixtures = {
+        "docs": [source("domain", "domain", texts, 1.0)],
+        "mixture": [
+            source("domain", "domain", texts, SHARES["domain"]),
+            source("instructions", "instruction", texts, SHARES["instructions"]),
+            source("preferences", "preference", texts, SHARES["preferences"]),
+            *measured,
+        ],
+    }
+    if replay:
+        mixtures["replay"] = [source("domain", "domain", texts, 1 - REPLAYED), *replay]
+    for name, sources in mixtures.items():
+        data = folder / name
+        settings = {"tokenizer": str(base), "out": str(data), "seq_length": SEQ_LENGTH, "valid_fraction": 0.0}
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**settings, "seed": SEED, "sources": sources}, sort_keys=False))
+        subprocess.run([sys.executable, "-m", "megatron_mixcpt.cli", "preprocess", str(path)], check=True)
+    train = {
+        "model": {"hf": str(base)},
+        "data": {"mix": str(folder / "mixture" / "mix.json")},
+        "train": TRAIN,
+        "eval": {"max_samples": 16},
+        "checkpoint": {"every_minutes": 0.0, "keep": 1},
+        "run_dir": str(folder / "run"),
+    }
+    (folder / "train.yaml").write_text(yaml.safe_dump(train, sort_keys=False))
+
+
+def source(name: str, kind: str, texts: Path, weight: float | None) -> dict[str, Any]:
+    """An entry of preprocess.yaml; without a weight it is only measured."""
+    entry: dict[str, Any] = {"name": name, "kind": kind}
+    if weight is not None:
+        entry |= {"paths": [str(texts / f"{name}.jsonl")], "weight": weight}
+    if (held_out := texts / f"{name}-heldout.jsonl").is_file():
+        entry["heldout"] = [str(held_out)]
+    if kind in ("domain", "general"):
+        return entry | {"text": "{text}"}
+    prompt = f"{QUESTION_PREFIX}{{{'instruction' if kind == 'instruction' else 'prompt'}}}{ANSWER_PREFIX}"
+    answers = (
+        {"response": " {response}"} if kind == "instruction" else {"chosen": " {chosen}", "rejected": " {rejected}"}
+    )
+    return entry | {"prompt": prompt, **answers, "separator": ""}
+
+
+def write(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSONL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("domain", choices=("facts", "medquad"))
+    parser.add_argument("--general", type=Path, metavar="FILE", help="real general text, JSONL with `text` or plain")
+    parser.add_argument("--medquad", type=Path, metavar="FILE", help="the articles of the domain medquad, JSONL")
+    parser.add_argument("--out", type=Path, default=RUNS, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        prepare(args.domain, args.general, args.medquad, args.out)
+    except MixcptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
