@@ -13,7 +13,7 @@ from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.plan.estimate import checkpoint_bytes, make_plan
 from megatron_mixcpt.train.setup import read_model_and_mix
 from tests.faults.conftest import run_settings
-from tests.faults.fleet import finish, write_config
+from tests.faults.fleet import FULL, finish, write_config
 from tests.helpers.corpus import write_mix
 
 RUNS = {
@@ -34,6 +34,7 @@ RUNS = {
     "rows of 32k, CP2": {"parallel": {"context": 2}, "loss": {"target": "none"}, "teacher": {"source": "none"}},
     "PP2 interleaved": {"parallel": {"pipeline": 2, "interleave": 2}, "train": {"global_batch_size": 12}},
 }
+ALWAYS = ("plain", "recompute", "TP2", "LoRA", "CP2")  # tests/device/test_plan.py has all settings, of a claimed device
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -88,7 +89,13 @@ def long_rows(tmp_path_factory):
     return mix, {"preset": None, "hf": str(folder / "hf")}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not FULL and name not in ALWAYS, reason="make test-faults"))
+        for name in RUNS
+    ],
+)
 def test_the_memory_of_a_rank_is_foreseen_within_a_tenth(tmp_path, larger_mix, long_rows, name, record):
     sections, mix = dict(RUNS[name]), larger_mix
     train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 6, "warmup_steps": 0} | sections.pop("train", {})
