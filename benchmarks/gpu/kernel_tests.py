@@ -20,7 +20,9 @@ def run(findings: Findings, *, small: bool) -> None:
     command += [] if small else ["-m", "gpu"]
     if importlib.util.find_spec("xdist") and not small:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    environment = {**os.environ, FINDINGS: str(findings.folder)}
+    # What a pytest that started this one has set (its worker's name) is not for ours.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**own, FINDINGS: str(findings.folder)}
     code = subprocess.run([*command, *(SMALL if small else WHERE)], env=environment, check=False).returncode
     if code not in (0, 1):  # 1: tests failed, which are findings themselves
         raise SystemExit(f"pytest ended with exit code {code}")
