@@ -16,7 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 
 from megatron_mixcpt.demo import general
 from megatron_mixcpt.demo.base_model import save_smollm2
+from megatron_mixcpt.demo.texts import write_jsonl
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.evaluate.gci import Instance, write_instances
 from megatron_mixcpt.evaluate.invented_facts import make_documents, make_people, make_questions
@@ -65,7 +66,7 @@ def facts(folder: Path) -> tuple[list[dict], list[dict]]:
 
 def medquad(path: Path) -> tuple[list[dict], list[dict]]:
     """Articles of a file, spread evenly over it, and held-out ones between them. Raises ConfigError."""
-    articles = read_texts(path, "text")
+    articles = read_texts(path)
     count = ARTICLES + HELD_OUT_ARTICLES
     if len(articles) < count:
         raise ConfigError(f"--medquad {path}: {len(articles)} articles, {count} are needed")
@@ -75,15 +76,15 @@ def medquad(path: Path) -> tuple[list[dict], list[dict]]:
     return [article for article in chosen if article not in held_out], held_out
 
 
-def read_texts(path: Path, key: str) -> list[dict]:
+def read_texts(path: Path) -> list[dict]:
     """Records of a JSONL file; of a plain one paragraphs of at least 200 characters. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [{key: json.loads(line)[key]} for line in text.splitlines()]
+            return [{"text": json.loads(line)["text"]} for line in text.splitlines()]
     except (OSError, UnicodeDecodeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: no texts can be read from it: {error!r}") from None
-    return [{key: part.strip()} for part in text.splitlines() if len(part) >= 200]
+    return [{"text": part.strip()} for part in text.splitlines() if len(part) >= 200]
 
 
 def prepare(domain: str, general_file: Path | None, articles: Path | None, out: Path) -> None:
@@ -96,22 +97,22 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
         raise ConfigError("medquad: give its articles with --medquad FILE.jsonl")
     documents, held_out = facts(folder) if articles is None else medquad(articles)
     texts = folder / "texts"
-    write(texts / "domain.jsonl", documents)
-    write(texts / "domain-heldout.jsonl", held_out)
+    write_jsonl(texts / "domain.jsonl", documents)
+    write_jsonl(texts / "domain-heldout.jsonl", held_out)
     instructions = general.instructions(SEED)
-    write(texts / "instructions.jsonl", [one for i, one in enumerate(instructions) if i % EVERY])
-    write(texts / "instructions-heldout.jsonl", instructions[::EVERY])
-    write(texts / "preferences.jsonl", general.preferences(SEED))
-    write(texts / "prose-heldout.jsonl", [{"text": text} for text in general.held_out_documents()])
+    write_jsonl(texts / "instructions.jsonl", [one for i, one in enumerate(instructions) if i % EVERY])
+    write_jsonl(texts / "instructions-heldout.jsonl", instructions[::EVERY])
+    write_jsonl(texts / "preferences.jsonl", general.preferences(SEED))
+    write_jsonl(texts / "prose-heldout.jsonl", [{"text": text} for text in general.held_out_documents()])
     replay: list[dict] = []
     if general_file is not None:
-        found = read_texts(general_file, "text")
+        found = read_texts(general_file)
         needed = GENERAL_DOCUMENTS + HELD_OUT_GENERAL
         if len(found) < needed:
             raise ConfigError(f"--general {general_file}: {len(found)} texts, {needed} are needed")
         chosen = found[:: len(found) // needed][:needed]
-        write(texts / "general.jsonl", chosen[HELD_OUT_GENERAL:])
-        write(texts / "general-heldout.jsonl", chosen[:HELD_OUT_GENERAL])
+        write_jsonl(texts / "general.jsonl", chosen[HELD_OUT_GENERAL:])
+        write_jsonl(texts / "general-heldout.jsonl", chosen[:HELD_OUT_GENERAL])
         replay = [source("general", "general", texts, REPLAYED)]
     # What all are measured on stands in the mixture that most are trained on.
     measured = [source("prose", "general", texts, None)] + [source("general", "general", texts, None)] * bool(replay)
@@ -157,12 +158,6 @@ def source(name: str, kind: str, texts: Path, weight: float | None) -> dict[str,
         {"response": " {response}"} if kind == "instruction" else {"chosen": " {chosen}", "rejected": " {rejected}"}
     )
     return entry | {"prompt": prompt, **answers, "separator": ""}
-
-
-def write(path: Path, records: Iterable[dict]) -> None:
-    """Write records as JSONL."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

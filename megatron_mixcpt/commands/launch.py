@@ -53,18 +53,21 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.slurm.jobs import certify_job, command_jobs, study_job
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
-    from megatron_mixcpt.study.cells import Cells
-    from megatron_mixcpt.study.config import Study
-    from megatron_mixcpt.study.plan import check as check_study
     from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
     kind = describes(args.config)
-    if args.certify and kind == "study":
-        raise ConfigError(f"{args.config} is a study: certify its training file before, with `mixcpt certify`")
     if kind == "study":
-        jobs = [study_job(args.config, args.overrides, validate(Resources, options, "mixcpt launch"))]
-        check_study(Cells(load_config(Study, args.config, args.overrides), args.config))
+        if args.certify:
+            raise ConfigError(f"{args.config} is a study: certify its training file before, with `mixcpt certify`")
+        from megatron_mixcpt.study.cells import Cells
+        from megatron_mixcpt.study.config import Study
+        from megatron_mixcpt.study.plan import check as check_study
+
+        study = load_config(Study, args.config, args.overrides)
+        words = ["study", args.config, *args.overrides]
+        jobs = [study_job(study, words, validate(Resources, options, "mixcpt launch"))]
+        check_study(Cells(study, args.config))
     elif kind == "chain":
         if args.overrides:
             raise ConfigError(f"{args.config} is a chain: write {args.overrides[0]} into the command of its stage")

@@ -38,16 +38,16 @@ def write_texts(settings: Settings, folder: Path) -> tuple[dict[str, int], str]:
         general_documents = smallworld.make_scenes(NUM_HELD_OUT_SCENES, settings.seed + 1, avoid=frozenset(scenes))
         instructions = smallworld.make_instructions(NUM_SMALL_QUESTIONS, settings.seed, scenes[:NUM_STORIES])
         preferences = smallworld.make_preferences(NUM_SMALL_PREFERENCES, settings.seed + 1)
-        _write_jsonl(folder / "pretrain.jsonl", ({"text": scene} for scene in scenes))
+        write_jsonl(folder / "pretrain.jsonl", ({"text": scene} for scene in scenes))
     else:
         general_documents = general.held_out_documents()
         instructions, preferences = general.instructions(settings.seed), general.preferences(settings.seed)
-    _write_jsonl(folder / "domain.jsonl", seen)
-    _write_jsonl(folder / "instructions.jsonl", instructions)
-    _write_jsonl(folder / "preferences.jsonl", preferences)
-    _write_jsonl(folder / "heldout/domain.jsonl", unseen)
-    _write_jsonl(folder / "heldout/general.jsonl", ({"text": text} for text in general_documents))
-    _write_jsonl(folder / "heldout/questions.jsonl", map(vars, questions))
+    write_jsonl(folder / "domain.jsonl", seen)
+    write_jsonl(folder / "instructions.jsonl", instructions)
+    write_jsonl(folder / "preferences.jsonl", preferences)
+    write_jsonl(folder / "heldout/domain.jsonl", unseen)
+    write_jsonl(folder / "heldout/general.jsonl", ({"text": text} for text in general_documents))
+    write_jsonl(folder / "heldout/questions.jsonl", map(vars, questions))
     counts = {
         "people": len(people),
         "facts": len(questions),
@@ -84,7 +84,7 @@ def read_training_texts(folder: Path) -> list[str]:
     ]
 
 
-def _write_jsonl(path: Path, records: Iterable[Any]) -> None:
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 

@@ -63,14 +63,22 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> EvalSetti
             raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more")
     if mix_path is None and not args.tasks and not args.gci:
         raise ConfigError("nothing to measure: give --mix (a mix.json), --tasks, --gci, or several of them")
-    if args.tasks:
+    settings = EvalSettings(
+        mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples
+    )
+    check_questions(settings)
+    return settings
+
+
+def check_questions(settings: EvalSettings) -> None:
+    """Raises ConfigError for tasks and questions that cannot be asked."""
+    if settings.tasks:
         require_harness()
-        for task in args.tasks:
+        for task in settings.tasks:
             if task != "bundled":
                 resolve_task(task)
-    if args.gci:
-        gci_instances(args.gci)
-    return EvalSettings(mix_path, args.tasks, args.gci, args.chat, args.dtype, args.micro_batch_size, args.max_samples)
+    if settings.gci:
+        gci_instances(settings.gci)
 
 
 def measure_model(

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -114,9 +114,7 @@ def line_chart(
         f'<rect x="{LEFT - 4}" y="{TOP - 4}" width="{ACROSS + 8}" height="{DOWN + 8}"/></clipPath>',
         *y_axis(axis, axis.ticks()),
     ]
-    for tick, text in zip(x_ticks, tick_labels(x_ticks)):
-        x = LEFT + ACROSS * (tick - x_low) / (x_high - x_low)
-        parts.append(text_at("tick", x, HEIGHT - BOTTOM + 17, text))
+    parts += x_axis(x_ticks, lambda x: LEFT + ACROSS * (x - x_low) / (x_high - x_low))
     for where, what in marks:
         if x_low <= where <= x_high:
             x = LEFT + ACROSS * (where - x_low) / (x_high - x_low)
@@ -286,6 +284,12 @@ def y_axis(axis: Axis, lines: Sequence[float], unit: str = "") -> list[str]:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}{unit}</text>')
     return parts
+
+
+def x_axis(values: Sequence[float], across: Callable[[float], float]) -> list[str]:
+    """These numbers below the picture, each where `across` has its place."""
+    below = HEIGHT - BOTTOM + 17
+    return [text_at("tick", across(x), below, text) for x, text in zip(values, tick_labels(values))]
 
 
 def text_at(kind: str, x: float, y: float, text: str) -> str:

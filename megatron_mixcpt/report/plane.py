@@ -8,7 +8,6 @@ from html import escape
 
 from megatron_mixcpt.report.figures import (
     ACROSS,
-    BOTTOM,
     DOWN,
     HEIGHT,
     LEFT,
@@ -16,7 +15,7 @@ from megatron_mixcpt.report.figures import (
     WIDTH,
     Axis,
     text_at,
-    tick_labels,
+    x_axis,
     y_axis,
 )
 from megatron_mixcpt.report.page import Html
@@ -47,8 +46,7 @@ def plane_chart(label: str, points: Sequence[Point], x_label: str) -> Html:
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     parts += y_axis(shares, range(0, 101, 20), " %")
-    ticks = axis.ticks()
-    parts += [text_at("tick", across(x), HEIGHT - BOTTOM + 17, text) for x, text in zip(ticks, tick_labels(ticks))]
+    parts += x_axis(axis.ticks(), across)
     start = points[0]
     for point in points:
         x, y, second = across(point.x), shares.place(point.y), shares.place(point.second)

@@ -54,16 +54,18 @@ def certify_job(words: list[str], ask: Resources) -> Job:
     return _job("certify", ["certify", *words[1:]], arguments, ask, job.folder, job.logs, job.files)
 
 
-def study_job(path: str, overrides: list[str], ask: Resources) -> Job:
+def study_job(study: Study, words: list[str], ask: Resources) -> Job:
     """The job that works on a study: one process a node, each with as many runs at a time as its ranks allow.
+
+    Args:
+        words: the `study` command line, as it was asked for.
 
     Raises ConfigError where a run has more ranks than a node.
     """
-    study = load_config(Study, path, overrides)
     jobs = ask.ranks_per_node // study.nproc
     if jobs == 0:
         raise ConfigError(
-            f"{path}: nproc: a run has {study.nproc} ranks, which share a node, and a node is asked for "
+            f"{words[1]}: nproc: a run has {study.nproc} ranks, which share a node, and a node is asked for "
             f"{ask.ranks_per_node}: set --gpus-per-node or --tasks-per-node"
         )
     out = Path(study.out).resolve()
@@ -71,7 +73,6 @@ def study_job(path: str, overrides: list[str], ask: Resources) -> Job:
     cores = ask.cpus_per_task * ask.ranks_per_node
     alone = ask.model_copy(update={"tasks_per_node": 1, "cpus_per_task": cores})
     arguments = ["study", str(frozen), "--jobs", str(jobs)]
-    words = ["study", path, *overrides]
     return _job("study", words, arguments, alone, out / "launch", out / "logs", {frozen: rendered(study)})
 
 

@@ -1,6 +1,7 @@
-"""The runs of a study. Each has a folder of its own, whose name says what it is and ends with a hash of its settings,
+"""The runs of a study, each in a folder of its own.
 
-so that a run that was made with other settings is never taken for this one:
+Its name says what it is and ends with a hash of its settings, so that a run that was made with other settings is never
+taken for this one:
 
     OUT/study.yaml                        the study as it runs
     OUT/base/measured-HASH.json           the model that all runs start from
@@ -138,10 +139,7 @@ class Cells:
     @property
     def settings(self) -> EvalSettings:
         """What is measured."""
-        how = self.study.measure
-        return EvalSettings(
-            self.mix_path, list(how.tasks), how.gci, how.chat, how.dtype, how.micro_batch_size, how.max_samples
-        )
+        return EvalSettings(self.mix_path, **self.study.measure.model_dump(exclude={"mix"}))
 
     @cached_property
     def file_name(self) -> str:

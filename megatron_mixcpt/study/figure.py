@@ -9,7 +9,6 @@ from html import escape
 
 from megatron_mixcpt.report.figures import (
     ACROSS,
-    BOTTOM,
     DOWN,
     HEIGHT,
     LEFT,
@@ -17,8 +16,8 @@ from megatron_mixcpt.report.figures import (
     WIDTH,
     Axis,
     text_at,
-    tick_labels,
     ticks,
+    x_axis,
     y_axis,
 )
 from megatron_mixcpt.report.page import Html
@@ -70,9 +69,7 @@ def trade_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
         *y_axis(axis, lines, unit),
     ]
-    shown = _ticks(left, right)
-    for tick, text in zip(shown, tick_labels(shown)):
-        parts.append(text_at("tick", place(tick, 0)[0], HEIGHT - BOTTOM + 17, text))
+    parts += x_axis(_ticks(left, right), lambda x: place(x, 0)[0])
     start = place(0.0, 0.0)[0]
     parts.append(f'<line class="mark" x1="{start:.1f}" x2="{start:.1f}" y1="{TOP}" y2="{TOP + DOWN}"/>')
     if len(front) > 1:

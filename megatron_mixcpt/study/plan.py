@@ -6,8 +6,7 @@ import shutil
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.harness import require_harness, resolve_task
-from megatron_mixcpt.evaluate.measure import check_models, gci_instances
+from megatron_mixcpt.evaluate.measure import check_models, check_questions
 from megatron_mixcpt.observe.run_data import read_run
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.study.cells import Cells
@@ -19,14 +18,7 @@ from megatron_mixcpt.units import duration, number, size
 
 def check(cells: Cells) -> None:
     """Raise ConfigError for what a run or a measurement would refuse, naming the arm."""
-    how = cells.study.measure
-    if how.tasks:
-        require_harness()
-        for task in how.tasks:
-            if task != "bundled":
-                resolve_task(task)
-    if how.gci:
-        gci_instances(how.gci)
+    check_questions(cells.settings)
     check_models([cells.base], cells.settings)
     for arm in cells.study.arms:
         try:

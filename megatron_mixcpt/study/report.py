@@ -154,8 +154,13 @@ def _rule(now: Standing) -> str:
     )
 
 
+def _known(now: Standing) -> list[str]:
+    """Measures that some run has."""
+    return [name for name in MEASURES if any(name in one for by in now.outcomes.values() for one in by.values())]
+
+
 def _arms(now: Standing) -> Table:
-    known = [name for name in MEASURES if any(name in one for by in now.outcomes.values() for one in by.values())]
+    known = _known(now)
     base = outcome(now.cells.base_measured, now.cells.base_measured)
     told = [MEASURES[name][1].format(base[name]) if name in ("facts", "both") else None for name in known]
     rows: list[list[Cell]] = [["base", None, None, *told]]
@@ -181,7 +186,7 @@ def _differences(now: Standing) -> Table:
 
 
 def _runs(now: Standing, described: Sequence[dict[str, Any]]) -> Table:
-    known = [name for name in MEASURES if any(name in one for by in now.outcomes.values() for one in by.values())]
+    known = _known(now)
     rows: list[list[Cell]] = []
     for run in described:
         head = [run["arm"], f"{run['lr']:g}", str(run["seed"])]

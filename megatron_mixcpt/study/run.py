@@ -61,7 +61,7 @@ class _Team:
 
     def __init__(self, cells: Cells, jobs: int) -> None:
         self._cells, self._jobs = cells, jobs
-        self._change = threading.Condition()
+        self._lock = threading.Lock()
         self._stopping = False
         self._taken: set[str] = set()
         self._processes: set[subprocess.Popen] = set()
@@ -89,7 +89,7 @@ class _Team:
 
     def stop(self) -> None:
         """Ask all processes to stop, and wait for them."""
-        with self._change:
+        with self._lock:
             self._stopping = True
             running = list(self._processes)
         for process in running:
@@ -130,7 +130,7 @@ class _Team:
         return any(self._alone(cell.folder.name, cell.folder, environment, cell) for cell in now.open)
 
     def _alone(self, name: str, folder: Path, environment: dict[str, str], cell: Cell | None) -> bool:
-        with self._change:
+        with self._lock:
             if name in self._taken or self._stopping:
                 return False
             self._taken.add(name)
@@ -144,7 +144,7 @@ class _Team:
                     return False
                 self._make(folder, environment, cell)
         finally:
-            with self._change:
+            with self._lock:
                 self._taken.discard(name)
         return True
 
@@ -172,14 +172,14 @@ class _Team:
         """Exit code, and the last that was said where it is not 0."""
         with open(log, "ab") as file:
             begin = file.tell()
-            with self._change:
+            with self._lock:
                 if self._stopping:
                     return STOPPED, ""
                 # A session of its own: the terminal's ^C reaches it once, through `stop`.
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 self._processes.add(process)
             code = process.wait()
-            with self._change:
+            with self._lock:
                 self._processes.discard(process)
         lines = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
