@@ -134,6 +134,8 @@ class MixGPTModel(GPTModel):
 
     def weights_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Without adapters, and without the extra state of Transformer Engine, which is empty here."""
+        if self.arch.layers_differ:
+            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), "non_homogeneous_layers": True}
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if ".adapter." not in key and "_extra_state" not in key}
 
