@@ -84,6 +84,13 @@ class Architecture:
         return sum(self.has_experts(layer) for layer in range(self.num_layers))
 
     @property
+    def mlp_width(self) -> int:
+        """FFN channels that a token goes through in a layer, on average over the layers."""
+        experts = self.num_expert_layers
+        dense = (self.num_layers - experts) * self.ffn_hidden_size
+        return (dense + experts * self.experts_per_token * self.expert_ffn_size) // self.num_layers
+
+    @property
     def layers_differ(self) -> bool:
         """Whether some layers have experts and some an MLP."""
         return 0 < self.num_expert_layers < self.num_layers
@@ -141,6 +148,11 @@ class Architecture:
     def num_active_parameters(self) -> int:
         """Of these, those that a token meets: all, but of the experts."""
         return self._num_parameters(self.experts_per_token)
+
+    def describe_parameters(self) -> str:
+        """How many there are, in a few words."""
+        active = f", {self.num_active_parameters / 1e6:.1f} M of them active" if self.num_experts else ""
+        return f"{self.num_parameters / 1e6:.1f} M parameters{active}"
 
     def _num_parameters(self, experts: int) -> int:
         q, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim

@@ -91,8 +91,8 @@ def mlp_weights(arch: Architecture) -> float:
     layers."""
     dense = 3 * arch.hidden_size * arch.ffn_hidden_size
     experts = arch.hidden_size * (arch.num_experts + 3 * arch.experts_per_token * arch.expert_ffn_size)
-    with_experts = arch.num_expert_layers
-    return ((arch.num_layers - with_experts) * dense + with_experts * experts) / arch.num_layers
+    share = arch.num_expert_layers / arch.num_layers
+    return (1 - share) * dense + share * experts
 
 
 def _attention(arch: Architecture, seq_length: float) -> float:

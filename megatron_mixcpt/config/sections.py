@@ -131,6 +131,9 @@ class TrainConfig(Section):
     recompute: Literal["none", "mlp", "attention", "full"] = "none"
     """Computed again in backward instead of kept: mlp: what is between the two norms' outputs and the layer's, in the
     MLP; attention: the same in self-attention, its keys and values gathered anew; full: all but each layer's input."""
+    router: Literal["frozen", "trained"] = "frozen"
+    """Of a mixture of experts: whether what sends tokens to experts is trained. Frozen, a token that means the same still
+    goes to the experts that learned it: routers that drift send what the model knew to experts that do not know it."""
     distributed_optimizer: bool = False
     """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
     overlap_grad_reduce: bool = False

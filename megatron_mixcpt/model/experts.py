@@ -165,5 +165,10 @@ class ExpertLayer(MegatronModule):
         return reduce_from_tensor_model_parallel_region(rows), None
 
 
+def routers_of(model: nn.Module) -> list[Router]:
+    """Of this stage, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
 def _uninitialised(config: TransformerConfig, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))

@@ -225,7 +225,7 @@ class Bookkeeping:
         batch_tokens = config.train.global_batch_size * self.components.task.row_length
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
         lines = [
-            f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
+            f"model   {config.model.source}: {arch.describe_parameters()}, {config.train.dtype}",
             f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} "
             + f"x context {state.context_size} " * (state.context_size > 1)
             + f"x data {state.data_size} "

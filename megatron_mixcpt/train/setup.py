@@ -101,6 +101,8 @@ def checked_model(config: Config, arch: Architecture, mix: Mix) -> Architecture:
             f"data.seq_length {mix.seq_length} exceeds the model's {arch.max_position_embeddings} positions: "
             "preprocess with a smaller seq_length"
         )
+    if config.train.router == "trained" and not arch.num_experts:
+        raise ConfigError("train.router trained: this model has no experts: remove it")
     stages = stages_of(config, arch)
     if config.adapter is not None:
         check_adapter_layout(arch, config.adapter, config.parallel.tensor, stages)
@@ -258,4 +260,5 @@ def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) 
         seed=seed,
         adapter=config.adapter,
         stages=stages_of(config, arch),
+        train_router=config.train.router == "trained",
     )
