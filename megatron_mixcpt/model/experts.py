@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.model.routing import Routing, choices_of
 
 
 class Router(nn.Module):
@@ -37,13 +38,18 @@ class Router(nn.Module):
         self.weight = _uninitialised(config, arch.num_experts, arch.hidden_size)
         # Each rank routes its part of the sequence only: finalize_model_grads sums gradients marked so over the group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.routing: Routing | None = None
+        self.layer = 0  # over the whole model
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # The product in the weights' type, what follows in fp32: a choice is what transformers would make.
-        probabilities = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
+        logits = F.linear(x, self.weight)
+        probabilities = logits.softmax(-1, dtype=torch.float32)
         shares, experts = probabilities.topk(self.experts_per_token, dim=-1)
         if self.normalize:
             shares = shares / shares.sum(-1, keepdim=True)
+        if self.routing is not None:
+            shares = self.routing.observe(self.layer, logits, probabilities, experts, shares)
         return shares, experts
 
 
@@ -91,7 +97,7 @@ class Experts(MegatronModule):
         """shares fp32 `[t, k]`, experts int64 `[t, k]`, as the router gives them."""
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)  # by expert, of one expert by token
-        counts = torch.bincount(chosen, minlength=len(self.linear_fc1.weight))
+        counts = choices_of(experts, len(self.linear_fc1.weight))
         gate, up = self.linear_fc1(x[order // experts.shape[1]], counts).chunk(2, dim=-1)
         rows = self.linear_fc2(self.config.activation_func(gate) * up, counts)
         back = torch.empty_like(order)
@@ -150,6 +156,10 @@ class ExpertLayer(MegatronModule):
         super().__init__(config)
         self.router = Router(config, arch)
         self.experts = Experts(config, arch)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by the layer; counted from 1."""
+        self.router.layer = layer_number - 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         shares, experts = self.router(hidden_states)

@@ -15,6 +15,7 @@ from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.model.routing import routing_metrics
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -201,6 +202,7 @@ class Bookkeeping:
         }
         own = self.components.task.metrics(total, dict(zip(self.sources, rows)))
         metrics |= {name: _finite(value) for name, value in own.items()}
+        metrics |= routing_metrics(totals.routed, self.components.arch)
         for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)

@@ -32,6 +32,7 @@ from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.load import load_hf
+from megatron_mixcpt.model.routing import RouterSettings
 from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
 from megatron_mixcpt.objectives.step import ForwardBackward
@@ -260,5 +261,7 @@ def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) 
         seed=seed,
         adapter=config.adapter,
         stages=stages_of(config, arch),
-        train_router=config.train.router == "trained",
+        router=RouterSettings(
+            trained=config.train.router == "trained", balance=config.train.router_balance, z=config.train.router_z
+        ),
     )
