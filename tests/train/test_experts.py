@@ -1,11 +1,14 @@
 """A mixture of experts trains alike on every process grid, goes on in another, and keeps its router where told to."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.observe.names import documented
 from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
@@ -17,6 +20,7 @@ ONE = {"trained": {"train": TRAINED}, "frozen": {"train": {"distributed_optimize
 TWO = {
     "trained TP2+SP": {"train": TRAINED, "parallel": {"tensor": 2, "sequence": True}},
     "trained PP2": {"train": TRAINED, "parallel": {"pipeline": 2}},
+    "trained CP2": {"train": TRAINED, "parallel": {"context": 2}},
     "frozen DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
 }
 
@@ -65,7 +69,7 @@ def test_a_router_learns_only_where_it_is_asked_to(folder, results):
 
 @pytest.mark.distributed
 def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path):
-    values = configuration(folder, "run", train={"steps": 4}, checkpoint={"every": 2}, run_dir=str(tmp_path / "run"))
+    values = configuration(folder, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2})
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(values))
     first, rest = ["train.steps=2", "train.schedule=constant"], ["train.schedule=constant"]
@@ -77,6 +81,10 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path):
     expected = losses(tmp_path / "whole")
     for step, loss in losses(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step], rel=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    moe = {name: value for row in rows for name, value in row.items() if name.startswith("moe/")}
+    assert {"moe/balance", "moe/z", "moe/idle", "moe/load_max/0"} <= moe.keys() and "moe/load_max/1" not in moe
+    assert 1.0 < moe["moe/load_max/0"] < 6 and all(documented(name) for name in moe)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     before, after = read_all(folder / "model"), read_all(tmp_path / "out")
     assert after.keys() == before.keys()
