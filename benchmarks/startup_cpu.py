@@ -2,13 +2,16 @@
 
     python benchmarks/startup_cpu.py --against ../older-checkout [--rounds 2] [--out benchmarks/results/startup_cpu.md]
 
-Every command is a process of its own, measured with the processes that it starts; the versions take turns. What is
+Every command is a process of its own, measured with the processes that it starts, also those that outlive their parent
+(on Linux orphans become this program's children, which waits for them); the versions take turns. What is
 compared is CPU time, which other programs on the machine disturb least. The model is SmolLM2-135M-Instruct as GGUF.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -26,6 +29,7 @@ import torch
 
 from megatron_mixcpt.demo.base_model import GGUF_FILE, save_smollm2
 
+PR_SET_CHILD_SUBREAPER = 36
 HERE = Path(__file__).resolve().parents[1]
 PREPARE = """\
 tokenizer: base
@@ -45,11 +49,12 @@ COMMANDS = {
     "`plan`": "plan train.yaml",
     "`train`, 12 steps of the preset `tiny`": "train train.yaml",
     "`rehearse` of the same run": "rehearse train.yaml",
+    "`rehearse` of it on TP2 x PP2": "rehearse train.yaml parallel.tensor=2 parallel.pipeline=2 run_dir=grid",
     "`export` of it": "export run --out exported",
     "`convert` from GGUF": "convert --hf gguf --out converted",
     "`generate`, 30 tokens": "generate base --prompt Water --max-new-tokens 30",
 }
-MADE = ("run", "exported", "converted", "rehearsals")
+MADE = ("run", "grid", "exported", "converted", "rehearsals")
 
 
 def environment(version: Path) -> dict[str, str]:
@@ -66,6 +71,9 @@ def cpu_seconds(version: Path, words: str, folder: Path) -> float:
     before = used()
     command = [sys.executable, "-m", "megatron_mixcpt.cli", *words.split()]
     done = subprocess.run(command, cwd=folder, env=environment(version), capture_output=True, text=True)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
     if done.returncode != 0:
         raise RuntimeError(f"{version}: {words}: {done.stderr[-2000:]}")
     return used() - before
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/startup_cpu.md"))
     args = parser.parse_args()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     commit = subprocess.check_output(["git", "-C", args.against, "rev-parse", "--short", "HEAD"], text=True).strip()
     found = measure(args.against.resolve(), args.rounds)
     rows = [

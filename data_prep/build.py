@@ -39,7 +39,6 @@ from megatron_mixcpt.data_prep.mix import Source as MixSource
 from megatron_mixcpt.data_prep.mixing import weighted
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
-from megatron_mixcpt.data_prep.quarantine import is_too_long
 from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
@@ -202,7 +201,7 @@ def _finished(
 ) -> Split:
     """A prefix; it is written unless its receipt says that it is there, whole and from the same parts."""
     state = xxhash.xxh3_128(
-        orjson.dumps([stem, key, [block["hash"] for r in corpus.receipts for block in r["blocks"]]])
+        orjson.dumps([stem, key, [block.hash for receipt in corpus.receipts for block in receipt.blocks]])
     )
     state.update(np.ascontiguousarray(rows, dtype=np.int64).data)
     receipt = builder.receipts / f"{stem}-{state.hexdigest()}.json"
@@ -251,9 +250,9 @@ def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]
     return {
         "name": source.name,
         "records": corpus.num_records,
-        "quarantined": sum(not is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
-        "longer than seq_length": sum(is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
+        "quarantined": sum(not item.is_too_long for item in corpus.bad),
+        "longer than seq_length": sum(item.is_too_long for item in corpus.bad),
         "documents": documents,
         "flagged as contaminated": int(np.count_nonzero(corpus.documents["contaminated"])),
-        "control strings in text": sum(receipt["literals"] for receipt in corpus.receipts),
+        "control strings in text": sum(receipt.literals for receipt in corpus.receipts),
     }

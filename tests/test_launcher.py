@@ -1,11 +1,14 @@
 import itertools
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_mixcpt.runtime import launcher
+from megatron_mixcpt.runtime.forked import can_fork
 from megatron_mixcpt.runtime.launcher import LISTENING_PORTS, free_port
 
 
@@ -59,3 +62,56 @@ with signals.StopRequest():
 @pytest.mark.parametrize("program", [BLOCKED, FORKED], ids=["blocked by the launcher", "of a child"])
 def test_a_stop_request_takes_no_signals_that_are(program):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "asked, files, can",
+    [("cpu", ["nvidia0"], True), ("", [], True), ("", ["nvidiactl"], False), ("", ["dxg"], False), ("cuda", [], False)],
+)
+def test_ranks_are_forked_only_where_no_gpu_can_be_meant(tmp_path, asked, files, can):
+    for name in files:
+        (tmp_path / name).touch()
+    assert can_fork({"MIXCPT_DEVICE": asked} if asked else {}, tmp_path) is can
+
+
+RANK = """
+import atexit, os, sys
+atexit.register(print, "left", flush=True)
+print(__name__, sys.argv[1:], os.environ["RANK"], os.environ["WORLD_SIZE"], os.getpgid(0) == os.getpid(), flush=True)
+print("to stderr", file=sys.stderr, flush=True)
+exec(sys.argv[1])
+"""
+ENDS = {"sys.exit(75)": 75, "raise ValueError('of a rank')": 1, "os.kill(os.getpid(), 9)": 137, "": 0}
+LAUNCHES = f"""
+from megatron_mixcpt.runtime.launcher import launch
+print([launch(1, [end, "b c"], program="of_a_rank") for end in {list(ENDS)}])
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["forked", "started"])
+def test_a_forked_rank_is_what_a_started_one_is(tmp_path, device):
+    (tmp_path / "of_a_rank.py").write_text(RANK)
+    environment = os.environ | {"MIXCPT_DEVICE": device, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True, timeout=180
+    )
+    expected = []
+    for end, code in ENDS.items():
+        expected += [f"__main__ {[end, 'b c']} 0 1 True", *(["left"] if code != 137 else [])]
+    assert done.stdout.splitlines() == [*expected, str(list(ENDS.values()))], done.stderr
+    assert done.stderr.count("to stderr") == len(ENDS)
+    assert done.stderr.count("ValueError: of a rank") == 1
+
+
+def test_what_a_command_loads_is_loaded_before_its_ranks_are_forked():
+    """Otherwise every rank loads it for itself, and the fork saves nothing."""
+    ask = "import sys; sys.path.insert(0, ''); {first}before = set(sys.modules); import megatron_mixcpt.train.loop; "
+    ask += "print(sum(not name.startswith('megatron_mixcpt') for name in set(sys.modules) - before))"
+    counts = {}
+    for first in ("", "import megatron_mixcpt.runtime.loaded; "):
+        done = subprocess.run(
+            [sys.executable, "-c", ask.format(first=first)], capture_output=True, text=True, check=True
+        )
+        counts[first] = int(done.stdout)
+    without, after = counts.values()
+    assert after < without / 20, counts

@@ -93,6 +93,18 @@ def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | No
     return arch.num_parameters * (DTYPE_BYTES[dtype] + state)
 
 
+def kept_checkpoints(config: Config) -> int:
+    """How many checkpoints lie in the run directory at most, when none is being written: the newest ones, those of
+    every `keep_every`-th step before them, and a result that a forgetting budget chose. By a clock that saves between
+    the steps, the newest are as many, and older ones at such a step a rare chance that is not counted."""
+    settings, steps = config.checkpoint, config.train.steps
+    saved = sorted({*(range(settings.every, steps + 1, settings.every) if settings.every else ()), steps})
+    newest = settings.keep if settings.every_minutes else min(settings.keep, len(saved))
+    older = saved[: max(len(saved) - settings.keep, 0)]
+    spared = [step for step in older if settings.keep_every and step % settings.keep_every == 0]
+    return newest + len(spared) + (config.forget is not None)
+
+
 def _stage(
     config: Config,
     arch: Architecture,

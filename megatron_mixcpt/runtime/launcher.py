@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from megatron_mixcpt.runtime.forked import ForkedRank, can_fork
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
@@ -79,7 +80,8 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
     """
     port = free_port()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen | ForkedRank] = []
+    forked = can_fork(os.environ)
 
     def forward(number: int, frame: object) -> None:
         for rank in ranks:
@@ -99,9 +101,12 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": threads,
             }
-            command = [sys.executable, "-m", program, *arguments]
-            # A group of its own: the terminal's ^C reaches the rank once, through `forward`.
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            # Each in a group of its own: the terminal's ^C reaches the rank once, through `forward`.
+            if forked:
+                ranks.append(ForkedRank(program, arguments, environment))
+            else:
+                command = [sys.executable, "-m", program, *arguments]
+                ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return _wait(ranks)
     finally:
@@ -114,7 +119,7 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen | ForkedRank]) -> int:
     failed: int | None = None
     deadline = float("inf")
     while any(rank.poll() is None for rank in ranks):

@@ -14,7 +14,9 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
+from megatron_mixcpt.checkpoint.optimizer_state import singles
 from megatron_mixcpt.config import OptimizerSection, TrainConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.train.schedule import learning_rate
@@ -68,7 +70,7 @@ def optimizer_step(
     Where `admits(norm)` is false, no weight changes. Every rank sees the same norm, so all decide alike.
     """
     optimizer.prepare_grads()
-    norm = agreed_norm(float(optimizer.get_grad_norm()))
+    norm = gradient_norm(optimizer)
     if not admits(norm):
         return norm
     if config.clip_grad > 0.0:
@@ -81,16 +83,30 @@ def optimizer_step(
     return norm
 
 
-def agreed_norm(norm: float) -> float:
-    """Collective: the largest norm of all ranks, or NaN where one of them is not finite.
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Collective: the norm of the whole gradient, the largest of all ranks', or NaN where one of them is not finite.
 
-    Megatron compares norms within one model replica only. Replicas have equal gradients after their reduction, unless
-    a device or link failed, which would go on as two different models.
+    Computed on the device, which the host reads once: megatron-core without Apex reads the norm of every parameter.
+    Replicas have equal gradients after their reduction, unless a device or link failed; with norms of their own they
+    would go on as two different models.
     """
-    finite = math.isfinite(norm)
-    message = torch.tensor(
-        [norm if finite else 0.0, not finite], dtype=torch.float64, device=torch.cuda.current_device()
-    )
+    grads = [grad for single in singles(optimizer) for grad in single.get_main_grads_for_grad_norm()]
+    norm = sum_of_squares(grads, optimizer.get_grad_stats_parallel_group()).sqrt()
+    finite = norm.isfinite()
+    message = torch.stack([torch.where(finite, norm, 0.0), (~finite).double()])
     torch.distributed.all_reduce(message, op=torch.distributed.ReduceOp.MAX)
     largest, bad = message.tolist()
     return math.nan if bad else largest
+
+
+def sum_of_squares(grads: list[Tensor], group: torch.distributed.ProcessGroup) -> Tensor:
+    """Collective over `group`, whose ranks hold different gradients: the sum over all of them, an fp64 scalar.
+
+    Squares are added within a gradient in fp32, over gradients and ranks in fp64, in the same order every time.
+    """
+    if grads:
+        total = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    else:  # no weight of this stage is trained
+        total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total, group=group)
+    return total

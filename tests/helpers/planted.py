@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.model import gpt, norm, rope
 from megatron_mixcpt.objectives import dpo, mixcpt, packed_text
-from megatron_mixcpt.teacher import initial
-from megatron_mixcpt.teacher.interface import DenseTarget
+from megatron_mixcpt.teacher import cached, initial
+from megatron_mixcpt.teacher.interface import DenseTarget, TopkTarget
 from megatron_mixcpt.train import optimizer, setup
 
 FAULTS = {}
@@ -125,12 +125,10 @@ def labels_of_other_ranks_are_one_token_off():
 
 @fault
 def the_gradient_norm_is_that_of_one_rank():
-    from megatron.core.optimizer import optimizer as megatron
+    def wrong(grads, group):
+        return torch.stack([grad.double().square().sum() for grad in grads]).sum()
 
-    def wrong(grads, *args, **options):
-        return float(torch.stack([grad.square().sum() for grad in grads]).sum().sqrt())
-
-    with mock.patch.object(megatron, "get_grad_norm_fp32", wrong):
+    with mock.patch.object(optimizer, "sum_of_squares", wrong):
         yield
 
 
@@ -162,6 +160,29 @@ def the_teacher_is_shifted_by_a_token():
         return DenseTarget(original(self, index, batch).logits.roll(1, 0))
 
     with mock.patch.object(initial.ModelTeacher, "target", wrong):
+        yield
+
+
+@fault
+def kept_answers_are_of_the_next_token():
+    original = cached.CachedTeacher.target
+
+    def wrong(self, index, batch):
+        target = original(self, index, batch)
+        return TopkTarget(*(x.roll(-1, 0) for x in (target.ids, target.logp, target.gold_logp)))
+
+    with mock.patch.object(cached.CachedTeacher, "target", wrong):
+        yield
+
+
+@fault
+def the_budget_s_distillation_weight_never_takes_hold():
+    original = mixcpt.MixCPTLoss.weigh
+
+    def wrong(self, kd_weight):
+        original(self, self.config.kd_weight)
+
+    with mock.patch.object(mixcpt.MixCPTLoss, "weigh", wrong):
         yield
 
 

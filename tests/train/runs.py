@@ -1,6 +1,7 @@
 """Train a few steps on some process grid and bring losses, gradients and weights back whole, to compare grids."""
 
 import json
+import math
 import os
 import shutil
 
@@ -93,8 +94,8 @@ def grid_of(config):
 def run_steps(values):
     """Train `values` (a configuration) from the start; call in every rank.
 
-    Returns losses and gradient norms by step, the first step's gradients and the final weights, whole, and what the
-    trained model scores on the held-out data.
+    Returns losses and gradient norms by step, the latter as megatron-core computes them too, the first step's gradients
+    and the final weights, whole, and what the trained model scores on the held-out data.
     """
     config = validated(Config, values, "test")
     with grid_of(config) as state:
@@ -110,6 +111,12 @@ def run_steps(values):
             device=state.device,
         )
         losses, norms, gradients = [], [], {}
+        expected = []
+
+        def admits(norm):
+            expected.append(components.optimizer.get_grad_norm())
+            return math.isfinite(norm)
+
         for step in range(config.train.steps):
             components.model.zero_grad_buffer()
             components.optimizer.zero_grad()
@@ -118,7 +125,7 @@ def run_steps(values):
             if step == 0 and not config.train.distributed_optimizer:  # which leaves each rank a part of the gradient
                 gradients = whole_tensors(components, state, lambda parameter: parameter.main_grad)
             losses.append((totals[:, STATISTICS.index("loss")].sum() / totals[:, 0].sum()).item())
-            norms.append(optimizer_step(components.optimizer, step, config.train))
+            norms.append(optimizer_step(components.optimizer, step, config.train, admits))
         weights = whole_tensors(components, state, lambda parameter: parameter.data.float())
         measured, _ = validate(
             dict(valid_datasets(components.mix, 1234, _cache(config))),
@@ -130,7 +137,14 @@ def run_steps(values):
             max_samples=None,
             stop_requested=lambda: False,
         )
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "validation": measured}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "megatron's norms": expected,
+        "gradients": gradients,
+        "weights": weights,
+        "validation": measured,
+    }
 
 
 def run_all(rank, world_size, runs):

@@ -96,6 +96,7 @@ def test_the_pipeline_trains_like_one_process(results, name):
     one, other = results[like(name)], results[name]
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
     np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
+    np.testing.assert_allclose(other["norms"], other["megatron's norms"], rtol=1e-6)
     assert other["weights"].keys() == one["weights"].keys()
     for key, weight in one["weights"].items():
         np.testing.assert_allclose(other["weights"][key], weight, atol=5e-5, rtol=0, err_msg=key)
