@@ -176,6 +176,7 @@ class Bookkeeping:
             dtype=config.train.dtype,
             kind=config.kind,
             steps=config.train.steps,
+            router=config.train.router if self.components.arch.num_experts else None,
             global_batch_size=config.train.global_batch_size,
             layout={"world_size": self.state.world_size, **config.parallel.model_dump()},
         )

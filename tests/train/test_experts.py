@@ -68,7 +68,7 @@ def test_a_router_learns_only_where_it_is_asked_to(folder, results):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path):
+def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, capsys):
     values = configuration(folder, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2})
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(values))
@@ -81,6 +81,9 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path):
     expected = losses(tmp_path / "whole")
     for step, loss in losses(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step], rel=1e-6)
+    capsys.readouterr()
+    assert main(["train", str(config), *rest, "train.steps=5", "train.router=trained"]) == 2
+    assert "was trained with train.router=frozen" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     moe = {name: value for row in rows for name, value in row.items() if name.startswith("moe/")}
     assert {"moe/balance", "moe/z", "moe/idle", "moe/load_max/0"} <= moe.keys() and "moe/load_max/1" not in moe
