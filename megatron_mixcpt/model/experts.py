@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.model.routing import Routing, choices_of
 
+GROUPED_MULTIPLE = 8  # 16 bytes of bf16
+
 
 class Router(nn.Module):
     """x `[..., h]` -> (shares fp32 `[..., k]`, experts int64 `[..., k]`): the k most likely experts of each token."""
@@ -64,7 +66,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x `[rows, in]`, the rows of one expert after those of another; counts int64 `[e]` -> `[rows, out/tp]`."""
-        if x.is_cuda:
+        aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.weight.shape[1:])
+        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and aligned:
             return grouped_linear(x, self.weight, counts)
         return sequential_linear(x, self.weight, counts)
 
@@ -76,7 +79,7 @@ def sequential_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """All experts in one kernel."""
+    """All experts in one kernel; on a GPU of bf16 alone, in sizes that GROUPED_MULTIPLE divides."""
     return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
 
 

@@ -35,7 +35,7 @@ RUNS = {  # name -> (ranks, what differs)
 }
 EXPERTS = {
     "experts": (1, {}),
-    "experts, TP2+SP": (2, {"train": {"dtype": "bf16"}, "parallel": {"tensor": 2, "sequence": True}}),
+    "experts, TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
     "experts, recompute": (1, {"train": {"recompute": "mlp"}} | NO_TEACHER),
 }
 EXAMPLES = {"llama3-8b-8gpu": 8, "llama3-70b-64gpu": 64}
@@ -77,7 +77,7 @@ def test_a_small_mixture_of_experts_takes_what_is_foreseen(tmp_path, mix, name):
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "intermediate_size": 352}
     sizes |= {"head_dim": 32, "num_attention_heads": 4, "vocab_size": 8000, "max_position_embeddings": 512}
     make("qwen3-experts", tmp_path / "model", **sizes)
-    train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12} | sections.get("train", {})
+    train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12, "dtype": "bf16"} | sections.get("train", {})
     model = {"preset": None, "hf": str(tmp_path / "model")}
     values = settings(mix, tmp_path / "run", **sections | {"train": train, "model": model})
     agrees(compared(validate(Config, values, "test"), ranks))
