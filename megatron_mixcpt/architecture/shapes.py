@@ -32,6 +32,24 @@ def _shape(
 
 
 SHAPES: dict[str, Architecture] = {
+    "qwen3-30b-a3b": Architecture(
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        model_type="qwen3_moe",
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_size=768,
+        normalize_routing=True,
+    ),
     "smollm2-135m": _shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
     "llama3-8b": _shape(32, 4096, 14336, 32, 8, 128256, 8192),
     "llama3.1-8b": _shape(32, 4096, 14336, 32, 8, 128256, 131072),

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = bool(args.gpu or args.memory) or train.dtype == "bf16"
     plan = make_plan(config, arch, mix, world_size, gpu=on_gpu)
 
-    print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
+    print(f"model       {arch.describe_parameters()}, {arch.num_layers} layers, {train.dtype}")
     if config.adapter is not None:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
