@@ -24,7 +24,7 @@ from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.explain import explain_mixture
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.holdout import hold_out
-from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
+from megatron_mixcpt.data_prep.manifest import FileEntry, describe_file, write_manifest
 from megatron_mixcpt.data_prep.mix import (
     FILE_NAME,
     SPLITS,
@@ -57,7 +57,7 @@ class Builder:
     tokenizer: Tokenizer
     dtype: np.dtype
     receipts: Path  # folder of receipts of finished prefixes
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
 
 
 def build(
@@ -207,9 +207,10 @@ def _finished(
     receipt = builder.receipts / f"{stem}-{state.hexdigest()}.json"
     if receipt.is_file():
         known = orjson.loads(receipt.read_bytes())
-        paths = {name: builder.out / name for name in known["files"]}
-        if all(path.is_file() and describe_file(path) == known["files"][name] for name, path in paths.items()):
-            builder.files.update(known["files"])
+        files = {name: FileEntry(**entry) for name, entry in known["files"].items()}
+        paths = {name: builder.out / name for name in files}
+        if all(path.is_file() and describe_file(path) == files[name] for name, path in paths.items()):
+            builder.files.update(files)
             split = split_from_json(builder.out, known["entry"])
             assert split is not None
             return split
