@@ -11,6 +11,7 @@ from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.train.setup import check_settings
 from tests.device.imagined import resident_bytes
 from tests.helpers.corpus import write_mix
+from tests.model.families import make
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
 
@@ -31,6 +32,11 @@ RUNS = {  # name -> (ranks, what differs)
     "DP2, distributed optimizer": (2, {"train": {"dtype": "bf16", "distributed_optimizer": True}}),
     "PP2": (2, {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}}),
     "PP2 interleaved": (2, {"parallel": {"pipeline": 2, "interleave": 2}}),
+}
+EXPERTS = {
+    "experts": (1, {}),
+    "experts, TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "experts, recompute": (1, {"train": {"recompute": "mlp"}} | NO_TEACHER),
 }
 EXAMPLES = {"llama3-8b-8gpu": 8, "llama3-70b-64gpu": 64}
 
@@ -62,6 +68,18 @@ def test_a_small_model_takes_what_is_foreseen(tmp_path, mix, name):
     ranks, sections = RUNS[name]
     train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12} | sections.get("train", {})
     values = settings(mix, tmp_path / "run", **sections | {"train": train})
+    agrees(compared(validate(Config, values, "test"), ranks))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_small_mixture_of_experts_takes_what_is_foreseen(tmp_path, mix, name):
+    ranks, sections = EXPERTS[name]
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "intermediate_size": 352}
+    sizes |= {"head_dim": 32, "num_attention_heads": 4, "vocab_size": 8000, "max_position_embeddings": 512}
+    make("qwen3-experts", tmp_path / "model", **sizes)
+    train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12, "dtype": "bf16"} | sections.get("train", {})
+    model = {"preset": None, "hf": str(tmp_path / "model")}
+    values = settings(mix, tmp_path / "run", **sections | {"train": train, "model": model})
     agrees(compared(validate(Config, values, "test"), ranks))
 
 

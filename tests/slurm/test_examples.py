@@ -29,6 +29,7 @@ EXAMPLES = {  # ranks, GiB of a device
     "llama3-8b-64gpu": (64, 80),
     "llama3-8b-64k-64gpu": (64, 80),
     "llama3-70b-64gpu": (64, 80),
+    "qwen3-30b-a3b-64gpu": (64, 80),
 }
 CONTEXT_GIB = 4  # of CUDA, NCCL and fragmentation, which the plan does not count
 
