@@ -13,6 +13,8 @@ from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
+from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
+from megatron_mixcpt.huggingface.config import config_dict
 from tests.helpers.certifying import computed, posed, with_fault
 from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
@@ -61,7 +63,25 @@ RIGHT = {
     },
     "lora on some layers": {
         "parallel": {"pipeline": 2},
-        "adapter": {"method": "lora", "rank": 4, "targets": ["q_proj", "down_proj"], "dropout": 0.1},
+        "adapter": {"method": "lora", "rank": 4, "targets": ["q_proj", "down_proj"]},
+        "train": TRAIN,
+    },
+    "cached, a budget of forgetting": {
+        "parallel": {"context": 2},
+        "teacher": {"source": "cached", "cache": "cache"},
+        "loss": {"target": "mft", "temperature": 2.0},
+        "forget": {"budget": 0.1},
+        "train": TRAIN,
+    },
+    "cached, adapter": {
+        "parallel": {"tensor": 2},
+        "teacher": {"source": "cached", "cache": "cache"},
+        "adapter": {"method": "lora", "rank": 4},
+        "train": TRAIN,
+    },
+    "deepspeed, uneven stages": {
+        "parallel": {"pipeline": 2, "layers_per_stage": [3, 1]},
+        "teacher": {"source": "deepspeed", "hf": "teacher", "offload": "cpu"},
         "train": TRAIN,
     },
     "sft": {"align": {"method": "sft"}, "loss": {"by_kind": {}, "target": "none"}, "train": TRAIN},
@@ -76,16 +96,24 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):
-    """With preference pairs in its second source."""
+    """With preference pairs in its second source, and beside it a teacher with its tokenizer."""
     path = write_mix(tmp_path_factory.mktemp("certify") / "data", seq_length=64, train=12)
     add_pairs(path)
+    for folder in (path.parent / "tokenizer", path.parent / "teacher"):
+        save_tiny_tokenizer(["the heron waits"], folder)
+    (path.parent / "teacher" / "config.json").write_text(json.dumps(config_dict(QWEN2)))
     return path
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_within_its_bounds_in_fp32_and_bf16(tmp_path, mix, name):
-    problem = posed(tmp_path / "posed", mix, **RIGHT[name])
+    sections = dict(RIGHT[name])
+    places = {"hf": mix.parent / "teacher", "cache": tmp_path / "cache"}
+    if "teacher" in sections:
+        given = sections["teacher"]
+        sections["teacher"] = given | {key: str(path) for key, path in places.items() if key in given}
+    problem = posed(tmp_path / "posed", mix, **sections)
     (problem,) = computed(problem, ["nothing"], tmp_path / "ranks").values()
     for dtype in ("fp32", "bf16"):
         deviations = judged(problem, whole_run(problem, dtype))
@@ -128,6 +156,16 @@ def test_what_is_off_is_exit_code_3_and_leaves_no_certificate(tmp_path, mix, mon
     assert "gradient of model.layers.0.input_layernorm.weight" in told and "gradient of model.layers.0.mlp" not in told
     assert not (tmp_path / "out" / FILE_NAME).exists()
     assert "it appears with parallel.sequence" in (tmp_path / "out" / "certify.md").read_text()
+
+
+def test_what_no_oracle_can_foretell_is_refused_by_name(tmp_path, mix, capsys):
+    path = config_file(tmp_path, mix, adapter={"method": "lora", "rank": 4, "dropout": 0.1}, train=TRAIN)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE_NAME).write_text("a certificate of other settings")
+    for words in (["certify", path], ["launch", path, "--certify", "--dry-run", "--nodes", "1"]):
+        assert main(words) == 2
+        assert "adapter.dropout=0" in capsys.readouterr().err
+    assert (tmp_path / "run" / FILE_NAME).read_text() == "a certificate of other settings"
 
 
 def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):
