@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -96,23 +97,31 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):
-    """With preference pairs in its second source, and beside it a teacher with its tokenizer."""
+    """With preference pairs in its second source."""
     path = write_mix(tmp_path_factory.mktemp("certify") / "data", seq_length=64, train=12)
     add_pairs(path)
-    for folder in (path.parent / "tokenizer", path.parent / "teacher"):
-        save_tiny_tokenizer(["the heron waits"], folder)
-    (path.parent / "teacher" / "config.json").write_text(json.dumps(config_dict(QWEN2)))
     return path
+
+
+def with_teacher(mix, folder):
+    """A copy of the mixture in `folder`, and beside it `teacher`, a model with its tokenizer; returns both."""
+    shutil.copytree(mix.parent, folder)
+    for name in ("tokenizer", "teacher"):
+        save_tiny_tokenizer(["the heron waits"], folder / name)
+    (folder / "teacher" / "config.json").write_text(json.dumps(config_dict(QWEN2)))
+    return folder / mix.name, folder / "teacher"
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_within_its_bounds_in_fp32_and_bf16(tmp_path, mix, name):
     sections = dict(RIGHT[name])
-    places = {"hf": mix.parent / "teacher", "cache": tmp_path / "cache"}
-    if "teacher" in sections:
-        given = sections["teacher"]
-        sections["teacher"] = given | {key: str(path) for key, path in places.items() if key in given}
+    teacher = sections.get("teacher", {})
+    if "hf" in teacher:
+        mix, folder = with_teacher(mix, tmp_path / "data")
+        sections["teacher"] = teacher | {"hf": str(folder)}
+    elif "cache" in teacher:
+        sections["teacher"] = teacher | {"cache": str(tmp_path / "cache")}
     problem = posed(tmp_path / "posed", mix, **sections)
     (problem,) = computed(problem, ["nothing"], tmp_path / "ranks").values()
     for dtype in ("fp32", "bf16"):

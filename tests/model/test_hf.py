@@ -10,7 +10,7 @@ import transformers
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, absent, assert_same_bits, make
+from tests.model.families import FAMILIES, OLDER, absent, assert_same_bits, make
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
@@ -194,6 +194,8 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_from_no_directory_exports(models, name, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
+    if name == "phi4-mini" and OLDER:
+        pytest.skip("transformers before 5 refuses a config.json of Phi-3 that says the attention factor")
     source, reference = models[name]
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
