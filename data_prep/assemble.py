@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,7 +25,7 @@ from megatron_mixcpt.data_prep.format import (
 )
 from megatron_mixcpt.data_prep.mix import Split
 from megatron_mixcpt.data_prep.packing import best_fit, split_lengths
-from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, Block, open_block, read_receipt
+from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, Block, Receipt, Unusable, open_block, read_receipt
 from megatron_mixcpt.data_prep.plan import Plan
 
 WRITE_TOKENS = 1 << 21  # copied between two writes
@@ -41,11 +40,16 @@ class Corpus:
     block: np.ndarray  # int64 [D], block a document is in
     start: np.ndarray  # int64 [D], its first token in that block
     offset: np.ndarray  # int64 [D], its first token in its record: 0 unless texts were cut (see holdout)
-    receipts: list[dict[str, Any]]
+    receipts: list[Receipt]
 
     @property
     def num_records(self) -> int:
-        return sum(receipt["records"] for receipt in self.receipts)
+        return sum(receipt.records for receipt in self.receipts)
+
+    @property
+    def bad(self) -> list[Unusable]:
+        """Records that were left out, in the order of the files."""
+        return [item for receipt in self.receipts for item in receipt.bad]
 
 
 def load_corpus(plan: Plan, folder: Path, dtype: np.dtype) -> Corpus:
@@ -55,7 +59,7 @@ def load_corpus(plan: Plan, folder: Path, dtype: np.dtype) -> Corpus:
         receipt = read_receipt(folder, chunk)
         assert receipt is not None
         receipts.append(receipt)
-        blocks += [open_block(folder, entry, dtype) for entry in receipt["blocks"]]
+        blocks += [open_block(folder, entry, dtype) for entry in receipt.blocks]
     tables = [block.documents for block in blocks]
     documents = np.concatenate(tables) if tables else np.zeros(0, DOCUMENT_DTYPE)
     starts = [np.concatenate([[0], np.cumsum(table["tokens"], dtype=np.int64)[:-1]]) for table in tables if len(table)]

@@ -24,7 +24,7 @@ from megatron_mixcpt.data_prep.config import Config, Source
 from megatron_mixcpt.data_prep.explain import explain_mixture
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.holdout import hold_out
-from megatron_mixcpt.data_prep.manifest import describe_file, write_manifest
+from megatron_mixcpt.data_prep.manifest import FileEntry, describe_file, write_manifest
 from megatron_mixcpt.data_prep.mix import (
     FILE_NAME,
     SPLITS,
@@ -39,7 +39,6 @@ from megatron_mixcpt.data_prep.mix import Source as MixSource
 from megatron_mixcpt.data_prep.mixing import weighted
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
-from megatron_mixcpt.data_prep.quarantine import is_too_long
 from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
@@ -58,7 +57,7 @@ class Builder:
     tokenizer: Tokenizer
     dtype: np.dtype
     receipts: Path  # folder of receipts of finished prefixes
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
 
 
 def build(
@@ -202,15 +201,16 @@ def _finished(
 ) -> Split:
     """A prefix; it is written unless its receipt says that it is there, whole and from the same parts."""
     state = xxhash.xxh3_128(
-        orjson.dumps([stem, key, [block["hash"] for r in corpus.receipts for block in r["blocks"]]])
+        orjson.dumps([stem, key, [block.hash for receipt in corpus.receipts for block in receipt.blocks]])
     )
     state.update(np.ascontiguousarray(rows, dtype=np.int64).data)
     receipt = builder.receipts / f"{stem}-{state.hexdigest()}.json"
     if receipt.is_file():
         known = orjson.loads(receipt.read_bytes())
-        paths = {name: builder.out / name for name in known["files"]}
-        if all(path.is_file() and describe_file(path) == known["files"][name] for name, path in paths.items()):
-            builder.files.update(known["files"])
+        files = {name: FileEntry(**entry) for name, entry in known["files"].items()}
+        paths = {name: builder.out / name for name in files}
+        if all(path.is_file() and describe_file(path) == files[name] for name, path in paths.items()):
+            builder.files.update(files)
             split = split_from_json(builder.out, known["entry"])
             assert split is not None
             return split
@@ -251,9 +251,9 @@ def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]
     return {
         "name": source.name,
         "records": corpus.num_records,
-        "quarantined": sum(not is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
-        "longer than seq_length": sum(is_too_long(item) for receipt in corpus.receipts for item in receipt["bad"]),
+        "quarantined": sum(not item.is_too_long for item in corpus.bad),
+        "longer than seq_length": sum(item.is_too_long for item in corpus.bad),
         "documents": documents,
         "flagged as contaminated": int(np.count_nonzero(corpus.documents["contaminated"])),
-        "control strings in text": sum(receipt["literals"] for receipt in corpus.receipts),
+        "control strings in text": sum(receipt.literals for receipt in corpus.receipts),
     }

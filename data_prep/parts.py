@@ -7,7 +7,6 @@ A chunk yields one or more blocks `00012-000.part`, each tokens, flags and a doc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -30,6 +29,51 @@ DOCUMENT_DTYPE = np.dtype(
     ]
 )
 ALIGNMENT = 64
+TOO_LONG = "too long"  # reason of a conversation that does not fit into seq_length: not bad, and counted apart
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A record that was left out: file of the plan, line, and why."""
+
+    file: int
+    line: int
+    reason: str
+    detail: str
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether it was left out for its length alone."""
+        return self.reason == TOO_LONG
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """A block as its receipt names it."""
+
+    name: str
+    tokens: int
+    documents: int
+    permutations: int
+    """uint32 a document that near-duplicates are found by; 0 where nobody looks for them."""
+    hash: str
+    """xxh3-128 of the file, hex."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a chunk's records."""
+
+    chunk: int
+    plan: str
+    """Key of the plan that cut the chunk."""
+    engine: str
+    """Name of the tokenizer's engine."""
+    records: int
+    literals: int
+    """Control strings in text."""
+    blocks: list[BlockEntry]
+    bad: list[Unusable]
 
 
 @dataclass(frozen=True)
@@ -53,7 +97,7 @@ def write_block(
     flags: np.ndarray,
     documents: np.ndarray,
     signatures: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> BlockEntry:
     """Write a block atomically; returns its entry in the receipt."""
     state = xxhash.xxh3_128()
     sections = [tokens, flags, documents] + ([] if signatures is None else [signatures])
@@ -61,42 +105,37 @@ def write_block(
         for section in sections:
             write_hashed(file, state, section)
             write_hashed(file, state, np.zeros(_align(section.nbytes) - section.nbytes, dtype=np.uint8))
-    return {
-        "name": name,
-        "tokens": len(tokens),
-        "documents": len(documents),
-        "permutations": 0 if signatures is None else signatures.shape[1],
-        "hash": state.hexdigest(),
-    }
+    permutations = 0 if signatures is None else signatures.shape[1]
+    return BlockEntry(name, len(tokens), len(documents), permutations, state.hexdigest())
 
 
-def _sections(entry: dict[str, Any], dtype: np.dtype) -> Iterator[tuple[int, int, np.dtype]]:
+def _sections(entry: BlockEntry, dtype: np.dtype) -> Iterator[tuple[int, int, np.dtype]]:
     """(byte offset, items, dtype) of each section."""
     offset = 0
     for count, kind in (
-        (entry["tokens"], dtype),
-        (entry["tokens"], np.dtype(np.uint8)),
-        (entry["documents"], DOCUMENT_DTYPE),
-        (entry["documents"] * entry["permutations"], np.dtype("<u4")),
+        (entry.tokens, dtype),
+        (entry.tokens, np.dtype(np.uint8)),
+        (entry.documents, DOCUMENT_DTYPE),
+        (entry.documents * entry.permutations, np.dtype("<u4")),
     ):
         yield offset, count, kind
         offset += _align(count * kind.itemsize)
 
 
-def _size(entry: dict[str, Any], dtype: np.dtype) -> int:
+def _size(entry: BlockEntry, dtype: np.dtype) -> int:
     offset, count, kind = list(_sections(entry, dtype))[-1]
     return offset + _align(count * kind.itemsize)
 
 
-def open_block(folder: Path, entry: dict[str, Any], dtype: np.dtype) -> Block:
+def open_block(folder: Path, entry: BlockEntry, dtype: np.dtype) -> Block:
     """Map a block that its receipt describes."""
-    path = folder / entry["name"]
+    path = folder / entry.name
     if _size(entry, dtype) == 0:
         raw = np.zeros(0, np.uint8)
     else:
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     arrays = [raw[at : at + count * kind.itemsize].view(kind) for at, count, kind in _sections(entry, dtype)]
-    signatures = arrays[3].reshape(entry["documents"], entry["permutations"]) if entry["permutations"] else None
+    signatures = arrays[3].reshape(entry.documents, entry.permutations) if entry.permutations else None
     return Block(arrays[0], arrays[1], arrays[2], signatures)
 
 
@@ -105,20 +144,24 @@ def receipt_path(folder: Path, chunk: int) -> Path:
     return folder / f"{chunk:06d}.json"
 
 
-def write_receipt(folder: Path, chunk: int, receipt: dict[str, Any]) -> None:
+def write_receipt(folder: Path, receipt: Receipt) -> None:
     """Write the receipt, sealed with a hash of itself."""
     body = orjson.dumps(receipt, option=orjson.OPT_SORT_KEYS)
-    with writing(receipt_path(folder, chunk), durable=False) as file:
+    with writing(receipt_path(folder, receipt.chunk), durable=False) as file:
         file.write(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
 
 
-def read_receipt(folder: Path, chunk: int) -> dict[str, Any] | None:
+def read_receipt(folder: Path, chunk: int) -> Receipt | None:
     """The receipt of a chunk, or None if there is none or it is damaged."""
     try:
         seal, _, body = receipt_path(folder, chunk).read_bytes().partition(b"\n")
     except OSError:
         return None
-    return orjson.loads(body) if seal == xxhash.xxh3_128_hexdigest(body).encode() else None
+    if seal != xxhash.xxh3_128_hexdigest(body).encode():
+        return None
+    fields = orjson.loads(body)
+    blocks = [BlockEntry(**entry) for entry in fields.pop("blocks")]
+    return Receipt(blocks=blocks, bad=[Unusable(**item) for item in fields.pop("bad")], **fields)
 
 
 def part_is_good(folder: Path, chunk: int, dtype: np.dtype) -> bool:
@@ -126,11 +169,11 @@ def part_is_good(folder: Path, chunk: int, dtype: np.dtype) -> bool:
     receipt = read_receipt(folder, chunk)
     if receipt is None:
         return False
-    for entry in receipt["blocks"]:
-        path = folder / entry["name"]
+    for entry in receipt.blocks:
+        path = folder / entry.name
         if not path.is_file() or path.stat().st_size != _size(entry, dtype):
             return False
-        if hash_file(path) != entry["hash"]:
+        if hash_file(path) != entry.hash:
             return False
     return True
 

@@ -30,7 +30,6 @@ from megatron_mixcpt.data_prep.quarantine import (
     BadRecordWatch,
     check_budget,
     check_lengths,
-    is_too_long,
     write_quarantine,
 )
 from megatron_mixcpt.data_prep.records import make_renderer
@@ -272,18 +271,18 @@ def warm_order(bench: Workbench, number: int) -> tuple[int, str | None]:
 def process_order(bench: Workbench, number: int, chunk: int, fast: bool) -> tuple[int, int, dict[str, int]]:
     """Make the part of a chunk; returns source, chunk and how many tokens, records and bad records it has."""
     receipt = process_chunk(bench.job(number, fast), chunk)
-    tokens = sum(block["tokens"] for block in receipt["blocks"])
-    num_bad = sum(not is_too_long(item) for item in receipt["bad"])
-    return number, chunk, {"tokens": tokens, "records": receipt["records"], "bad": num_bad}
+    tokens = sum(block.tokens for block in receipt.blocks)
+    num_bad = sum(not item.is_too_long for item in receipt.bad)
+    return number, chunk, {"tokens": tokens, "records": receipt.records, "bad": num_bad}
 
 
 def _refuse_bad_records(out: Path, stage: Stage) -> None:
     """Raise BadRecordsError for what the finished parts of a source say."""
     receipts = [read_receipt(stage.folder, chunk) for chunk in range(len(stage.plan.chunks))]
     there = [receipt for receipt in receipts if receipt is not None]
-    bad = [item for receipt in there for item in receipt["bad"]]
+    bad = [item for receipt in there for item in receipt.bad]
     path = write_quarantine(out, [(stage.plan, bad)])
-    check_budget(stage.source, sum(receipt["records"] for receipt in there), bad, stage.plan, path)
+    check_budget(stage.source, sum(receipt.records for receipt in there), bad, stage.plan, path)
 
 
 def _say_what_is_replaced(out: Path, config: Config) -> None:
@@ -303,10 +302,7 @@ def _say_what_is_replaced(out: Path, config: Config) -> None:
 
 
 def _check_records(out: Path, prepared: Prepared, corpora: list[Corpus]) -> None:
-    bad = [
-        (stage.plan, [item for receipt in corpus.receipts for item in receipt["bad"]])
-        for stage, corpus in zip(prepared.stages, corpora)
-    ]
+    bad = [(stage.plan, corpus.bad) for stage, corpus in zip(prepared.stages, corpora)]
     path = write_quarantine(out, bad)
     for stage, corpus, (_, items) in zip(prepared.stages, corpora, bad):
         check_lengths(stage.source, items, stage.plan, path)

@@ -1,27 +1,27 @@
 """Records that could not be used: written down with file, line and reason, and never more than the budget allows."""
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.parts import Unusable
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.errors import BadRecordsError
 from megatron_mixcpt.files import writing
 
 FILE_NAME = "quarantine.jsonl"
-TOO_LONG = "too long"  # reason of a conversation that does not fit into seq_length: not bad, and counted apart
 
 
-def write_quarantine(out: Path, bad: list[tuple[Plan, list[dict[str, Any]]]]) -> Path:
+def write_quarantine(out: Path, bad: list[tuple[Plan, list[Unusable]]]) -> Path:
     """Write all bad records, in the order of the sources and of their files."""
     path = out / FILE_NAME
     with writing(path) as file:
         for plan, items in bad:
             for item in items:
-                row = {"source": plan.source, **item, "file": plan.files[item["file"]].path}
+                row = {"source": plan.source, **asdict(item), "file": plan.files[item.file].path}
                 file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     return path
 
@@ -51,32 +51,27 @@ class BadRecordWatch:
         return self._bad >= self.MANY and self._bad > 2 * self._fraction * expected
 
 
-def is_too_long(item: dict[str, Any]) -> bool:
-    """Whether a record was left out for its length alone."""
-    return item["reason"] == TOO_LONG
-
-
-def check_lengths(source: Source, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
+def check_lengths(source: Source, items: list[Unusable], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) for a record that does not fit where `too_long: error` stands."""
-    long = [item for item in items if is_too_long(item)]
+    long = [item for item in items if item.is_too_long]
     if long and source.too_long == "error":
         first = long[0]
         raise BadRecordsError(
             f"source {source.name}: {len(long)} records do not fit into seq_length (too_long: error), for example "
-            f"{plan.files[first['file']].path}:{first['line']}: {first['detail']}. All of them are in {path}; raise "
+            f"{plan.files[first.file].path}:{first.line}: {first.detail}. All of them are in {path}; raise "
             "seq_length, or set too_long: drop or truncate"
         )
 
 
-def check_budget(source: Source, num_records: int, items: list[dict[str, Any]], plan: Plan, path: Path) -> None:
+def check_budget(source: Source, num_records: int, items: list[Unusable], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) if more than `max_bad_fraction` of the records are bad."""
-    items = [item for item in items if not is_too_long(item)]
+    items = [item for item in items if not item.is_too_long]
     if len(items) <= source.max_bad_fraction * num_records:
         return
-    reason, count = Counter(item["reason"] for item in items).most_common(1)[0]
-    example = next(item for item in items if item["reason"] == reason)
+    reason, count = Counter(item.reason for item in items).most_common(1)[0]
+    example = next(item for item in items if item.reason == reason)
     raise BadRecordsError(
         f"source {source.name}: {len(items)} of {num_records} records are bad, the budget is "
         f"{source.max_bad_fraction:.2%} (max_bad_fraction). Most frequent: {reason} ({count}), for example "
-        f"{plan.files[example['file']].path}:{example['line']}: {example['detail']}. All of them are in {path}"
+        f"{plan.files[example.file].path}:{example.line}: {example.detail}. All of them are in {path}"
     )

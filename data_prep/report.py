@@ -111,13 +111,12 @@ def _mixture_table(mix: Mix) -> Table:
 def _quarantine(plans: list[Plan], corpora: list[Corpus]) -> list[Text | Table]:
     rows: list[list[Cell]] = []
     for plan, corpus in zip(plans, corpora):
-        items = [item for receipt in corpus.receipts for item in receipt["bad"]]
-        for reason, count in Counter(item["reason"] for item in items).most_common(TOP_REASONS):
-            some = [item for item in items if item["reason"] == reason][:EXAMPLES]
+        for reason, count in Counter(item.reason for item in corpus.bad).most_common(TOP_REASONS):
+            some = [item for item in corpus.bad if item.reason == reason][:EXAMPLES]
             for place, item in enumerate(some):
                 first = [plan.source, reason, str(count)] if place == 0 else ["", "", ""]
-                where = f"{plan.files[item['file']].path}:{item['line']}"
-                rows.append([*first, where, item["detail"][:160]])
+                where = f"{plan.files[item.file].path}:{item.line}"
+                rows.append([*first, where, item.detail[:160]])
     if not rows:
         return [Text("Nothing: every record could be used.")]
     what = "Records that could not be used, with examples; quarantine.jsonl has all of them."

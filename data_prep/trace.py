@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import flags_prefix
-from megatron_mixcpt.data_prep.config import Config, parse_config
+from megatron_mixcpt.data_prep.config import Config
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.findings import Findings
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, TARGET, open_indexed
+from megatron_mixcpt.data_prep.manifest import Manifest
 from megatron_mixcpt.data_prep.mix import SPLITS, Mix
 from megatron_mixcpt.data_prep.plan import InputFile, Span, scan_file
 from megatron_mixcpt.data_prep.provenance import provenance_path
@@ -20,12 +21,12 @@ from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import MixcptError
 
 
-def trace_sample(out: Path, mix: Mix, manifest: dict[str, Any], sample: int, findings: Findings) -> None:
+def trace_sample(out: Path, mix: Mix, manifest: Manifest, sample: int, findings: Findings) -> None:
     """Compare `sample` documents, spread evenly over each source and over its files, with their source."""
-    if "config" not in manifest:
+    if manifest.config is None:
         findings.notes.append("a view has no source of its own: verify the mix it was made from")
         return
-    config = parse_config({**manifest["config"], "out": str(out)})
+    config = manifest.config
     tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=config.eos_token)
     if tokenizer.hash != mix.tokenizer.hash:
         findings.problems.append("the tokenizer beside mix.json is not the one the data was made with")

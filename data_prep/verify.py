@@ -5,10 +5,8 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron_mixcpt.data_prep.assemble import content_hash, flags_prefix
 from megatron_mixcpt.data_prep.findings import Findings
@@ -26,11 +24,10 @@ from megatron_mixcpt.data_prep.format import (
     open_indexed,
     token_dtype,
 )
-from megatron_mixcpt.data_prep.manifest import FILE_NAME as MANIFEST
-from megatron_mixcpt.data_prep.manifest import FORMAT as MANIFEST_FORMAT
+from megatron_mixcpt.data_prep.manifest import FileEntry, Manifest, read_manifest
 from megatron_mixcpt.data_prep.mix import Mix, Source, Split, TokenizerEntry, read_mix
 from megatron_mixcpt.data_prep.parts import hash_file
-from megatron_mixcpt.errors import MixcptError, VerificationError
+from megatron_mixcpt.errors import MixcptError
 
 BLOCK_TOKENS = 1 << 20  # looked at together; small enough for the cache
 KINDS = {
@@ -52,11 +49,11 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
     mix = read_mix(folder)
     out = mix.folder
     findings = Findings()
-    manifest = _read_manifest(out)
+    manifest = read_manifest(out)
     began = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
-        names = list(manifest["files"])
-        checks = pool.map(lambda name: _check_file(out, name, manifest["files"][name]), names)
+        names = list(manifest.files)
+        checks = pool.map(lambda name: _check_file(out, name, manifest.files[name]), names)
         for problem, size in checks:
             findings.num_files += 1
             findings.num_bytes += size
@@ -68,7 +65,7 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
         findings.num_prefixes += 1
         findings.num_tokens += split.tokens
     _check_weights(mix, findings)
-    leftover = sorted(path.name for path in out.glob("*.bin") if path.name not in manifest["files"])
+    leftover = sorted(path.name for path in out.glob("*.bin") if path.name not in manifest.files)
     if leftover:
         findings.notes.append(f"{len(leftover)} .bin files are left over from earlier runs, e.g. {leftover[0]}")
     _check_with_megatron(mix, findings)
@@ -79,34 +76,22 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
     return findings
 
 
-def _read_manifest(out: Path) -> dict[str, Any]:
-    path = out / MANIFEST
-    try:
-        manifest = orjson.loads(path.read_bytes())
-    except OSError as error:
-        raise MixcptError(f"cannot read {path}: {error.strerror}") from None
-    except orjson.JSONDecodeError as error:
-        raise VerificationError(f"{path} is not valid JSON: {error}") from None
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise VerificationError(f"{path} is not a {MANIFEST_FORMAT} file")
-    return manifest
-
-
-def _check_file(out: Path, name: str, wanted: dict[str, Any]) -> tuple[list[str], int]:
+def _check_file(out: Path, name: str, wanted: FileEntry) -> tuple[list[str], int]:
     path = out / name
     if not path.is_file():
         return [f"{name} is missing"], 0
     size = path.stat().st_size
-    if size != wanted["size"]:
-        return [f"{name} has {size} bytes, the manifest says {wanted['size']}"], size
-    if hash_file(path) != wanted["hash"]:
+    if size != wanted.size:
+        return [f"{name} has {size} bytes, the manifest says {wanted.size}"], size
+    if hash_file(path) != wanted.hash:
         return [f"{name} has changed: its hash is not the one in the manifest"], size
     return [], size
 
 
-def _check_prefix(mix: Mix, manifest: dict[str, Any], source: Source, split_name: str, split: Split) -> list[str]:
+def _check_prefix(mix: Mix, manifest: Manifest, source: Source, split_name: str, split: Split) -> list[str]:
     name = split.prefix.name
-    listed = [manifest["files"].get(name + ending, {}).get("hash", "") for ending in (".bin", ".flags.bin")]
+    entries = [manifest.files.get(name + ending) for ending in (".bin", ".flags.bin")]
+    listed = [entry.hash if entry else "" for entry in entries]
     pairs = split_name.startswith("pairs/")
     shape = f"view {split.index_hash}" if split.index_hash else "pairs" if pairs else str(mix.seq_length)
     problems = []

@@ -8,7 +8,6 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,7 +15,7 @@ import xxhash
 from megatron_mixcpt.data_prep.assemble import content_hash, flags_prefix
 from megatron_mixcpt.data_prep.build import ENDINGS
 from megatron_mixcpt.data_prep.format import PAD, TARGET, Indexed, open_indexed, write_index
-from megatron_mixcpt.data_prep.manifest import describe_file, write_view_manifest
+from megatron_mixcpt.data_prep.manifest import FileEntry, describe_file, write_view_manifest
 from megatron_mixcpt.data_prep.mix import FILE_NAME, Source, SourceShare, Split, read_mix, write_mix
 from megatron_mixcpt.data_prep.mixing import Request, count, requested, resolve_shares
 from megatron_mixcpt.errors import ConfigError, MixcptError
@@ -68,7 +67,7 @@ def remix(
     shares = resolve_shares(requests, total_tokens)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(mix.tokenizer.path, out / "tokenizer")
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileEntry] = {}
     views: dict[str, Source] = {}
     for source, request, share in zip(trained, requests, shares):
         rng = np.random.Generator(np.random.PCG64([seed, xxhash.xxh3_64_intdigest(f"view {source.name}".encode())]))
@@ -111,11 +110,11 @@ def _write_view(
     source: str,
     num_sequences: int,
     rng: np.random.Generator,
-    files: dict[str, dict[str, Any]],
+    files: dict[str, FileEntry],
 ) -> Split:
     tokens, flags = open_indexed(split.prefix), open_indexed(flags_prefix(split.prefix))
     order = view_order(len(tokens), num_sequences, rng)
-    hashes = [describe_file(Path(f"{split.prefix}{ending}"))["hash"] for ending in (".bin", ".flags.bin")]
+    hashes = [describe_file(Path(f"{split.prefix}{ending}")).hash for ending in (".bin", ".flags.bin")]
     index_hash = xxhash.xxh3_128_hexdigest(tokens.pointers[order].tobytes())
     full_hash = content_hash(hashes, f"view {index_hash}")
     name = f"{source}-train-{full_hash[:12]}"
@@ -151,7 +150,7 @@ def _counts(flags: Indexed) -> tuple[np.ndarray, np.ndarray]:
     return filled, targets
 
 
-def _link(prefix: Path, out: Path, files: dict[str, dict[str, Any]]) -> None:
+def _link(prefix: Path, out: Path, files: dict[str, FileEntry]) -> None:
     for ending in ENDINGS:
         link = out / (prefix.name + ending)
         _symlink(Path(f"{prefix}{ending}"), link)

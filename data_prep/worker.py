@@ -16,9 +16,16 @@ from megatron_mixcpt.data_prep.engines import Engine
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET, TEXT_KINDS
 from megatron_mixcpt.data_prep.joining import Joining
 from megatron_mixcpt.data_prep.neardup import Signer
-from megatron_mixcpt.data_prep.parts import DOCUMENT_DTYPE, write_block, write_receipt
+from megatron_mixcpt.data_prep.parts import (
+    DOCUMENT_DTYPE,
+    TOO_LONG,
+    BlockEntry,
+    Receipt,
+    Unusable,
+    write_block,
+    write_receipt,
+)
 from megatron_mixcpt.data_prep.plan import Plan
-from megatron_mixcpt.data_prep.quarantine import TOO_LONG
 from megatron_mixcpt.data_prep.readers import read_span
 from megatron_mixcpt.data_prep.records import Renderer
 from megatron_mixcpt.data_prep.template import BadRecord
@@ -46,7 +53,7 @@ class Job:
     signer: Signer | None = None
 
 
-def process_chunk(job: Job, chunk: int) -> dict[str, Any]:
+def process_chunk(job: Job, chunk: int) -> Receipt:
     """Write the part of `chunk`; returns its receipt."""
     part = _Part(job, chunk)
     for span in job.plan.chunks[chunk]:
@@ -69,8 +76,8 @@ class _Part:
         self._texts: list[str] = []  # only where something looks at them
         self._signatures: list[np.ndarray] = []
         self._num_tokens = 0
-        self._blocks: list[dict[str, Any]] = []
-        self._bad: list[dict[str, Any]] = []
+        self._blocks: list[BlockEntry] = []
+        self._bad: list[Unusable] = []
         self._num_records = 0
         self._num_literals = 0
 
@@ -98,23 +105,23 @@ class _Part:
         if self._batch.num_characters >= BATCH_CHARACTERS:
             self._encode()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Receipt:
         self._encode()
         self._write_block()
-        receipt = {
-            "chunk": self._chunk,
-            "plan": self._job.plan.key,
-            "engine": self._job.engine.name,
-            "records": self._num_records,
-            "literals": self._num_literals,
-            "blocks": self._blocks,
-            "bad": sorted(self._bad, key=lambda item: (item["file"], item["line"])),
-        }
-        write_receipt(self._job.folder, self._chunk, receipt)
+        receipt = Receipt(
+            chunk=self._chunk,
+            plan=self._job.plan.key,
+            engine=self._job.engine.name,
+            records=self._num_records,
+            literals=self._num_literals,
+            blocks=self._blocks,
+            bad=sorted(self._bad, key=lambda item: (item.file, item.line)),
+        )
+        write_receipt(self._job.folder, receipt)
         return receipt
 
     def _quarantine(self, file: int, line: int, bad: BadRecord) -> None:
-        self._bad.append({"file": file, "line": line, "reason": bad.reason, "detail": bad.detail})
+        self._bad.append(Unusable(file, line, bad.reason, bad.detail))
 
     def _encode(self) -> None:
         if not self._rows:

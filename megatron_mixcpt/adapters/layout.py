@@ -103,14 +103,17 @@ class AdaptedLinear:
 def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLinear]:
     """The adapters of the whole model, layer by layer.
 
-    Raises ConfigError, naming what there is, where a target matches nothing.
+    Raises ConfigError, naming what there is, where a target matches nothing, or experts.
     """
+    _refuse_experts(arch, config)
     shapes, wholes = hf_shapes(arch), whole_shapes(arch)
     unmatched = set(config.targets)
     linears, known = [], set()
     for layer in range(arch.num_layers):
         for short in LINEARS:
             linear = f"decoder.layers.{layer}.{short}"
+            if f"{linear}.weight" not in wholes:
+                continue
             targets: list[str] = []
             for part in (name.removesuffix(".weight") for name in hf_names(f"{linear}.weight", arch)):
                 known.add(part.rsplit(".", 1)[1])
@@ -131,6 +134,20 @@ def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLi
             f"({', '.join(sorted(known))}) or of the whole name (model.layers.0.self_attn.q_proj)"
         )
     return linears
+
+
+def _refuse_experts(arch: Architecture, config: AdapterConfig) -> None:
+    if not arch.num_expert_layers:
+        return
+    layer = next(layer for layer in range(arch.num_layers) if arch.has_experts(layer))
+    for short in ("mlp.router", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"):
+        part = hf_names(f"decoder.layers.{layer}.{short}.weight", arch)[0].removesuffix(".weight")
+        for pattern in config.targets:
+            if _matches(part, pattern):
+                raise ConfigError(
+                    f"adapter.targets: {pattern} is also of experts ({part}), which take no adapters: name those of "
+                    "attention, adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+                )
 
 
 def _matches(layer: str, pattern: str) -> bool:

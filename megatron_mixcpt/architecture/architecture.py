@@ -36,7 +36,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer like Llama (RMSNorm, gated MLP, rotary positions, grouped queries)."""
+    """Shape of a decoder-only transformer like Llama (RMSNorm, gated MLP, rotary positions, grouped queries), or of a
+    mixture of experts: in place of an MLP many small ones, of which each token goes through a few."""
 
     num_layers: int
     hidden_size: int
@@ -64,10 +65,35 @@ class Architecture:
     activation: str = "silu"  # of the MLP's gate; or gelu_tanh
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
     scale_embeddings: bool = False  # by sqrt(hidden_size), rounded to the weights' type
+    num_experts: int = 0  # of every layer but `dense_layers`, which alone are of `ffn_hidden_size` then; 0: none
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0  # of each expert
+    normalize_routing: bool = False  # the shares of a token's experts are made to add up to 1
+    dense_layers: tuple[int, ...] = ()  # layers without experts, in a model that has some
 
     def window(self, layer: int) -> int | None:
         """The window of one layer, counted from 0."""
         return None if layer in self.full_layers else self.sliding_window
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether one layer, counted from 0, has experts in place of an MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def num_expert_layers(self) -> int:
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
+    @property
+    def mlp_width(self) -> int:
+        """FFN channels that a token goes through in a layer, on average over the layers."""
+        experts = self.num_expert_layers
+        dense = (self.num_layers - experts) * self.ffn_hidden_size
+        return (dense + experts * self.experts_per_token * self.expert_ffn_size) // self.num_layers
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers have experts and some an MLP."""
+        return 0 < self.num_expert_layers < self.num_layers
 
     @property
     def num_rotary_channels(self) -> int:
@@ -90,7 +116,7 @@ class Architecture:
         if tensor not in fits:
             raise ConfigError(
                 f"parallel.tensor={tensor} cannot cut this model ({self.num_attention_heads} heads in "
-                f"{self.num_query_groups} groups, FFN {self.ffn_hidden_size}): use one of {fits}"
+                f"{self.num_query_groups} groups, FFN {' and '.join(map(str, self._ffn_sizes))}): use one of {fits}"
             )
         if self.num_layers < pipeline * interleave:
             also = f" x parallel.interleave={interleave}" if interleave > 1 else ""
@@ -103,21 +129,41 @@ class Architecture:
         groups = self.num_query_groups
         return (
             self.num_attention_heads % tensor == 0
-            and self.ffn_hidden_size % tensor == 0
+            and all(size % tensor == 0 for size in self._ffn_sizes)
             and (groups % tensor == 0 or (tensor % groups == 0 and not self.qk_norm_whole))
         )
 
     @property
+    def _ffn_sizes(self) -> list[int]:
+        """Of its MLPs and of its experts, as far as it has some."""
+        dense = [self.ffn_hidden_size] if self.num_expert_layers < self.num_layers else []
+        return dense + ([self.expert_ffn_size] if self.num_expert_layers else [])
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters without vocabulary padding; tied embeddings count once."""
+        return self._num_parameters(self.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of these, those that a token meets: all, but of the experts."""
+        return self._num_parameters(self.experts_per_token)
+
+    def describe_parameters(self) -> str:
+        """How many there are, in a few words."""
+        active = f", {self.num_active_parameters / 1e6:.1f} M of them active" if self.num_experts else ""
+        return f"{self.num_parameters / 1e6:.1f} M parameters{active}"
+
+    def _num_parameters(self, experts: int) -> int:
         q, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = self.hidden_size * (2 * q + 2 * kv)
         attention += (q + 2 * kv if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         attention += q + kv if self.qk_norm_whole else 0
         norms = (4 if self.norms == "both" else 2) * self.hidden_size
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        mlps = (self.num_layers - self.num_expert_layers) * 3 * self.ffn_hidden_size
+        mlps += self.num_expert_layers * (3 * experts * self.expert_ffn_size + self.num_experts)  # and the router
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + self.hidden_size + embeddings
+        return self.num_layers * (attention + norms) + mlps * self.hidden_size + self.hidden_size + embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML; `from_dict` reads it back."""

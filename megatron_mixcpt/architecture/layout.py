@@ -1,7 +1,8 @@
 """How a whole tensor becomes this rank's shard: the one place that knows megatron-core's weight layouts.
 
 Whole tensors have megatron-core's shapes over a single rank, with the true (unpadded) vocabulary:
-`linear_qkv` interleaves queries, key and value group by group, `linear_fc1` is the gate above the up projection.
+`linear_qkv` interleaves queries, key and value group by group, `linear_fc1` is the gate above the up projection. The
+linear layers of a layer's experts are one tensor each, `[experts, ...]`; tensor ranks have a part of every expert.
 `post_layernorm` of a layer's last linear is the norm of what comes out of it.
 """
 
@@ -47,6 +48,12 @@ def whole_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "self_attention.linear_proj.post_layernorm.weight"] = (h,)
         if arch.norms != "after":
             shapes[prefix + "pre_mlp_layernorm.weight"] = (h,)
+        if arch.has_experts(layer):
+            experts, ffn = arch.num_experts, arch.expert_ffn_size
+            shapes[prefix + "mlp.router.weight"] = (experts, h)
+            shapes[prefix + "mlp.experts.linear_fc1.weight"] = (experts, 2 * ffn, h)
+            shapes[prefix + "mlp.experts.linear_fc2.weight"] = (experts, h, ffn)
+            continue
         shapes[prefix + "mlp.linear_fc1.weight"] = (2 * arch.ffn_hidden_size, h)
         shapes[prefix + "mlp.linear_fc2.weight"] = (h, arch.ffn_hidden_size)
         if arch.norms != "before":
@@ -75,8 +82,8 @@ def slots(model: nn.Module, arch: Architecture, first_layer: int) -> list[Slot]:
 
 
 def is_whole(name: str) -> bool:
-    """Whether every tensor rank has all of it: norms, but those of all heads together."""
-    return "layernorm" in name and not name.endswith("weight_of_heads")
+    """Whether every tensor rank has all of it: routers, and norms, but those of all heads together."""
+    return ("layernorm" in name and not name.endswith("weight_of_heads")) or name.endswith("router.weight")
 
 
 def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_vocab: int) -> Tensor:
@@ -90,13 +97,13 @@ def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_v
     if is_whole(name):
         return whole
     if "linear_fc1" in name:
-        gate, up = whole.chunk(2)
-        return torch.cat([gate.chunk(tensor_size)[tensor_rank], up.chunk(tensor_size)[tensor_rank]])
+        gate, up = (half.chunk(tensor_size, dim=-2)[tensor_rank] for half in whole.chunk(2, dim=-2))
+        return torch.cat([gate, up], dim=-2)
     return whole.chunk(tensor_size, dim=_axis(name))[tensor_rank]
 
 
 def _axis(name: str) -> int:
-    return 1 if "linear_proj" in name or "linear_fc2" in name else 0
+    return -1 if "linear_proj" in name or "linear_fc2" in name else 0
 
 
 def unshard(name: str, parts: list[Tensor], vocab_size: int) -> Tensor:
@@ -106,6 +113,6 @@ def unshard(name: str, parts: list[Tensor], vocab_size: int) -> Tensor:
     if is_whole(name):
         return parts[0]
     if "linear_fc1" in name:
-        halves = [part.chunk(2) for part in parts]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+        halves = [part.chunk(2, dim=-2) for part in parts]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=-2)
     return torch.cat(parts, dim=_axis(name))

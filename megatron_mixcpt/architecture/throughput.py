@@ -65,12 +65,12 @@ def executed_flops_per_token(
     return executed - (2.0 * arch.num_layers * layer_weights(arch) + head if frozen else 0.0)
 
 
-def layer_weights(arch: Architecture) -> int:
-    """Weights of one layer that take part in matrix products."""
+def layer_weights(arch: Architecture) -> float:
+    """Weights of one layer that a token is multiplied with, on average over the layers."""
     return attention_weights(arch) + mlp_weights(arch)
 
 
-def recomputed_weights(arch: Architecture, recompute: str) -> int:
+def recomputed_weights(arch: Architecture, recompute: str) -> float:
     """Weights of one layer that `train.recompute` multiplies with once more."""
     return {
         "none": 0,
@@ -86,9 +86,13 @@ def attention_weights(arch: Architecture) -> int:
     return arch.hidden_size * (2 * queries + 2 * keys)
 
 
-def mlp_weights(arch: Architecture) -> int:
-    """Of gate, up and down projection."""
-    return 3 * arch.hidden_size * arch.ffn_hidden_size
+def mlp_weights(arch: Architecture) -> float:
+    """Of gate, up and down projection, or of the router and the experts that a token goes through; on average over the
+    layers."""
+    dense = 3 * arch.hidden_size * arch.ffn_hidden_size
+    experts = arch.hidden_size * (arch.num_experts + 3 * arch.experts_per_token * arch.expert_ffn_size)
+    share = arch.num_expert_layers / arch.num_layers
+    return (1 - share) * dense + share * experts
 
 
 def _attention(arch: Architecture, seq_length: float) -> float:

@@ -41,6 +41,10 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
     data_size = data_parallel_size(config, nproc)
     ranks = config.parallel.replica * data_size
     arch, mix = check_settings(config, nproc or ranks)
+    if arch.num_experts:
+        raise ConfigError(
+            f"certify: the oracle has no mixtures of experts ({arch.model_type}) yet; `mixcpt rehearse` runs them"
+        )
     layout = config.parallel
     small = small_architecture(arch, layout.tensor, small_parts(config), SEQ_LENGTH)
     grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))

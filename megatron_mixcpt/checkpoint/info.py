@@ -48,6 +48,8 @@ class TrainingState:
     """`Config.kind`."""
     steps: int | None = None
     """train.steps."""
+    router: str | None = None
+    """train.router, of a mixture of experts."""
     validated: bool | None = None
     """Whether the held-out data was measured at this step, as far as the settings ask for it."""
     validation_before: dict[str, float] | None = None

@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _eos_name(out: Path) -> str | None:
     """The eos_token of the configuration, which a bare tokenizer.json needs."""
-    import orjson
+    from megatron_mixcpt.data_prep.manifest import FILE_NAME, read_manifest
 
-    manifest = out / "manifest.json"
-    return orjson.loads(manifest.read_bytes()).get("config", {}).get("eos_token") if manifest.is_file() else None
+    config = read_manifest(out).config if (out / FILE_NAME).is_file() else None
+    return config.eos_token if config else None
 
 
 def _kinds() -> Any:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.plan.documents import document_length
-    from megatron_mixcpt.plan.estimate import make_plan
+    from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
     from megatron_mixcpt.plan.fitting import device, verdict
     from megatron_mixcpt.train.setup import existing_parent
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = bool(args.gpu or args.memory) or train.dtype == "bf16"
     plan = make_plan(config, arch, mix, world_size, gpu=on_gpu)
 
-    print(f"model       {arch.num_parameters / 1e6:.1f} M parameters, {arch.num_layers} layers, {train.dtype}")
+    print(f"model       {arch.describe_parameters()}, {arch.num_layers} layers, {train.dtype}")
     if config.adapter is not None:
         print(f"adapter     {describe_adapter(arch, config.adapter)}")
     print(
@@ -131,10 +131,7 @@ def run(args: argparse.Namespace) -> int:
         hours = tokens * flops / (world_size * peak * args.mfu) / 3600
         print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {named}, without validation and saving")
 
-    every = config.checkpoint.every
-    saves = train.steps // every if every else 1
-    kept = min(saves, config.checkpoint.keep)
-    kept += saves // max(config.checkpoint.keep_every // every, 1) if every and config.checkpoint.keep_every else 0
+    kept = kept_checkpoints(config)
     free, needed = shutil.disk_usage(existing_parent(Path(config.run_dir))).free, (kept + 1) * plan.checkpoint
     print(
         f"disk        {config.run_dir}/checkpoints: {plan.checkpoint / 2**30:.3f} GiB each, up to {kept} kept and one "

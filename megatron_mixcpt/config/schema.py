@@ -85,6 +85,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_leave_routers(self) -> Config:
+        if self.train.router == "trained" and self.adapter is not None:
+            raise ValueError("train.router trained: adapter trains nothing but adapters: remove one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _budget_can_be_kept(self) -> Config:
         if self.forget is None:
             return self

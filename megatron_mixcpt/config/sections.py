@@ -131,6 +131,13 @@ class TrainConfig(Section):
     recompute: Literal["none", "mlp", "attention", "full"] = "none"
     """Computed again in backward instead of kept: mlp: what is between the two norms' outputs and the layer's, in the
     MLP; attention: the same in self-attention, its keys and values gathered anew; full: all but each layer's input."""
+    router: Literal["frozen", "trained"] = "frozen"
+    """Of a mixture of experts: whether what sends tokens to experts is trained. Frozen, what the model knew still meets
+    the experts that know it; a router that drifts sends it to others."""
+    router_balance: Weight = 0.01
+    """Weight of the loss that keeps experts in equal use (arXiv 2101.03961), a layer; with train.router trained."""
+    router_z: Weight = 0.001
+    """Weight of the mean square of a router's log-sum-exp (arXiv 2202.08906), a layer; with train.router trained."""
     distributed_optimizer: bool = False
     """Shard fp32 master weights and Adam moments over the data-parallel group (ZeRO-1)."""
     overlap_grad_reduce: bool = False

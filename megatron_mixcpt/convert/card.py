@@ -17,10 +17,11 @@ def model_card(origin: Origin) -> str:
     """Markdown with the front matter that model hubs read."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [mix-cpt]", "---", ""]
     arch = origin.arch
+    active = f"{_millions(arch.num_active_parameters)} of them active, " if arch.num_experts else ""
     lines += [
         f"# {_title(origin)}",
         "",
-        f"A {arch.model_type} of {_millions(arch.num_parameters)} parameters ({arch.num_layers} layers, hidden "
+        f"A {arch.model_type} of {_millions(arch.num_parameters)} parameters ({active}{arch.num_layers} layers, hidden "
         f"{arch.hidden_size}), exported by Megatron-MixCPT {__version__} from step {origin.info.step}.",
         "",
     ]

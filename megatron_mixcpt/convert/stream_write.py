@@ -37,10 +37,10 @@ class _Lazy(SavePlanner):
     def __init__(
         self, arch: Architecture, dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]], done: Callable[[str], None]
     ) -> None:
-        self._tensors, self._dtype, self._done = tensors, dtype, done
+        self._arch, self._tensors, self._dtype, self._done = arch, tensors, dtype, done
         items = []
         for name, shape in whole_shapes(arch).items():
-            key, layer = stored_as(name)
+            key, layer = stored_as(name, arch)
             items.append(_write_item(key, layer, shape, arch.num_layers, dtype))
         self.plan, self.metadata = self.create_global_plan([SavePlan(items)])
 
@@ -49,7 +49,7 @@ class _Lazy(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         name, tensor = next(self._tensors)
-        key, _ = stored_as(name)
+        key, _ = stored_as(name, self._arch)
         assert key == write_item.index.fqn and write_item.tensor_data is not None
         self._done(key)
         return tensor.to(self._dtype).view(write_item.tensor_data.chunk.sizes)

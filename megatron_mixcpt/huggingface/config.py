@@ -60,9 +60,6 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     def refuse(what: str) -> NoReturn:
         raise ConfigError(f"{where}: {what}")
 
-    experts = [key for key in EXPERT_KEYS if getattr(config, key, None)]
-    if experts:
-        refuse(f"this is a mixture-of-experts model ({experts[0]}), which is not supported; use a dense model")
     if config.model_type not in FAMILIES:
         refuse(f"model_type {config.model_type!r} is not supported; these are: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[config.model_type]
@@ -83,6 +80,9 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         refuse(str(error))
     if "rotary_dim" in own and not family.partial_rotary:
         refuse("partial_rotary_factor is not supported (rotary positions on part of a head)")
+    experts = [key for key in EXPERT_KEYS if getattr(config, key, None)]
+    if experts and "num_experts" not in own:
+        refuse(f"model_type {config.model_type!r} with experts ({experts[0]}) is not supported")
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,

@@ -1,5 +1,6 @@
 """Hugging Face's tensors against megatron-core's whole tensors (see layout.py), as the model's family names them."""
 
+import math
 from itertools import groupby
 
 import torch
@@ -20,14 +21,15 @@ _GLOBAL = {
 
 
 def part_names(name: str, arch: Architecture) -> tuple[str, ...]:
-    """The Hugging Face tensor that holds each part of a whole tensor (queries, keys, values; gate, up), in order.
+    """The Hugging Face tensor that holds each part of a whole tensor (queries, keys, values; gate, up, of each expert),
+    in order.
 
     Where a family fuses parts, the same tensor follows itself.
     """
     if name in _GLOBAL:
         return _GLOBAL[name]
-    _, _, layer, rest = name.split(".", 3)
-    return tuple(f"model.layers.{layer}.{part}" for part in FAMILIES[arch.model_type].layer_names(rest))
+    family, (_, _, layer, rest) = FAMILIES[arch.model_type], name.split(".", 3)
+    return tuple(f"model.layers.{layer}.{part}" for part in family.layer_names(rest, arch.num_experts))
 
 
 def hf_names(name: str, arch: Architecture) -> list[str]:
@@ -50,7 +52,7 @@ def places(name: str, whole: Tensor, arch: Architecture) -> list[list[Tensor]]:
     elif len(set(names)) == 1:
         return [[whole]]
     else:
-        views = whole.chunk(len(names))
+        views = (whole.flatten(0, 1) if whole.dim() == 3 else whole).chunk(len(names))  # experts one above the other
     return [[view for _, view in parts] for _, parts in groupby(zip(names, views), key=lambda part: part[0])]
 
 
@@ -78,6 +80,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor, in the order in which they are written."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in whole_shapes(arch).items():
-        for part, parts in groupby(part_rows(name, shape[0], arch), key=lambda part: part[0]):
-            shapes[part] = (sum(rows for _, rows in parts), *shape[1:])
+        rows_of_all = math.prod(shape[:-1]) if len(shape) == 3 else shape[0]
+        for part, parts in groupby(part_rows(name, rows_of_all, arch), key=lambda part: part[0]):
+            shapes[part] = (sum(rows for _, rows in parts), *shape[len(shape) - 1 or 1 :])
     return shapes

@@ -29,16 +29,19 @@ AHEAD_NUMBERS = 2**23  # what `read_ahead` reads ahead at most where that is mor
 _RENAMED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "mlp.experts.": "mlp.experts.experts.",
 }
 
 
-def stored_as(name: str) -> tuple[str, int | None]:
-    """(key in the checkpoint, index in the stack of layers)."""
+def stored_as(name: str, arch: Architecture) -> tuple[str, int | None]:
+    """(key in the checkpoint, index in the stack of layers); layers of different kinds are not stacked."""
     if not name.startswith("decoder.layers."):
         return name, None
     _, _, layer, rest = name.split(".", 3)
     for ours, theirs in _RENAMED.items():
         rest = rest.replace(ours, theirs)
+    if arch.layers_differ:
+        return f"decoder.layers.{layer}.{rest}", None
     return f"decoder.layers.{rest}", int(layer)
 
 
@@ -46,7 +49,7 @@ class CheckpointSource:
     """Whole tensors (see layout.py) of a checkpoint directory, whatever layout wrote it."""
 
     def __init__(self, checkpoint: Path, arch: Architecture) -> None:
-        self._path, self._shapes = checkpoint, whole_shapes(arch)
+        self._path, self._arch, self._shapes = checkpoint, arch, whole_shapes(arch)
         self._reader = FileSystemReader(checkpoint)
         try:
             self._metadata = self._reader.read_metadata()
@@ -60,7 +63,7 @@ class CheckpointSource:
         return self._entry(next(iter(self._shapes)))[1].properties.dtype
 
     def _entry(self, name: str) -> tuple[str, TensorStorageMetadata, int | None]:
-        key, layer = stored_as(name)
+        key, layer = stored_as(name, self._arch)
         # The trainer stores optimizer state beside the weights, each under a prefix of its own or none.
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):

@@ -10,10 +10,14 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import initialize
 from megatron_mixcpt.architecture.stages import Stages, balanced
 from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.model.experts import routers_of
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.interleaved import InterleavedModel, StageModel
+from megatron_mixcpt.model.routing import RouterSettings, Routing
 from megatron_mixcpt.model.specs import transformer_config
 from megatron_mixcpt.runtime.timing import MegatronTimers
+
+ROUTER = RouterSettings()
 
 
 def build_gpt(
@@ -24,6 +28,7 @@ def build_gpt(
     seed: int | None = 1234,
     adapter: AdapterConfig | None = None,
     stages: Stages | None = None,
+    router: RouterSettings = ROUTER,
 ) -> StageModel:
     """Build this rank's pipeline stage on its device, inside `parallel_context`.
 
@@ -35,6 +40,7 @@ def build_gpt(
             uninitialised, for weights that are loaded next.
         adapter: put these adapters beside the layers and freeze all else; their values are left uninitialised.
         stages: which layers lie on which rank; balanced by cost when not given.
+        router: whether what sends tokens to experts is trained, and how.
 
     Raises:
         ConfigError: the model cannot be cut this way; the message says which ways work.
@@ -55,6 +61,13 @@ def build_gpt(
         MixGPTModel(arch, stages, settings, adapter, recompute=recompute, part=part)
         for part in (range(interleave) if interleave else [None])
     ]
+    if arch.num_experts:
+        routing = Routing(arch, router, sequence_parallel=settings.sequence_parallel)
+        for part in parts:
+            part.routing = routing
+            for module in routers_of(part):
+                module.routing = routing
+                module.weight.requires_grad_(router.trained and adapter is None)
     model: StageModel = InterleavedModel(parts) if interleave else parts[0]
     if seed is not None:
         initialize(model.slots(), arch, seed, rank, size)

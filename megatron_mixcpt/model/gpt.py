@@ -22,6 +22,7 @@ from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.rope import Rotary
+from megatron_mixcpt.model.routing import Routing
 from megatron_mixcpt.model.specs import block_spec
 
 # (hidden [s(/tp), b, h] after the final norm, labels [b, s]) -> fp32 losses whose sum counts, 0 where ignored
@@ -38,6 +39,7 @@ class MixGPTModel(GPTModel):
         arch: the whole model's architecture.
         adapter: what is trained in place of the weights, which are frozen then; None trains the weights.
         loss: what is minimised; an objective sets it before each forward pass with labels.
+        routing: of a mixture of experts, what its routers do in a step.
         vocab_start: global id of this rank's first vocabulary row.
     """
 
@@ -68,6 +70,7 @@ class MixGPTModel(GPTModel):
         self.first_layer = get_transformer_layer_offset(settings, vp_stage=part)
         self._recomputes = recompute != "none"
         self.loss: Loss | None = None
+        self.routing: Routing | None = None
         self.vocab_start = parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // tensor)
         self.rotary = Rotary(arch)
         self.adapter = adapter
@@ -134,6 +137,8 @@ class MixGPTModel(GPTModel):
 
     def weights_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Without adapters, and without the extra state of Transformer Engine, which is empty here."""
+        if self.arch.layers_differ:
+            kwargs["metadata"] = {**(kwargs.get("metadata") or {}), "non_homogeneous_layers": True}
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if ".adapter." not in key and "_extra_state" not in key}
 

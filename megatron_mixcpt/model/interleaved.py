@@ -28,6 +28,7 @@ class InterleavedModel(nn.Module):
         self.vocab_start, self.vocab_size = first.vocab_start, first.vocab_size
         self.tp_group, self.pp_group = first.tp_group, first.pp_group
         self.share_embeddings_and_output_weights = first.share_embeddings_and_output_weights
+        self.routing = first.routing
         self.pre_process, self.post_process = first.pre_process, parts[-1].post_process
 
     @property

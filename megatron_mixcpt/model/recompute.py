@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from megatron_mixcpt.adapters.layers import adapters_of
+from megatron_mixcpt.model.experts import ExpertLayer
 from megatron_mixcpt.model.self_attention import LayerAttention
 
 
@@ -40,6 +41,14 @@ class RecomputedAttention(LayerAttention):
 
 class RecomputedMLP(MLP):
     """hidden `[s(/tp), b, h]` -> the same and no bias, as MLP."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        run = super().forward
+        return _computed_again(self, lambda x: run(x, *args, **kwargs)[0], hidden_states), None
+
+
+class RecomputedExperts(ExpertLayer):
+    """hidden `[s(/tp), b, h]` -> the same and no bias, as ExpertLayer."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         run = super().forward

@@ -13,7 +13,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from megatron_mixcpt.adapters.layers import AdaptableColumnLinear, AdaptableRowLinear
@@ -21,8 +25,9 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.core import DocumentAttention
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.model.experts import ExpertLayer
 from megatron_mixcpt.model.norm import HeadsNorm, NormedRowLinear, RMSNorm
-from megatron_mixcpt.model.recompute import RecomputedAttention, RecomputedMLP
+from megatron_mixcpt.model.recompute import RecomputedAttention, RecomputedExperts, RecomputedMLP
 from megatron_mixcpt.model.self_attention import LayerAttention
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 
@@ -111,15 +116,22 @@ def check_schedule(settings: TransformerConfig) -> None:
         )
 
 
-def layer_spec(arch: Architecture, recompute: str = "none") -> ModuleSpec:
-    """One transformer layer: self attention and gated MLP, with norms before or after them. `recompute`:
-    `train.recompute`."""
+def layer_spec(arch: Architecture, layer: int, recompute: str = "none") -> ModuleSpec:
+    """One transformer layer, counted from 0: self attention and gated MLP or experts, with norms before or after them.
+    `recompute`: `train.recompute`."""
     before = IdentityOp if arch.norms == "after" else RMSNorm
     last_linear = AdaptableRowLinear if arch.norms == "before" else NormedRowLinear
     q_norm = k_norm = RMSNorm if arch.qk_norm else IdentityOp
     if arch.qk_norm_whole:
         q_norm = ModuleSpec(module=HeadsNorm, params={"heads": arch.num_attention_heads})
         k_norm = ModuleSpec(module=HeadsNorm, params={"heads": arch.num_query_groups})
+    if arch.has_experts(layer):
+        mlp = ModuleSpec(module=RecomputedExperts if recompute == "mlp" else ExpertLayer, params={"arch": arch})
+    else:
+        mlp = ModuleSpec(
+            module=RecomputedMLP if recompute == "mlp" else MLP,
+            submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=last_linear),
+        )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -137,10 +149,7 @@ def layer_spec(arch: Architecture, recompute: str = "none") -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=before,
-            mlp=ModuleSpec(
-                module=RecomputedMLP if recompute == "mlp" else MLP,
-                submodules=MLPSubmodules(linear_fc1=AdaptableColumnLinear, linear_fc2=last_linear),
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             # The names megatron-core's own checkpoints use, so that others can read ours.
             sharded_state_dict_keys_map={
@@ -155,5 +164,6 @@ def block_spec(
     arch: Architecture, config: TransformerConfig, recompute: str, part: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, or of its `part` in the interleaved schedule, and the final norm."""
-    count = get_num_layers_to_build(config, vp_stage=part)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, recompute)] * count, layer_norm=RMSNorm)
+    first, count = get_transformer_layer_offset(config, vp_stage=part), get_num_layers_to_build(config, vp_stage=part)
+    layers = [layer_spec(arch, layer, recompute) for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

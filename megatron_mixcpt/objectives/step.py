@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -50,6 +51,9 @@ class ForwardBackward:
             batches = batches + [batches[-1]] * (-count % self._parts[0].config.pipeline_model_parallel_size)
         totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=self._device)
         self.objective.begin_step(batches)
+        routing = unwrap_model(self.model).routing
+        if routing is not None and not forward_only:
+            routing.begin_step(self._counted(batches) if routing.has_losses else 1.0)
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, totals=totals, count=count),
             data_iterator=[enumerate(batches) for _ in self._parts],
@@ -60,6 +64,19 @@ class ForwardBackward:
             forward_only=forward_only,
         )
         return totals if self.contributes else torch.zeros_like(totals)
+
+    def _counted(self, batches: list[Batch]) -> float:
+        """Collective over replicas: what the objective's mean is taken over, a token of the step."""
+        counts = [float(sum(self.objective.count(batch) for batch in batches))]
+        counts += [float(sum(batch.tokens.numel() for batch in batches))]
+        both = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group())
+        return float(both[0] / both[1])
+
+    def routed(self) -> Tensor | None:
+        """Of a mixture of experts, what this rank's routers did in the last step (`Routing.sums`)."""
+        routing = unwrap_model(self.model).routing
+        return None if routing is None else routing.sums()
 
     def _forward_step(
         self, batches: Iterator[tuple[int, Batch]], model: torch.nn.Module, *, totals: Tensor, count: int

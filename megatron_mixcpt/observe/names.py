@@ -1,6 +1,7 @@
 """The names of all metrics, one list for metrics.jsonl, wandb and the documentation (docs/observability.md).
 
-`<source>` stands for the name of a source of the mixture, `<kind>` for a kind of data.
+`<source>` stands for the name of a source of the mixture, `<kind>` for a kind of data, `<layer>` for the number of
+a layer, from 0.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ METRICS = {
     "forget/gain": "fall of the held-out loss of what is to be learned, in nats a token",
     "forget/kd_weight": "distillation weight that the budget asks for, in place of loss.kd_weight",
     "forget/lr_factor": "what the budget multiplies the learning rate by; 1 unless the weight alone does not keep it",
+    "moe/balance": "mixture of experts: sum over experts of load, in equal shares, times mean probability, mean over "
+    "layers; 1 where all are in equal use",
+    "moe/z": "mean square of the routers' log-sum-exp, mean over layers",
+    "moe/load_max": "largest load of an expert, in equal shares",
+    "moe/load_max/<layer>": "the same in one layer",
+    "moe/load_min/<layer>": "smallest load of an expert of one layer, in equal shares",
+    "moe/idle": "share of the experts that no token of the step went through",
     "data/pairs": "DPO: preference pairs in the step",
     "rewards/chosen": "DPO: beta times the log-ratio to the reference of the chosen answers, mean over pairs",
     "rewards/rejected": "DPO: the same of the rejected answers",
@@ -66,7 +74,7 @@ METRICS = {
     "data/stream": "chained hash of all samples so far: equal streams, equal data in equal order",
 }
 
-_PATTERNS = [re.compile(re.sub("<source>|<kind>", "[^/]+", re.escape(name)) + r"\Z") for name in METRICS]
+_PATTERNS = [re.compile(re.sub("<source>|<kind>|<layer>", "[^/]+", re.escape(name)) + r"\Z") for name in METRICS]
 
 
 def documented(name: str) -> bool:

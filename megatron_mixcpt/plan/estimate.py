@@ -21,7 +21,7 @@ from megatron_mixcpt.huggingface.weights import open_source
 from megatron_mixcpt.kernels.reference import BLOCK_ELEMENTS
 from megatron_mixcpt.plan.schedule import most_in_flight
 
-FP32 = 4
+FP32, INT64 = 4, 8
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 SCRATCH_BUFFERS = 3  # of the reference of the losses
 FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
@@ -93,6 +93,18 @@ def checkpoint_bytes(arch: Architecture, dtype: str, adapter: AdapterConfig | No
     return arch.num_parameters * (DTYPE_BYTES[dtype] + state)
 
 
+def kept_checkpoints(config: Config) -> int:
+    """How many checkpoints lie in the run directory at most, when none is being written: the newest ones, those of
+    every `keep_every`-th step before them, and a result that a forgetting budget chose. By a clock that saves between
+    the steps, the newest are as many, and older ones at such a step a rare chance that is not counted."""
+    settings, steps = config.checkpoint, config.train.steps
+    saved = sorted({*(range(settings.every, steps + 1, settings.every) if settings.every else ()), steps})
+    newest = settings.keep if settings.every_minutes else min(settings.keep, len(saved))
+    older = saved[: max(len(saved) - settings.keep, 0)]
+    spared = [step for step in older if settings.keep_every and step % settings.keep_every == 0]
+    return newest + len(spared) + (config.forget is not None)
+
+
 def _stage(
     config: Config,
     arch: Architecture,
@@ -108,6 +120,8 @@ def _stage(
     last = index == pipeline - 1
     count = _parameters(arch, tensor, cut, index)
     trained = count
+    if train.router == "frozen":
+        trained -= sum(map(arch.has_experts, cut.layers_of(index))) * arch.num_experts * arch.hidden_size
     if config.adapter is not None:
         trained = _adapter_parameters(arch, config.adapter, tensor, cut, index)
         count += trained
@@ -117,7 +131,7 @@ def _stage(
     tokens = train.micro_batch_size * row_length // config.parallel.context
     layers, parts = most_in_flight(cut, index, num_micro)  # the first stage waits longest for its gradients
     kept, again = (tokens * count for count in _layer_bytes(arch, config, gpu))
-    transient = tokens * 4 * arch.ffn_hidden_size // tensor * size  # gradients of one MLP on their way
+    transient = max(tokens * 4 * arch.mlp_width // tensor * size, _expert_transient(arch, tensor, size, gpu))
     hidden = tokens * arch.hidden_size // (tensor if config.parallel.sequence else 1)  # values between two layers
     head = hidden * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens, gpu) if last else 0
@@ -212,13 +226,26 @@ def _layer_bytes(arch: Architecture, config: Config, gpu: bool) -> tuple[int, in
     attention += 4 * arch.head_dim * size  # rotary
     attention += FP32 * (arch.num_attention_heads // tensor) + _adapter_bytes(arch, config, "self_attention")
     fused = gpu and arch.activation == "silu"
-    mlp = (3 if fused else 5) * arch.ffn_hidden_size // tensor * size  # gate and up, product; gate, silu(gate)
+    mlp = (3 if fused else 5) * arch.mlp_width // tensor * size  # gate and up, product; gate, silu(gate)
+    mlp += _routing_bytes(arch, size)
     mlp += _adapter_bytes(arch, config, "mlp")
     layer = norms + attention + mlp
     if recompute == "full":
         return arch.hidden_size // sequence * size, layer
     again = {"none": 0, "mlp": mlp, "attention": attention}[recompute]
     return layer - again, again
+
+
+def _routing_bytes(arch: Architecture, size: int) -> int:
+    """Of one layer's experts for each token, on average over the layers: probabilities of all; the token's input and
+    output of each of its experts, and where they lie."""
+    chosen = arch.experts_per_token * (2 * arch.hidden_size * size + 4 * INT64)
+    return arch.num_expert_layers * (arch.num_experts * FP32 + chosen) // arch.num_layers
+
+
+def _expert_transient(arch: Architecture, tensor: int, size: int, gpu: bool) -> int:
+    """Gradients of one layer's experts on their way into the buffer; on a CPU twice, by expert and together."""
+    return (1 if gpu else 2) * arch.num_experts * 2 * arch.expert_ffn_size * arch.hidden_size // tensor * size
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int, gpu: bool) -> int:

@@ -18,14 +18,15 @@ from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.rehearse.size import Grid
 
 HEAD_DIM = 16
+EXPERTS = 4  # at most; a token goes through half of them
 STEPS = 4
 MICRO_BATCH_SIZE = 2  # at most
 
 
 def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: int) -> Architecture:
     """The same family in small: a layer for each of the pipeline's parts (at least two), heads that divide over
-    `tensor` ranks as the model's own do, grouped queries where it has them, its vocabulary, biases, norms and rotary
-    scaling."""
+    `tensor` ranks as the model's own do, grouped queries and a few experts where it has them, its vocabulary, biases,
+    norms and rotary scaling."""
     grouped = arch.num_attention_heads > arch.num_query_groups
     heads = 2 * tensor if grouped else tensor
     groups = min(arch.num_query_groups, tensor) if grouped else heads
@@ -41,11 +42,16 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
             short_factor=_spread(scaling.short_factor, pairs),
             long_factor=_spread(scaling.long_factor, pairs),
         )
+    ffn = -(-2 * hidden // tensor) * tensor
     return dataclasses.replace(
         arch,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=-(-2 * hidden // tensor) * tensor,
+        ffn_hidden_size=ffn,
+        num_experts=min(arch.num_experts, EXPERTS),
+        experts_per_token=min(arch.experts_per_token, EXPERTS // 2),
+        expert_ffn_size=ffn if arch.num_experts else 0,
+        dense_layers=(0,) if arch.layers_differ else (),
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=HEAD_DIM,

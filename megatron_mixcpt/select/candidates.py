@@ -19,9 +19,10 @@ import xxhash
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix, last_answer
 from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
-from megatron_mixcpt.data_prep.config import Source, parse_config
+from megatron_mixcpt.data_prep.config import Source
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_INSTRUCTION, TARGET, IndexedWriter, token_dtype
+from megatron_mixcpt.data_prep.manifest import Manifest, read_manifest
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.data_prep.plan import scan_file
 from megatron_mixcpt.data_prep.provenance import provenance_path
@@ -29,7 +30,7 @@ from megatron_mixcpt.data_prep.readers import read_span
 from megatron_mixcpt.data_prep.records import Renderer, make_renderer
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
-from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.select.config import SelectConfig
 
@@ -69,12 +70,12 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     mix = open_mix(config.data.mix)
     folder = mix.folder
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.mix: {folder}/manifest.json cannot be read ({error}): preprocess again") from None
-    if "config" not in manifest:
+        manifest = read_manifest(folder)
+    except MixcptError as error:
+        raise ConfigError(f"data.mix: {error}: preprocess again") from None
+    if manifest.config is None:
         raise ConfigError(f"data.mix: {folder} is a view, made by `mixcpt mix`: name the mixture that it was made from")
-    prepared = parse_config({**manifest["config"], "out": str(folder)})
+    prepared = manifest.config
     sources = [source for source in prepared.sources if not source.is_text]
     if not sources:
         raise ConfigError(f"data.mix: {folder} has neither instructions nor preference pairs to select from")
@@ -103,17 +104,17 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     return Candidates(out, fingerprint, count)
 
 
-def _check_inputs(manifest: dict[str, Any], source: Source) -> None:
-    for entry in manifest["inputs"]:
-        path = Path(entry["path"])
-        if entry["source"] != source.name:
+def _check_inputs(manifest: Manifest, source: Source) -> None:
+    for entry in manifest.inputs:
+        path = Path(entry.path)
+        if entry.source != source.name:
             continue
         if not path.is_file():
             raise ConfigError(
                 f"data.mix: its source {source.name} was read from {path}, which is not there: run this where it was "
                 "preprocessed (paths are relative), or put the file back"
             )
-        if path.stat().st_size != entry["size"] or hash_file(path) != entry["hash"]:
+        if path.stat().st_size != entry.size or hash_file(path) != entry.hash:
             raise VerificationError(f"{path} has changed since source {source.name} was preprocessed: preprocess again")
 
 

@@ -20,6 +20,7 @@ from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET, open_indexed
+from megatron_mixcpt.data_prep.manifest import read_manifest
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixcpt.errors import StoppedError
@@ -185,8 +186,9 @@ def _write_table(path: Path, table: dict[str, np.ndarray]) -> None:
 
 def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]], rows: np.ndarray, out: Path) -> Path:
     """The chosen records as they were read, and a mixture of them in the format asked for; returns its mix.json."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    sources = {source["name"]: source for source in manifest["config"]["sources"]}
+    before = read_manifest(folder).config
+    assert before is not None  # as `prepare_candidates` found
+    sources = {source.name: source.model_dump() for source in before.sources}
     picks = out / "records"
     picks.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, list[str]] = {}
@@ -202,7 +204,7 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
         if config.select.format == PLAIN:
             kept.pop("tools", None)
         entries.append({**kept, **changes, "paths": [str(path)], "weight": float(len(lines))})
-    kept = {key: manifest["config"][key] for key in ("seq_length", "add_bos", "eos_token", "engine")}
+    kept = before.model_dump(include={"seq_length", "add_bos", "eos_token", "engine"})
     prepared = parse_config(
         {
             **kept,

@@ -8,7 +8,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.measure import check_models, check_questions
 from megatron_mixcpt.observe.run_data import read_run
-from megatron_mixcpt.plan.estimate import make_plan
+from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
 from megatron_mixcpt.study.cells import Cells
 from megatron_mixcpt.study.progress import standing
 from megatron_mixcpt.train.setup import check as check_run
@@ -58,9 +58,7 @@ def foretold(cells: Cells) -> list[str]:
 
 
 def _plan(config: Config, nproc: int) -> tuple[int, int]:
-    """Tokens of a run, and bytes of the checkpoints that it keeps."""
+    """Tokens of a run, and the most bytes of checkpoints that it has at a time."""
     arch, mix = check_settings(config, nproc)
     plan = make_plan(config, arch, mix, nproc)
-    every = config.checkpoint.every
-    saves = config.train.steps // every if every else 1
-    return plan.tokens(config.train.steps), plan.checkpoint * (min(max(saves, 1), config.checkpoint.keep) + 1)
+    return plan.tokens(config.train.steps), plan.checkpoint * (kept_checkpoints(config) + 1)

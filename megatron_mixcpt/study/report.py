@@ -180,7 +180,7 @@ def _differences(now: Standing) -> Table:
     rows: list[list[Cell]] = []
     for key in dict.fromkeys(key for values in settings.values() for key in values):
         found = [values.get(key) for values in settings.values()]
-        if key not in ("run_dir", "train.lr") and any(value != found[0] for value in found):
+        if key not in ("run_dir", "wandb.name", "train.lr") and any(value != found[0] for value in found):
             rows.append([key, *(None if value is None else str(value) for value in found)])
     return Table(["setting", *settings], rows)
 

@@ -23,6 +23,8 @@ class StepTotals:
     """Some rank was asked to stop."""
     saving: bool
     """By some rank's clock a checkpoint is due."""
+    routed: list[list[float]]
+    """Of a mixture of experts, by layer: see `Routing.sums`."""
 
     @property
     def loss(self) -> float:
@@ -30,20 +32,26 @@ class StepTotals:
         return sum(row[LOSS] for row in self.rows) / max(sum(row[COUNT] for row in self.rows), 1.0)
 
 
-def agree(totals: torch.Tensor, digest: int, *, stop: bool, save: bool = False) -> StepTotals:
+def agree(
+    totals: torch.Tensor, digest: int, *, stop: bool, save: bool = False, routed: torch.Tensor | None = None
+) -> StepTotals:
     """Collective.
 
     Args:
         totals: this rank's `[num_sources, columns]` fp64 sums, zeros where another rank counts.
         digest: of this rank's samples; 0 where another rank counts.
         stop, save: whether this rank was asked to stop, or finds that a checkpoint is due.
+        routed: this rank's `Routing.sums`, fp64.
     """
     lanes = [float(digest >> LANE_BITS * lane & (1 << LANE_BITS) - 1) for lane in range(LANES)]
     extra = torch.tensor([*lanes, float(stop), float(save)], dtype=totals.dtype, device=totals.device)
-    message = torch.cat([totals.flatten(), extra])
+    routed = totals.new_zeros(0, 1) if routed is None else routed
+    message = torch.cat([totals.flatten(), extra, routed.flatten()])
     torch.distributed.all_reduce(message)
-    values = message.tolist()
+    values, columns = message.tolist(), routed.shape[1]
     count = totals.numel()
     rows = [values[i : i + totals.shape[1]] for i in range(0, count, totals.shape[1])]
+    behind = count + len(extra)
+    by_layer = [values[i : i + columns] for i in range(behind, len(values), columns)]
     total = sum(int(lane) << LANE_BITS * index for index, lane in enumerate(values[count : count + LANES]))
-    return StepTotals(rows, total % 2**64, values[-2] > 0, values[-1] > 0)
+    return StepTotals(rows, total % 2**64, values[behind - 2] > 0, values[behind - 1] > 0, by_layer)

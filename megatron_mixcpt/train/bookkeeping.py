@@ -15,6 +15,7 @@ from megatron_mixcpt.checkpoint import Outcome, TrainingState
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.model.routing import routing_metrics
 from megatron_mixcpt.observe.profile import StepProfiler
 from megatron_mixcpt.observe.record import Record
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -175,6 +176,7 @@ class Bookkeeping:
             dtype=config.train.dtype,
             kind=config.kind,
             steps=config.train.steps,
+            router=config.train.router if self.components.arch.num_experts else None,
             global_batch_size=config.train.global_batch_size,
             layout={"world_size": self.state.world_size, **config.parallel.model_dump()},
         )
@@ -201,6 +203,7 @@ class Bookkeeping:
         }
         own = self.components.task.metrics(total, dict(zip(self.sources, rows)))
         metrics |= {name: _finite(value) for name, value in own.items()}
+        metrics |= routing_metrics(totals.routed, self.components.arch)
         for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
@@ -225,7 +228,7 @@ class Bookkeeping:
         batch_tokens = config.train.global_batch_size * self.components.task.row_length
         shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in mix.train_sources)
         lines = [
-            f"model   {config.model.source}: {arch.num_parameters / 1e6:.1f} M parameters, {config.train.dtype}",
+            f"model   {config.model.source}: {arch.describe_parameters()}, {config.train.dtype}",
             f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} "
             + f"x context {state.context_size} " * (state.context_size > 1)
             + f"x data {state.data_size} "

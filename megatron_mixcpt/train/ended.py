@@ -55,6 +55,11 @@ def check_continuation(checkpoint: Path, info: CheckpointInfo, config: Config, m
             f"sequences of {mix.seq_length}: preprocess again with seq_length: {training.seq_length}, or set "
             "another run_dir"
         )
+    if (training.router, config.train.router) == ("frozen", "trained"):
+        raise ConfigError(
+            f"{checkpoint} was trained with train.router=frozen and holds no optimizer state of routers: set it back, "
+            f"or another run_dir; to start from it, model.checkpoint={config.run_dir}"
+        )
     same = (
         ("train.dtype", training.dtype, config.train.dtype),
         ("train.global_batch_size", training.global_batch_size, config.train.global_batch_size),

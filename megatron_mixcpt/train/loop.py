@@ -117,7 +117,8 @@ def _train(
         sums = components.run(step_batches)
         digest = sum(batch.digest for batch in step_batches) if state.speaks_for_replica else 0
         with section("communication"):
-            totals = agree(sums, digest % 2**64, stop=stop.received is not None, save=saver.is_late)
+            asked = stop.received is not None
+            totals = agree(sums, digest % 2**64, stop=asked, save=saver.is_late, routed=components.run.routed())
         with section("optimizer"):
             admits = partial(guard.admits, forgetting.level(totals))
             grad_norm = optimizer_step(components.optimizer, step, settings, admits, forgetting.rate_factor)

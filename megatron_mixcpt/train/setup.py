@@ -32,6 +32,7 @@ from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.model.build import build_gpt
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.load import load_hf
+from megatron_mixcpt.model.routing import RouterSettings
 from megatron_mixcpt.model.stage import Stage, Start
 from megatron_mixcpt.objectives.build import build_task, read_training_mix
 from megatron_mixcpt.objectives.step import ForwardBackward
@@ -101,6 +102,8 @@ def checked_model(config: Config, arch: Architecture, mix: Mix) -> Architecture:
             f"data.seq_length {mix.seq_length} exceeds the model's {arch.max_position_embeddings} positions: "
             "preprocess with a smaller seq_length"
         )
+    if config.train.router == "trained" and not arch.num_experts:
+        raise ConfigError("train.router trained: this model has no experts: remove it")
     stages = stages_of(config, arch)
     if config.adapter is not None:
         check_adapter_layout(arch, config.adapter, config.parallel.tensor, stages)
@@ -258,4 +261,7 @@ def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) 
         seed=seed,
         adapter=config.adapter,
         stages=stages_of(config, arch),
+        router=RouterSettings(
+            trained=config.train.router == "trained", balance=config.train.router_balance, z=config.train.router_z
+        ),
     )

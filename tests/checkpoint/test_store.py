@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -24,7 +26,9 @@ from megatron_mixcpt.checkpoint.store import (
     seal,
     step_of,
 )
+from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
+from megatron_mixcpt.plan.estimate import kept_checkpoints
 from tests.helpers.checkpoints import checkpoint_info
 
 
@@ -152,3 +156,17 @@ def test_missing_room_is_told_with_numbers(tmp_path):
     require_space(tmp_path, 1)
     with pytest.raises(MixcptError, match=r"needs 1048576\.00 GiB.*lower checkpoint\.keep"):
         require_space(tmp_path, 1 << 50)
+
+
+@given(st.integers(1, 30), st.integers(0, 8), st.integers(1, 4), st.integers(0, 8))
+def test_as_many_are_kept_as_the_plan_says(steps, every, keep, keep_every):
+    checkpoint = {"every": every, "every_minutes": 0, "keep": keep, "keep_every": keep_every}
+    values = {"data": {"mix": "mix.json"}, "model": {"preset": "tiny"}, "train": {"steps": steps}, "run_dir": "run"}
+    config = Config.model_validate(values | {"checkpoint": checkpoint})
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        for step in range(1, steps + 1):
+            if step == steps or (every and step % every == 0):
+                (parent / f"step_{step:08d}").mkdir()
+                prune(parent, keep, keep_every)
+        assert len(list_checkpoints(parent)) == kept_checkpoints(config)

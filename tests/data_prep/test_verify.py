@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,14 @@ def reseal(out: Path, entry_of) -> None:
     mix, manifest = load_mix(out), json.loads((out / "manifest.json").read_text())
     entry = entry_of(mix)
     old = entry["prefix"]
-    hashes = [describe_file(out / (old + ending))["hash"] for ending in (".bin", ".flags.bin")]
+    hashes = [describe_file(out / (old + ending)).hash for ending in (".bin", ".flags.bin")]
     shape = "pairs" if "pairs-" in old else str(mix["seq_length"])
     entry["hash"] = content_hash(hashes, shape)
     entry["prefix"] = old[:-12] + entry["hash"][:12]
     for ending in (".bin", ".idx", ".flags.bin", ".flags.idx"):
         os.replace(out / (old + ending), out / (entry["prefix"] + ending))
         manifest["files"].pop(old + ending)
-        manifest["files"][entry["prefix"] + ending] = describe_file(out / (entry["prefix"] + ending))
+        manifest["files"][entry["prefix"] + ending] = asdict(describe_file(out / (entry["prefix"] + ending)))
     (out / "manifest.json").write_text(json.dumps(manifest))
     mix["fingerprint"] = fingerprint(mix)
     (out / "mix.json").write_text(json.dumps(mix))

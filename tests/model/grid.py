@@ -52,6 +52,21 @@ UNLIKE_LLAMA = Architecture(
     rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.2),
     initializer_range=0.2,
 )
+EXPERTS = Architecture(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    vocab_size=130,
+    num_experts=4,
+    experts_per_token=2,
+    expert_ffn_size=20,
+    normalize_routing=True,
+    dense_layers=(2,),
+    initializer_range=0.2,
+)
 SEQUENCE, MICROBATCHES, BATCH = 24, 4, 2
 
 

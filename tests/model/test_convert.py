@@ -65,7 +65,7 @@ def load_wholes(rank, world_size, cases):
 @pytest.mark.distributed
 def test_a_converted_checkpoint_loads_into_any_layout(tmp_path):
     cases = []
-    for name in ("llama-tied-llama3", "qwen2", "olmo3", "phi4-mini", "gemma3"):
+    for name in ("llama-tied-llama3", "qwen2", "olmo3", "phi4-mini", "gemma3", "mixtral", "qwen3-experts"):
         source, checkpoint = tmp_path / name / "in", tmp_path / name / "ckpt"
         make(name, source)
         assert main(["convert", "--hf", str(source), "--out", str(checkpoint)]) == 0
@@ -237,7 +237,13 @@ REFUSALS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), 2, "no config.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), 2, "cannot read"),
     "unknown family": (damage_config(model_type="gpt2"), 2, "'gpt2' is not supported; these are: gemma3_text, llama"),
-    "experts": (damage_config(model_type="mixtral", num_local_experts=8), 2, "mixture-of-experts"),
+    "experts of another family": (damage_config(model_type="qwen2_moe"), 2, "'qwen2_moe' is not supported"),
+    "experts in a dense family": (
+        damage_config(num_local_experts=8),
+        2,
+        r"model_type 'llama' with experts \(num_local_experts\) is not supported",
+    ),
+    "clipped queries": (damage_config(model_type="olmoe", clip_qkv=8.0), 2, "clip_qkv is not supported"),
     "dynamic": (damage_config(rope_parameters=ROPE), 2, "rope type 'dynamic'"),
     "old dynamic": (damage_config(rope_parameters=None, rope_scaling=ROPE), 2, "rope type 'dynamic'"),
     "gelu": (damage_config(hidden_act="gelu"), 2, "hidden_act 'gelu'"),

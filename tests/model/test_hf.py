@@ -71,7 +71,7 @@ def exported(models, tmp_path_factory):
                 for name, (source, _) in models.items():
                     result[name, grid] = out / grid / name
                     jobs.append((source, result[name, grid], tensor, pipeline, torch.float32))
-        run_distributed(round_trips, world_size, jobs)
+        run_distributed(round_trips, world_size, jobs, timeout=400)
     return result
 
 

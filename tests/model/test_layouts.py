@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.spawn import run_distributed
-from tests.model.grid import TIED, TINY, UNLIKE_LLAMA, step, steps, whole_gradients
+from tests.model.grid import EXPERTS, TIED, TINY, UNLIKE_LLAMA, step, steps, whole_gradients
 
 TWO = {
     "tensor": {"tensor": 2},
@@ -35,13 +35,33 @@ FOUR = {
     "context-4": {"context": 4},
     "tensor-data": {"tensor": 2, "sequence": True},
 }
-ARCHITECTURES = {"grouped": TINY, "tied-multi-query": TIED, "unlike-llama": UNLIKE_LLAMA}
-CHEAPER = ("sequence", "sequence-recompute", "uneven-pipeline", "recompute-attention", "context", "tensor-pipeline")
+ARCHITECTURES = {"grouped": TINY, "tied-multi-query": TIED, "unlike-llama": UNLIKE_LLAMA, "experts": EXPERTS}
+# Of these architectures those that their features can make a difference in.
+CHOSEN = {
+    "unlike-llama": (
+        "sequence",
+        "sequence-recompute",
+        "uneven-pipeline",
+        "recompute-attention",
+        "context",
+        "tensor-pipeline",
+    ),
+    "experts": (
+        "tensor",
+        "sequence",
+        "uneven-pipeline",
+        "interleaved",
+        "recompute-mlp",
+        "context",
+        "data-overlap",
+        "tensor-pipeline",
+    ),
+}
 
 
 def cases_of(layouts):
-    """(architecture, layout): of the last architecture those that its features can make a difference in."""
-    return [(key, name) for key in ARCHITECTURES for name in layouts if key != "unlike-llama" or name in CHEAPER]
+    """(architecture, layout)."""
+    return [(key, name) for key in ARCHITECTURES for name in layouts if name in CHOSEN.get(key, layouts)]
 
 
 @pytest.fixture(scope="module")

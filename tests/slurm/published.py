@@ -45,6 +45,12 @@ CONFIGS = {
         hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=1024, sliding_window_pattern=6,
         rope_local_base_freq=10000.0, rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
+    "Qwen3-30B-A3B": _config(
+        "qwen3_moe", hidden=2048, ffn=6144, layers=48, heads=32, groups=4, vocabulary=151936, positions=40960,
+        eps=1e-6, theta=1000000.0, architectures=["Qwen3MoeForCausalLM"], head_dim=128, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
+        mlp_only_layers=[], sliding_window=None, use_sliding_window=False,
+    ),
 }  # fmt: skip
 PARAMETERS = {
     "SmolLM2-135M": 134.5,
@@ -53,5 +59,6 @@ PARAMETERS = {
     "Meta-Llama-3-70B": 70553.7,
     "Qwen2-7B": 7615.6,
     "gemma-3-4b-text": 3880.3,
+    "Qwen3-30B-A3B": 30532.1,
 }
 """In millions, as their model cards say (tied embeddings counted once)."""

@@ -10,7 +10,8 @@ from megatron_mixcpt.architecture.architecture import Architecture
 
 Names = tuple[str, ...]
 
-# The Hugging Face tensors that each whole tensor of a layer (architecture/layout.py) is made of, in order: Llama's.
+# The Hugging Face tensors that each whole tensor of a layer (architecture/layout.py) is made of, in order: Llama's,
+# and of experts those that most families have.
 # A name that stands several times is one tensor that holds them all, one above the other.
 LLAMA_NAMES: dict[str, Names] = {
     "input_layernorm.weight": ("input_layernorm.weight",),
@@ -22,6 +23,9 @@ LLAMA_NAMES: dict[str, Names] = {
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+    "mlp.router.weight": ("mlp.gate.weight",),
+    "mlp.experts.linear_fc1.weight": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "mlp.experts.linear_fc2.weight": ("mlp.experts.{}.down_proj.weight",),
 }
 
 
@@ -50,7 +54,7 @@ class Family:
         model_type: as config.json calls it.
         model_class: transformers' class, which config.json names too.
         features: fields of Architecture that all models of the family have alike.
-        names: where they differ from LLAMA_NAMES.
+        names: where they differ from LLAMA_NAMES. Of experts, one after the other: `{}` is the number of each.
         read: further fields of Architecture, from a transformers configuration. Raises ValueError, which says what is
             not supported.
         write: further entries of config.json, from an architecture.
@@ -65,6 +69,9 @@ class Family:
     write: Callable[[Architecture], dict[str, Any]] = _nothing
     partial_rotary: bool = False
 
-    def layer_names(self, rest: str) -> Names:
+    def layer_names(self, rest: str, num_experts: int) -> Names:
         """Of the whole tensor `decoder.layers.N.<rest>`, without `model.layers.N.`."""
-        return self.names[rest] if rest in self.names else LLAMA_NAMES[rest]
+        names = self.names[rest] if rest in self.names else LLAMA_NAMES[rest]
+        if ".experts." in rest:
+            return tuple(name.format(expert) for expert in range(num_experts) for name in names)
+        return names

@@ -1,0 +1,95 @@
+"""A mixture of experts trains alike on every process grid, goes on in another, and keeps its router where told to."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_mixcpt.cli import main
+from megatron_mixcpt.observe.names import documented
+from tests.helpers.corpus import write_mix
+from tests.helpers.ports import free_port
+from tests.helpers.spawn import run_distributed
+from tests.model.families import make, read_all
+from tests.train.runs import losses, run_all, settings
+
+TRAINED = {"router": "trained"}
+ONE = {"trained": {"train": TRAINED}, "frozen": {"train": {"distributed_optimizer": True}}}
+TWO = {
+    "trained TP2+SP": {"train": TRAINED, "parallel": {"tensor": 2, "sequence": True}},
+    "trained PP2": {"train": TRAINED, "parallel": {"pipeline": 2}},
+    "trained CP2": {"train": TRAINED, "parallel": {"context": 2}},
+    "frozen DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a small Qwen3-MoE, `model`, and data for it."""
+    folder = tmp_path_factory.mktemp("experts")
+    make("qwen3-experts", folder / "model", vocab_size=256, initializer_range=0.05, num_hidden_layers=2)
+    write_mix(folder / "data")
+    return folder
+
+
+def configuration(folder, name, **sections):
+    train = {"adam_eps": 1e-5, "lr": 3e-4} | sections.pop("train", {})
+    model = {"preset": None, "hf": str(folder / "model")}
+    return settings(folder / "data/mix.json", folder / name, model=model, train=train, **sections)
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    runs = {
+        world_size: {name: (free_port(), configuration(folder, name, **of)) for name, of in layouts.items()}
+        for world_size, layouts in ((1, ONE), (2, TWO))
+    }
+    return run_distributed(run_all, 1, runs[1])[0] | run_distributed(run_all, 2, runs[2])[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", TWO)
+def test_two_processes_train_as_one_does(results, layout):
+    one, other = results[layout.split()[0]], results[layout]
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
+    np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
+    for name, weight in one["weights"].items():
+        np.testing.assert_allclose(other["weights"][name], weight, rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.distributed
+def test_a_router_learns_only_where_it_is_asked_to(folder, results):
+    before = read_all(folder / "model")["model.layers.0.mlp.gate.weight"].numpy()
+    name = "decoder.layers.0.mlp.router.weight"
+    assert np.array_equal(results["frozen"]["weights"][name], before)
+    assert not np.allclose(results["trained"]["weights"][name], before, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, capsys):
+    values = configuration(folder, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2})
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(values))
+    first, rest = ["train.steps=2", "train.schedule=constant"], ["train.schedule=constant"]
+    assert main(["train", str(config), *first]) == 0
+    assert main(["train", str(config), "--nproc", "2", "parallel.tensor=2", *rest]) == 0
+    whole = values | {"run_dir": str(tmp_path / "whole")}
+    config.write_text(yaml.safe_dump(whole))
+    assert main(["train", str(config), *rest]) == 0
+    expected = losses(tmp_path / "whole")
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(expected[step], rel=1e-6)
+    capsys.readouterr()
+    assert main(["train", str(config), *rest, "train.steps=5", "train.router=trained"]) == 2
+    assert "was trained with train.router=frozen" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    moe = {name: value for row in rows for name, value in row.items() if name.startswith("moe/")}
+    assert {"moe/balance", "moe/z", "moe/idle", "moe/load_max/0"} <= moe.keys() and "moe/load_max/1" not in moe
+    assert 1.0 < moe["moe/load_max/0"] < 6 and all(documented(name) for name in moe)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    before, after = read_all(folder / "model"), read_all(tmp_path / "out")
+    assert after.keys() == before.keys()
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    assert frozen == {name for name in before if name.endswith("mlp.gate.weight")}
