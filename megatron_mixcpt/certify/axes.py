@@ -36,11 +36,12 @@ _SEQUENCE: Mapping[str, Any] = {"sequence": False}
 _INTERLEAVE: Mapping[str, Any] = {"interleave": 1, "layers_per_stage": None}
 _NO_TEACHER: Mapping[str, Mapping[str, Any]] = {
     "loss": {"target": "none", "fuse_lm_head": False},
-    "teacher": {"source": "none"},
+    "teacher": {"source": "none", "cache": None, "hf": None, "offload": "none"},
 }
 LAYOUT = (
     Axis("parallel.sequence", {"parallel": _SEQUENCE}, "parallel.tensor"),
     Axis("parallel.interleave", {"parallel": _INTERLEAVE}, "parallel.pipeline"),
+    Axis("parallel.layers_per_stage", {"parallel": {"layers_per_stage": None}}, "parallel.pipeline"),
     Axis("train.distributed_optimizer", {"train": {"distributed_optimizer": False}}),
     Axis("train.overlap_grad_reduce", {"train": {"overlap_grad_reduce": False}}),
     Axis("train.recompute", {"train": {"recompute": "none"}}),
@@ -53,7 +54,8 @@ LAYOUT = (
 FUNCTION = (
     Axis("loss.fuse_lm_head", {"loss": {"fuse_lm_head": False}}, "the teacher"),
     Axis("adapter", {"adapter": None, "teacher": {"source": "initial"}}),
-    Axis("the teacher", _NO_TEACHER),
+    Axis("forget", {"forget": None}, "the teacher"),
+    Axis("the teacher", {**_NO_TEACHER, "forget": None}),
 )
 AXES = LAYOUT + FUNCTION
 
@@ -103,13 +105,20 @@ def _without(problem: Problem, whole: Variant, axes: list[Axis], name: str) -> V
         variant = _variant(problem, name, values, grid)
     except ConfigError:
         return None
-    same = {**variant.values, "run_dir": ""} == {**whole.values, "run_dir": ""} and grid == problem.grid
+    same = _settings(variant) == _settings(whole) and grid == problem.grid
     return None if same else variant
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """Its values without places of its own."""
+    return {**variant.values, "run_dir": "", "teacher": {**variant.values["teacher"], "cache": None}}
 
 
 def _variant(problem: Problem, name: str, values: dict[str, Any], grid: Grid) -> Variant:
     folder = "".join(character if character.isalnum() else "_" for character in name)
     values["run_dir"] = str(problem.folder / "runs" / folder)
+    if values["teacher"]["source"] == "cached":
+        values["teacher"] = {**values["teacher"], "cache": f"{values['run_dir']}-cache"}
     return Variant(name, values, validate(Config, values, name), grid.world_size)
 
 

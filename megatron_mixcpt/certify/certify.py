@@ -12,6 +12,7 @@ import torch
 from megatron_mixcpt.certify.compare import Deviation
 from megatron_mixcpt.certify.problem import SEQ_LENGTH, pose
 from megatron_mixcpt.certify.report import KINDS, write_page
+from megatron_mixcpt.certify.scope import refuse_what_cannot_be_certified, small_parts
 from megatron_mixcpt.certify.trial import Outcome, on_this_machine, try_all
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
@@ -32,9 +33,11 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
         device: cpu or cuda; None takes CUDA where this machine has a device for each rank of the small grid.
         out: folder of certificate and page.
 
-    Raises ConfigError for what `mixcpt train` would refuse, VerificationError where something is off.
+    Raises ConfigError for what `mixcpt train` would refuse and what cannot be certified, VerificationError where
+    something is off.
     """
     began = time.monotonic()
+    refuse_what_cannot_be_certified(config)
     data_size = data_parallel_size(config, nproc)
     ranks = config.parallel.replica * data_size
     arch, mix = check_settings(config, nproc or ranks)
@@ -43,7 +46,7 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
             f"certify: the oracle has no mixtures of experts ({arch.model_type}) yet; `mixcpt rehearse` runs them"
         )
     layout = config.parallel
-    small = small_architecture(arch, layout.tensor, layout.pipeline * layout.interleave, SEQ_LENGTH)
+    small = small_architecture(arch, layout.tensor, small_parts(config), SEQ_LENGTH)
     grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))
     chosen = _device(device, grid.world_size)
     print(

@@ -19,6 +19,7 @@ from megatron_mixcpt.certify.formulas import AdamW, learning_rate
 from megatron_mixcpt.certify.observed import Step
 from megatron_mixcpt.certify.oracle import Expected, Oracle, read_adapter, read_weights
 from megatron_mixcpt.certify.problem import START, STUDENT, Problem
+from megatron_mixcpt.certify.scope import pressed
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.weights import DTYPES
 
@@ -90,7 +91,9 @@ class Judge:
             ends = {of.sample: of.begin + len(of.tokens) for of in documents}
             lengths = {sample: self._row_length(step, sample, ends) for sample in step.rows}
             choices = {sample: logits.argmax(-1) for sample, logits in step.teacher.items() if logits.shape[-1] > 2}
-            exact, plain = (o.step(weights, documents, lengths, choices) for o in (self._exact, self._plain))
+            factor, _ = pressed(self._config, number)
+            oracles = (self._exact, self._plain)
+            exact, plain = (o.step(weights, documents, lengths, choices, factor) for o in oracles)
             eps = COPIES * float(torch.finfo(torch.float32).eps)
             found += [Deviation("copies", f"copies of: {k}", number, e, eps) for k, e in step.copies.items()]
             found += self._tensors("teacher", "the teacher's logits", number, step.teacher, exact, plain)
@@ -154,7 +157,7 @@ class Judge:
             for dtype in (torch.float64, torch.float32)
         ]
         for number, step in enumerate(steps):
-            rate = learning_rate(
+            rate = pressed(self._config, number)[1] * learning_rate(
                 number,
                 peak=train.lr,
                 least=train.min_lr,

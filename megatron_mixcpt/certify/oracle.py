@@ -25,6 +25,7 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 
 KINDS = ("domain", "instruction", "preference", "preference", "general")  # by number of the kind
+WITHOUT_ADAPTER = ("adapter_off", "cached", "deepspeed")  # teachers that are the base model alone
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Oracle:
         documents: list[Document],
         lengths: Mapping[int, int],
         choices: Mapping[int, Tensor],
+        kd_factor: float = 1.0,
     ) -> Expected:
         """Losses and gradients of one step on `documents`.
 
@@ -75,6 +77,7 @@ class Oracle:
             weights: what is trained, by Hugging Face name.
             lengths: of each sample its row's tokens.
             choices: of each sample the teacher's first choice at each token, `[s]`; needed where a target is edited.
+            kd_factor: on the configured weight of the distillation.
         """
         expected = Expected()
         trained = {name: weight.detach().to(self.dtype, copy=True).requires_grad_() for name, weight in weights.items()}
@@ -87,7 +90,7 @@ class Oracle:
             if self.config.kind == "dpo":
                 total = self._pairs(student, teacher, documents, expected)
             else:
-                total = self._tokens(student, teacher, documents, lengths, choices, expected)
+                total = self._tokens(student, teacher, documents, lengths, choices, kd_factor, expected)
             gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         expected.gradients = {
             name: torch.zeros_like(weight) if gradient is None else gradient
@@ -98,7 +101,7 @@ class Oracle:
         return expected
 
     def _of_teacher(self) -> dict[str, Tensor] | None:
-        return None if self.config.teacher.source == "adapter_off" else self._adapter_start
+        return None if self.config.teacher.source in WITHOUT_ADAPTER else self._adapter_start
 
     @contextlib.contextmanager
     def _weights(self, weights: Mapping[str, Tensor], adapter: dict[str, Tensor] | None) -> Iterator[None]:
@@ -139,11 +142,12 @@ class Oracle:
         documents: list[Document],
         lengths: Mapping[int, int],
         choices: Mapping[int, Tensor],
+        kd_factor: float,
         expected: Expected,
     ) -> Tensor:
         """Sum of the tokens' losses over their number."""
         loss, distils = self.config.loss, self.config.uses_teacher
-        kd_weight = 0.0 if loss.target == "none" else loss.kd_weight
+        kd_weight = 0.0 if loss.target == "none" else kd_factor * loss.kd_weight
         scale = 1.0 / (loss.ce_weight + kd_weight) if loss.normalize else 1.0
         total, count = student.new_zeros(()), 0
         for index, document in enumerate(documents):
@@ -152,7 +156,7 @@ class Oracle:
                 whole = expected.teacher.setdefault(
                     document.sample, teacher.new_full((lengths[document.sample], teacher.shape[-1]), torch.nan)
                 )
-                whole[place : place + len(document.tokens)] = teacher[index, : len(document.tokens)]
+                whole[place : place + len(document.tokens)] = self._told(teacher[index, : len(document.tokens)])
             row = expected.losses.setdefault(document.sample, student.new_zeros(lengths[document.sample]))
             follow = document.targets.nonzero().squeeze(1)  # tokens to predict; each by the one before it
             if len(follow) == 0:
@@ -175,6 +179,13 @@ class Oracle:
             row[place + before] = values.detach()
             total = total + values.sum()
         return total / max(count, 1)
+
+    def _told(self, logits: Tensor) -> Tensor:
+        """The teacher's logits as they can be observed: a cache keeps them up to a constant a token."""
+        if self.config.teacher.source != "cached":
+            return logits
+        temperature = self.config.loss.temperature
+        return temperature * torch.log_softmax(logits / temperature, -1)
 
     def _factors(self, kind: int) -> tuple[float, float]:
         factors = self.config.loss.by_kind.get(cast(Any, KINDS[kind]))

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
 from megatron_mixcpt.certify.sample import write_sample
+from megatron_mixcpt.certify.scope import left_out, small_parts, small_stages
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.names import hf_shapes
-from megatron_mixcpt.rehearse.scale import REPLACED_TEACHERS, small_architecture, small_run, write_model
+from megatron_mixcpt.rehearse.scale import small_architecture, small_run, write_model
 from megatron_mixcpt.rehearse.size import Grid
 
 SEQ_LENGTH = 48  # at least
@@ -83,7 +84,7 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     kept = _of_kind(mix, config)
     sample = write_sample(kept, arch, layout.tensor, seq_length, rows, folder / "data")
     small = dataclasses.replace(
-        small_architecture(arch, layout.tensor, layout.pipeline * layout.interleave, seq_length),
+        small_architecture(arch, layout.tensor, small_parts(config), seq_length),
         vocab_size=json.loads(sample.read_text())["tokenizer"]["vocab_size"],
         max_position_embeddings=max(arch.max_position_embeddings, 2 * seq_length),
         sliding_window=min(arch.sliding_window, seq_length // 6) if arch.sliding_window else None,
@@ -91,25 +92,31 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     start = _drawn(small, config.train.seed)
     write_model(small, folder / START, torch.bfloat16, start)
     write_model(small, folder / STUDENT, torch.bfloat16, _moved(start, config.train.seed))
-    values |= {"forget": None, "eval": {"every": 0}}
+    values |= {"forget": config.model_dump()["forget"], "eval": {"every": 0}}
+    values["teacher"] = _teacher(config, folder)
+    values["parallel"] |= {"layers_per_stage": small_stages(config)}
     values["data"] |= {"weights": {}}  # which are the sample's own
     factor = LEARNING_RATE / config.train.lr
     values["train"] |= {"lr": LEARNING_RATE, "min_lr": factor * config.train.min_lr}
-    left_out = [f"teacher.source {config.teacher.source}: initial stands in for it"] * (
-        config.uses_teacher and config.teacher.source in REPLACED_TEACHERS
-    )
-    problem = Problem(folder, values, small, grid, seq_length, ())
+    problem = Problem(folder, values, small, grid, seq_length, left_out(config))
     if config.adapter is not None:
-        left_out += ["adapter.dropout: drawn anew by whoever draws"] * bool(config.adapter.dropout)
-        values["adapter"] |= {"init": str(problem.adapter(START)), "dropout": 0.0}
+        # A cache names the base model's weights alone, and is no teacher of a run that begins with an adapter.
+        begins = None if values["teacher"]["source"] == "cached" else str(problem.adapter(START))
+        values["adapter"] |= {"init": begins, "dropout": 0.0}
         adapter = AdapterConfig.model_validate(values["adapter"])
         for which, seed in ((START, 1), (STUDENT, 2)):
             write_adapter(problem.adapter(which), small, adapter, config.train.seed + seed)
-    if config.forget is not None:
-        left_out.append("forget: its changes of weights and rates during a run")
-    if layout.layers_per_stage is not None:
-        left_out.append("parallel.layers_per_stage: the small model has a layer for each part")
-    return dataclasses.replace(problem, left_out=tuple(left_out))
+    return problem
+
+
+def _teacher(config: Config, folder: Path) -> dict[str, Any]:
+    """The run's teacher; the model that training starts from in place of another."""
+    values = config.model_dump()["teacher"]
+    if config.teacher.hf is not None:
+        values["hf"] = str(folder / START)
+    if config.teacher.offload == "nvme":
+        values |= {"offload": "cpu", "nvme_path": None}
+    return values
 
 
 def _of_kind(mix: Mix, config: Config) -> Mix:

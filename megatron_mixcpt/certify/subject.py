@@ -18,18 +18,22 @@ from torch import Tensor
 
 from megatron_mixcpt.adapters.files import read_directory
 from megatron_mixcpt.certify.problem import STEPS
+from megatron_mixcpt.certify.scope import pressed
 from megatron_mixcpt.config import AdapterConfig, Config, validate
 from megatron_mixcpt.data.batch import Batch, train_batches
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.load import load_hf
+from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.pairs import PairBatch, PairRows
 from megatron_mixcpt.objectives.task import Objective
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context
-from megatron_mixcpt.teacher.interface import DenseTarget, HiddenTarget, Target, Teacher
+from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.teacher.interface import DenseTarget, HiddenTarget, Target, Teacher, TopkTarget
+from megatron_mixcpt.train.cache_teacher import cache_teacher
 from megatron_mixcpt.train.optimizer import optimizer_step
-from megatron_mixcpt.train.setup import Components, build
+from megatron_mixcpt.train.setup import Components, build, read_model_and_mix
 
 CASES = "cases.json"
 
@@ -70,6 +74,8 @@ def observe(case: Case) -> dict[str, Any]:
     """What this rank has seen: its place in the grid, and of each step what `_step` returns."""
     config = validate(Config, case.values, "certify")
     grid = config.parallel
+    if config.uses_teacher and config.teacher.source == "cached":
+        _fill_cache(config)
     with parallel_context(
         grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context, interleave=grid.interleave
     ) as state:
@@ -77,7 +83,8 @@ def observe(case: Case) -> dict[str, Any]:
         stage = cast(Any, components.model.module)
         _move(stage, case)
         components.optimizer.reload_model_params()
-        recorder = Recorder(components.run.objective)
+        width = stage.arch.padded_vocab_size(grid.tensor) // grid.tensor
+        recorder = Recorder(components.run.objective, config, slice(stage.vocab_start, stage.vocab_start + width))
         components.run.objective = recorder
         train = config.train
         batches = train_batches(
@@ -100,6 +107,14 @@ def observe(case: Case) -> dict[str, Any]:
             "vocab_start": stage.vocab_start,
             "steps": steps,
         }
+
+
+def _fill_cache(config: Config) -> None:
+    """Everything that the teacher answers, as `mixcpt cache-teacher` writes it, in as many ranks."""
+    whole_rows = config.parallel.model_copy(update={"context": 1})
+    arch, _ = read_model_and_mix(config)
+    with StopRequest() as stop:
+        cache_teacher(config.model_copy(update={"parallel": whole_rows}), stop, top_k=arch.vocab_size, bits=32)
 
 
 def _move(stage: StageModel, case: Case) -> None:
@@ -125,11 +140,14 @@ def _step(
     """One step, in the order of the training loop."""
     stage = cast(Any, components.model.module)
     recorder.begin()
+    kd_factor, rate_factor = pressed(config, step)
+    if config.forget is not None:
+        recorder.weigh(kd_factor * config.loss.kd_weight)
     components.model.zero_grad_buffer()
     components.optimizer.zero_grad()
     components.run(drawn)
     gradients = _gradients(components, stage)
-    norm = optimizer_step(components.optimizer, step, config.train)
+    norm = optimizer_step(components.optimizer, step, config.train, rate_factor=rate_factor)
     size = config.train.micro_batch_size
     ids = [[(m * state.data_size + state.data_rank) * size + row for row in range(size)] for m in range(len(drawn))]
     rows = {
@@ -159,14 +177,18 @@ def _sequences(batch: Batch, row: int, components: Components) -> list[int]:
 
 
 class Recorder:
-    """An objective that keeps what another computes: losses and the teacher's logits of every micro-batch."""
+    """An objective that keeps what another computes: losses and the teacher's logits of every micro-batch.
 
-    def __init__(self, objective: Objective) -> None:
+    Args:
+        vocabulary: this rank's columns of the logits, padding included.
+    """
+
+    def __init__(self, objective: Objective, config: Config, vocabulary: slice) -> None:
         self._objective = objective
         self.seen: dict[int, dict[str, Tensor]] = {}
         teacher = getattr(objective, "teacher", None)
         if teacher is not None:
-            objective.teacher = _RecordedTeacher(teacher, self.seen)  # type: ignore[attr-defined]
+            objective.teacher = _RecordedTeacher(teacher, self.seen, config, vocabulary)  # type: ignore[attr-defined]
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -178,6 +200,9 @@ class Recorder:
         teacher = getattr(self._objective, "teacher", None)
         if isinstance(teacher, _RecordedTeacher):
             teacher.seen = self.seen
+
+    def weigh(self, kd_weight: float) -> None:
+        cast(MixCPTLoss, self._objective).weigh(kd_weight)
 
     def begin_step(self, batches: list[Batch]) -> None:
         self._objective.begin_step(batches)
@@ -203,8 +228,9 @@ class Recorder:
 
 
 class _RecordedTeacher:
-    def __init__(self, teacher: Teacher, seen: dict[int, dict[str, Tensor]]) -> None:
+    def __init__(self, teacher: Teacher, seen: dict[int, dict[str, Tensor]], config: Config, vocabulary: slice) -> None:
         self._teacher, self.seen = teacher, seen
+        self._temperature, self._vocabulary = config.loss.temperature, vocabulary
 
     def begin_step(self, batches: list[Batch]) -> None:
         self._teacher.begin_step(batches)
@@ -219,7 +245,17 @@ class _RecordedTeacher:
             if hidden.shape[0] != batch.tokens.shape[1]:
                 hidden = gather_from_sequence_parallel_region(hidden)
             self._keep(index, hidden.float() @ target.head.float().t())  # as the fused loss has them
+        else:
+            self._keep(index, self._kept(target))
         return target
+
+    def _kept(self, target: TopkTarget) -> Tensor:
+        """This rank's logits `[s, b, v/tp]` of an answer of all tokens, up to a constant a token."""
+        size = max(self._vocabulary.stop, int(target.ids.max()) + 1)
+        logp = target.logp.new_full((*target.ids.shape[:2], size), -torch.inf).scatter(
+            -1, target.ids.long(), target.logp
+        )
+        return self._temperature * logp.log_softmax(-1)[..., self._vocabulary]
 
     def _keep(self, index: int, logits: Tensor) -> None:
         self.seen.setdefault(index, {})["teacher"] = logits.cpu().clone()  # [s, b, v/tp]

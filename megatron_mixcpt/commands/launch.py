@@ -77,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         ask = validate(Resources, options, "mixcpt launch")
         config = load_config(Config, args.config, args.overrides)
+        if args.certify:
+            from megatron_mixcpt.certify.scope import refuse_what_cannot_be_certified
+
+            refuse_what_cannot_be_certified(config)
         words = [config.command, args.config, *args.overrides]
         jobs = [certify_job(words, ask)] * args.certify + command_jobs(config.command, words, ask, Path())
         # What the command would refuse is refused before anything waits in a queue.

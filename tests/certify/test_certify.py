@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
+from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
+from megatron_mixcpt.huggingface.config import config_dict
 from tests.helpers.certifying import computed, posed, with_fault
 from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
@@ -61,7 +64,25 @@ RIGHT = {
     },
     "lora on some layers": {
         "parallel": {"pipeline": 2},
-        "adapter": {"method": "lora", "rank": 4, "targets": ["q_proj", "down_proj"], "dropout": 0.1},
+        "adapter": {"method": "lora", "rank": 4, "targets": ["q_proj", "down_proj"]},
+        "train": TRAIN,
+    },
+    "cached, a budget of forgetting": {
+        "parallel": {"context": 2},
+        "teacher": {"source": "cached", "cache": "cache"},
+        "loss": {"target": "mft", "temperature": 2.0},
+        "forget": {"budget": 0.1},
+        "train": TRAIN,
+    },
+    "cached, adapter": {
+        "parallel": {"tensor": 2},
+        "teacher": {"source": "cached", "cache": "cache"},
+        "adapter": {"method": "lora", "rank": 4},
+        "train": TRAIN,
+    },
+    "deepspeed, uneven stages": {
+        "parallel": {"pipeline": 2, "layers_per_stage": [3, 1]},
+        "teacher": {"source": "deepspeed", "hf": "teacher", "offload": "cpu"},
         "train": TRAIN,
     },
     "sft": {"align": {"method": "sft"}, "loss": {"by_kind": {}, "target": "none"}, "train": TRAIN},
@@ -82,10 +103,26 @@ def mix(tmp_path_factory):
     return path
 
 
+def with_teacher(mix, folder):
+    """A copy of the mixture in `folder`, and beside it `teacher`, a model with its tokenizer; returns both."""
+    shutil.copytree(mix.parent, folder)
+    for name in ("tokenizer", "teacher"):
+        save_tiny_tokenizer(["the heron waits"], folder / name)
+    (folder / "teacher" / "config.json").write_text(json.dumps(config_dict(QWEN2)))
+    return folder / mix.name, folder / "teacher"
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_within_its_bounds_in_fp32_and_bf16(tmp_path, mix, name):
-    problem = posed(tmp_path / "posed", mix, **RIGHT[name])
+    sections = dict(RIGHT[name])
+    teacher = sections.get("teacher", {})
+    if "hf" in teacher:
+        mix, folder = with_teacher(mix, tmp_path / "data")
+        sections["teacher"] = teacher | {"hf": str(folder)}
+    elif "cache" in teacher:
+        sections["teacher"] = teacher | {"cache": str(tmp_path / "cache")}
+    problem = posed(tmp_path / "posed", mix, **sections)
     (problem,) = computed(problem, ["nothing"], tmp_path / "ranks").values()
     for dtype in ("fp32", "bf16"):
         deviations = judged(problem, whole_run(problem, dtype))
@@ -128,6 +165,16 @@ def test_what_is_off_is_exit_code_3_and_leaves_no_certificate(tmp_path, mix, mon
     assert "gradient of model.layers.0.input_layernorm.weight" in told and "gradient of model.layers.0.mlp" not in told
     assert not (tmp_path / "out" / FILE_NAME).exists()
     assert "it appears with parallel.sequence" in (tmp_path / "out" / "certify.md").read_text()
+
+
+def test_what_no_oracle_can_foretell_is_refused_by_name(tmp_path, mix, capsys):
+    path = config_file(tmp_path, mix, adapter={"method": "lora", "rank": 4, "dropout": 0.1}, train=TRAIN)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE_NAME).write_text("a certificate of other settings")
+    for words in (["certify", path], ["launch", path, "--certify", "--dry-run", "--nodes", "1"]):
+        assert main(words) == 2
+        assert "adapter.dropout=0" in capsys.readouterr().err
+    assert (tmp_path / "run" / FILE_NAME).read_text() == "a certificate of other settings"
 
 
 def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):

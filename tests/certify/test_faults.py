@@ -78,6 +78,18 @@ PROBLEMS = {
             "shards of updated weights are not gathered": f"with train.distributed_optimizer and {DATA}",
         },
     ),
+    "kept": (
+        {
+            "parallel": {"tensor": 2},
+            "teacher": {"source": "cached", "cache": "cache"},
+            "forget": {"budget": 0.1},
+            **SMALL,
+        },
+        {
+            "kept answers are of the next token": "with the teacher",
+            "the budget s distillation weight never takes hold": "with forget",
+        },
+    ),
     "precision": (BF16, {"master weights never reach the model": ANYWHERE}),
     "adapter": (
         {
@@ -127,6 +139,8 @@ def runs(tmp_path_factory, mix):
         if name not in known:
             folder = tmp_path_factory.mktemp(name)
             sections, faults = PROBLEMS[name]
+            if "teacher" in sections and "cache" in sections["teacher"]:
+                sections = sections | {"teacher": sections["teacher"] | {"cache": str(folder / "cache")}}
             problem = posed(folder / "posed", mix[name == "preferences"], **sections)
             known[name] = computed(problem, list(faults), folder / "faults", chosen(faults))
         return known[name]

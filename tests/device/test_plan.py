@@ -10,7 +10,7 @@ from megatron_mixcpt.config import Config, load_config, validate
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.train.setup import check_settings
 from tests.device.imagined import resident_bytes
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import add_pairs, write_mix
 from tests.model.families import make
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
@@ -27,6 +27,10 @@ RUNS = {  # name -> (ranks, what differs)
     "fused head": (1, {"train": {"dtype": "bf16"}, "loss": {"fuse_lm_head": True}}),
     "lora": (1, {"adapter": {"method": "lora"}, "teacher": {"source": "adapter_off"}}),
     "alora": (1, {"adapter": {"method": "alora", "rank": 32}} | NO_TEACHER),
+    "offload": (1, {"optimizer": {"offload": "cpu"}}),
+    "offload, bf16": (1, {"optimizer": {"offload": "cpu"}, "train": {"dtype": "bf16"}}),
+    "dpo": (1, {"align": {"method": "dpo"}} | NO_TEACHER),
+    "dpo, bf16": (1, {"align": {"method": "dpo"}, "train": {"dtype": "bf16"}} | NO_TEACHER),
     "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
     "CP2": (2, {"parallel": {"context": 2}}),
     "DP2, distributed optimizer": (2, {"train": {"dtype": "bf16", "distributed_optimizer": True}}),
@@ -59,13 +63,18 @@ def agrees(found):
 
 
 @pytest.fixture(scope="module")
-def mix(tmp_path_factory):
-    return write_mix(tmp_path_factory.mktemp("plan") / "data", seq_length=512, vocab_size=8000, train=6, valid=1)
+def mixes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    sizes = {"seq_length": 512, "vocab_size": 8000, "train": 6, "valid": 1}
+    found = {name: write_mix(folder / name, **sizes) for name in ("text", "pairs")}
+    add_pairs(found["pairs"])
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_small_model_takes_what_is_foreseen(tmp_path, mix, name):
+def test_a_small_model_takes_what_is_foreseen(tmp_path, mixes, name):
     ranks, sections = RUNS[name]
+    mix = mixes["pairs" if "dpo" in name else "text"]
     train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12} | sections.get("train", {})
     values = settings(mix, tmp_path / "run", **sections | {"train": train})
     agrees(compared(validate(Config, values, "test"), ranks))

@@ -15,6 +15,7 @@ from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.rehearse.size import Grid
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.spawn import run_distributed
+from tests.teacher.runs import fill
 from tests.train.runs import settings
 
 
@@ -25,7 +26,10 @@ def posed(folder, mix, arch=None, data=1, **sections):
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text(json.dumps(config_dict(arch)))
         sections |= {"model": {"hf": str(folder / "model"), "preset": None}}
-    config = validate(Config, settings(mix, folder / "run", **sections), "test")
+    values = settings(mix, folder / "run", **sections)
+    config = validate(Config, values, "test")
+    if config.teacher.source == "cached":
+        fill(values | {"parallel": {}}, top_k=4)  # of the real run, which is refused without
     real, _ = check_settings(config, config.parallel.replica * data)
     grid = Grid(config.parallel.tensor, config.parallel.pipeline, data, config.parallel.context)
     return pose(config, real, open_mix(config.data.mix), grid, data, folder / "problem")

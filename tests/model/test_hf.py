@@ -10,7 +10,7 @@ import transformers
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, assert_same_bits, make
+from tests.model.families import FAMILIES, OLDER, absent, assert_same_bits, make
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 
@@ -46,10 +46,17 @@ def test_every_rank_learns_that_the_output_is_refused(models, tmp_path):
     assert all("not empty" in message for message in messages)
 
 
+class Made(dict):
+    """Models by family."""
+
+    def __missing__(self, name):
+        pytest.skip(absent(name))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
-    return {name: (folder / name, make(name, folder / name)) for name in FAMILIES}
+    return Made({name: (folder / name, make(name, folder / name)) for name in FAMILIES if not absent(name)})
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +194,8 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_from_no_directory_exports(models, name, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
+    if name == "phi4-mini" and OLDER:
+        pytest.skip("transformers before 5 refuses a config.json of Phi-3 that says the attention factor")
     source, reference = models[name]
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
