@@ -81,14 +81,14 @@ def test_a_small_model_takes_what_is_foreseen(tmp_path, mixes, name):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_a_small_mixture_of_experts_takes_what_is_foreseen(tmp_path, mix, name):
+def test_a_small_mixture_of_experts_takes_what_is_foreseen(tmp_path, mixes, name):
     ranks, sections = EXPERTS[name]
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "intermediate_size": 352}
     sizes |= {"head_dim": 32, "num_attention_heads": 4, "vocab_size": 8000, "max_position_embeddings": 512}
     make("qwen3-experts", tmp_path / "model", **sizes)
     train = {"steps": 2, "micro_batch_size": 3, "global_batch_size": 12, "dtype": "bf16"} | sections.get("train", {})
     model = {"preset": None, "hf": str(tmp_path / "model")}
-    values = settings(mix, tmp_path / "run", **sections | {"train": train, "model": model})
+    values = settings(mixes["text"], tmp_path / "run", **sections | {"train": train, "model": model})
     agrees(compared(validate(Config, values, "test"), ranks))
 
 
