@@ -188,7 +188,8 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
     assert not any(info.values()), info
     tokens = tokens_of(reference)
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, reference(tokens).logits)
+        # Not bit by bit: where weights lie in memory decides how transformers 4 rounds the experts' products.
+        torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
