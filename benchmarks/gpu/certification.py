@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -12,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.gpu.findings import Findings, LeftOut
 from benchmarks.gpu.processes import run_within
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.convert.certificate import read_certificate
-from megatron_mixcpt.huggingface.config import config_dict
+from megatron_mixcpt.rehearse.scale import write_model
 from tests.helpers.corpus import add_pairs, write_mix
 
 LLAMA = Architecture(2, 64, 128, 4, 2, 16, 250)
@@ -30,6 +30,7 @@ LLAMA3 = dataclasses.replace(
 )
 NO_TEACHER: dict[str, Any] = {"loss": {"target": "none"}, "teacher": {"source": "none"}}
 BASE: dict[str, Any] = {"teacher": {"source": "adapter_off"}}
+CACHE = "cache"  # of a case, beside its train.yaml
 # Each is computed in fp32 and in bf16. The first are what most runs are.
 CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "swapped teacher": (LLAMA, {}),
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "LoRA, a frozen copy as teacher": (QWEN2, {"adapter": {"method": "lora", "rank": 4}}),
     "ALoRA, sliding window": (MISTRAL, BASE | {"adapter": {"method": "alora", "rank": 4}}),
     "distributed optimizer": (LLAMA, {"train": {"distributed_optimizer": True, "overlap_grad_reduce": True}}),
+    "cached teacher": (LLAMA, {"teacher": {"source": "cached", "cache": CACHE}}),
     "optimizer on the host": (LLAMA, {"optimizer": {"offload": "cpu"}}),
     "IPO": (LLAMA, {"loss": {"target": "none"}, "align": {"method": "dpo", "loss": "ipo"}}),
 }
@@ -73,8 +75,10 @@ def _try(findings: Findings, name: str, mix: Path, parent: Path) -> None:
         if "optimizer" in sections and importlib.util.find_spec("deepspeed") is None:
             raise LeftOut("deepspeed is not installed")
         folder = parent / name.replace(" ", "_")
-        (folder / "model").mkdir(parents=True)
-        (folder / "model" / "config.json").write_text(json.dumps(config_dict(arch)))
+        torch.manual_seed(0)
+        write_model(arch, folder / "model", torch.float32, lambda name, shape: 0.02 * torch.randn(shape))
+        if (teacher := sections.get("teacher", {})).get("cache") == CACHE:
+            sections = sections | {"teacher": teacher | {"cache": str(folder / CACHE)}}
         configuration = {
             "model": {"hf": str(folder / "model")},
             "data": {"mix": str(mix)},
@@ -83,14 +87,19 @@ def _try(findings: Findings, name: str, mix: Path, parent: Path) -> None:
             "train": {"steps": 100, "micro_batch_size": 2, "global_batch_size": 4, **sections.get("train", {})},
         }
         (folder / "train.yaml").write_text(yaml.safe_dump(configuration))
-        command = [sys.executable, "-m", "megatron_mixcpt.cli", "certify", str(folder / "train.yaml"), "--nproc", "1"]
-        command += ["--device", os.environ["MIXCPT_DEVICE"]]
-        ended = run_within(CASE_SECONDS, command, folder / "log", {"OMP_NUM_THREADS": "1"})
-        output = (folder / "log").read_text(errors="replace")
-        if not ended.well:
-            print(f"---- {name}: {ended.how}\n{output}", flush=True)
-            raise RuntimeError(f"{ended.how}: {_told(output)}")
-        values |= _shares(folder / "run") | {"seconds": ended.seconds}
+        commands = [["certify", "--device", os.environ["MIXCPT_DEVICE"]]]
+        if teacher.get("source") == "cached":
+            commands.insert(0, ["cache-teacher"])
+        seconds = 0.0
+        for words in commands:
+            command = [sys.executable, "-m", "megatron_mixcpt.cli", words[0], str(folder / "train.yaml"), *words[1:]]
+            ended = run_within(CASE_SECONDS, [*command, "--nproc", "1"], folder / "log", {"OMP_NUM_THREADS": "1"})
+            output = (folder / "log").read_text(errors="replace")
+            if not ended.well:
+                print(f"---- {name}: {ended.how}\n{output}", flush=True)
+                raise RuntimeError(f"{ended.how}: {_told(output)}")
+            seconds += ended.seconds
+        values |= _shares(folder / "run") | {"seconds": seconds}
 
 
 def _told(output: str) -> str:
