@@ -1,7 +1,7 @@
 """The runs of a study, each in a folder of its own.
 
-Its name says what it is and ends with a hash of its settings, so that a run that was made with other settings is never
-taken for this one:
+Its name says what it is and ends with a hash of its settings, as far as they are not the defaults, so that a run with
+other settings is never taken for this one:
 
     OUT/study.yaml                        the study as it runs
     OUT/base/measured-HASH.json           the model that all runs start from
@@ -24,10 +24,12 @@ from typing import Any
 import xxhash
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
 from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.checkpoint.origin import find_origin
-from megatron_mixcpt.config import Config, save_config
+from megatron_mixcpt.config import Config, load_config, save_config
+from megatron_mixcpt.config.history import flat
 from megatron_mixcpt.config.reader import Document, read_document, validate_document
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError
@@ -36,6 +38,7 @@ from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.study.config import RATES, Study
 
 BASE = "base"
+TRAIN_FILE = "train.yaml"
 WITHOUT_EFFECT = ("run_dir", "wandb", "checkpoint")  # on what a run learns
 
 
@@ -63,7 +66,7 @@ class Cell:
 
     def write(self) -> Path:
         """Write the training file; returns its path."""
-        path = self.folder / "train.yaml"
+        path = self.folder / TRAIN_FILE
         save_config(self.config, path)
         return path
 
@@ -117,9 +120,10 @@ class Cells:
             mix = open_mix(config.data.mix, config.data.seq_length)
         except (OmegaConfBaseException, ConfigError) as error:
             raise ConfigError(f"{self._where}: arms.{arm}: {error}") from None
-        told = config.model_dump(mode="json", by_alias=True, exclude=set(WITHOUT_EFFECT))
+        told = {key: value for key, value in _own(config).items() if key not in WITHOUT_EFFECT}
         name = f"{arm}-lr{lr:g}-seed{seed}-{_hash([told, mix.fingerprint, *_weights(config)])}"
         folder = self.out / "cells" / name
+        _refuse_other_defaults(folder / TRAIN_FILE, config)
         wandb = config.wandb.model_copy(update={"name": config.wandb.name or name})
         return Cell(arm, lr, seed, config.model_copy(update={"run_dir": str(folder / "run"), "wandb": wandb}), folder)
 
@@ -179,6 +183,30 @@ class Cells:
                     if (cell := self.cell(arm, rate, seed)).folder.name == name:
                         return cell
         raise ConfigError(f"{self._where}: no run of it is {name}")
+
+
+def _own(section: BaseModel) -> dict[str, Any]:
+    """Settings that are not the defaults: a key that a later version adds leaves a run what it was."""
+    told = {}
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value != field.get_default(call_default_factory=True):
+            told[name] = _own(value) if isinstance(value, BaseModel) else plain[name]
+    return told
+
+
+def _refuse_other_defaults(path: Path, config: Config) -> None:
+    """Raise ConfigError where a run was made, by another version, with a default that is not today's."""
+    if not path.is_file():
+        return
+    before, now = (flat(of.model_dump(mode="json", by_alias=True)) for of in (load_config(Config, path), config))
+    for key, value in now.items():
+        if key.split(".")[0] not in WITHOUT_EFFECT and before.get(key, value) != value:
+            raise ConfigError(
+                f"{path}: {key} was {before[key]}, which was the default, and now is {value}: remove {path.parent} to "
+                f"make that run again, or set {key} in the study"
+            )
 
 
 def _weights(config: Config) -> list[str]:

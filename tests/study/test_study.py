@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.study.kept import ARCHIVE, keep, put_back
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import load_config
 from megatron_mixcpt.errors import ConfigError
@@ -24,6 +26,7 @@ from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
+from megatron_mixcpt.study.progress import standing
 from megatron_mixcpt.study.run import run_study
 from tests.helpers.corpus import write_mix
 from tests.observe.browser import open_page
@@ -131,6 +134,53 @@ def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends
 
     otherwise = read(write_study(measure={"max_samples": 3}))
     assert otherwise.base_file != cells.base_file and otherwise.missing(otherwise.sweep("ce")[0]) == [1.0, 0.5]
+
+
+def test_a_later_version_leaves_a_run_what_it_was_and_says_where_a_default_is_another(write_study, pretend):
+    cells = read(write_study())
+    pretend(cells)
+    run_study(cells, 1)
+    cell = cells.sweep("ce")[0]
+
+    class Later(type(cell.config.train)):
+        of_a_later_version: str = "off"
+
+    for value, is_same in (("off", True), ("on", False)):
+        train = Later(**cell.config.train.model_dump(), of_a_later_version=value)
+        later = cell.config.model_copy(update={"train": train})
+        assert (cells_module._own(later) == cells_module._own(cell.config)) == is_same
+
+    text = (cell.folder / "train.yaml").read_text()
+    assert "weight_decay: 0.1" in text
+    (cell.folder / "train.yaml").write_text(text.replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    with pytest.raises(ConfigError, match=r"train\.weight_decay was 0\.2, which was the default, and now is 0\.1"):
+        read(write_study()).sweep("ce")
+
+
+def test_finished_runs_are_kept_without_weights_and_put_back(write_study, pretend, tmp_path):
+    path = write_study()
+    cells = read(path)
+    pretend(cells, failing=["ce-lr0.01"])
+    run_study(cells, 1)
+    kept = tmp_path / "kept"
+    finished = [cell for cell in standing(cells).runs if not cells.missing(cell)]
+    assert keep(Path(path), kept) == len(finished) > 0
+    first = (kept / ARCHIVE).read_bytes()
+    measured = {cell.folder: cells.measured(cell) for cell in finished}
+    shutil.rmtree(cells.out)
+    assert put_back(kept, cells.out) > 0 and put_back(kept, cells.out) == 0
+    again = read(path)
+    assert {folder: again.measured(again.named(folder.name)) for folder in measured} == measured
+    assert again.base_measured == cells.base_measured
+    rest = pretend(again)
+    run_study(again, 1)
+    assert set(rest.trained).isdisjoint(str(folder / "run") for folder in measured) and rest.trained
+    assert put_back(tmp_path / "nothing", tmp_path) == 0
+    run_study(again, 1)
+    keep(Path(path), kept)
+    grown = (kept / ARCHIVE).read_bytes()
+    keep(Path(path), kept)
+    assert (kept / ARCHIVE).read_bytes() == grown != first
 
 
 def test_a_run_that_fails_stands_in_the_table_with_its_reason_and_is_tried_again(write_study, pretend, capsys):
