@@ -1,8 +1,10 @@
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,48 @@ def test_a_forked_rank_is_what_a_started_one_is(tmp_path, device):
     assert done.stdout.splitlines() == [*expected, str(list(ENDS.values()))], done.stderr
     assert done.stderr.count("to stderr") == len(ENDS)
     assert done.stderr.count("ValueError: of a rank") == 1
+
+
+SAVES = """
+import os, pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, save)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+pathlib.Path("ready").touch()
+time.sleep(30)
+"""
+LOADING = "import pathlib, time; pathlib.Path('loading').touch(); time.sleep(1)"
+TOLD_TO_STOP = """
+import sys
+from megatron_mixcpt.runtime import forked
+from megatron_mixcpt.runtime.launcher import launch
+forked.LOADED = "loading"
+sys.exit(launch(2, [], program="saves"))
+"""
+
+
+@pytest.mark.parametrize("moment", ["loading", "ready"])
+@pytest.mark.parametrize("whom", ["launcher", "group"])
+def test_a_stop_signal_reaches_forked_ranks_whenever_it_comes_and_their_save_is_waited_for(tmp_path, moment, whom):
+    (tmp_path / "saves.py").write_text(SAVES)
+    (tmp_path / "loading.py").write_text(LOADING)
+    environment = os.environ | {"MIXCPT_DEVICE": "cpu", "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    command = [sys.executable, "-c", TOLD_TO_STOP]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (tmp_path / moment).exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3)  # until the other rank is there too
+        (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and out.count("saved") == 2
 
 
 def test_what_a_command_loads_is_loaded_before_its_ranks_are_forked():

@@ -75,6 +75,8 @@ def variants(problem: Problem, dtype: str) -> list[Variant]:
     whole = whole_run(problem, dtype)
     found = []
     for axis in AXES:
+        if axis.off == {"parallel": _INTERLEAVE} and whole.config.parallel.interleave == 1:
+            continue  # it would take layers_per_stage off, which is an axis of its own
         variant = _without(problem, whole, [axis], axis.name)
         if variant is not None:
             found.append(variant)

@@ -37,14 +37,12 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
     something is off.
     """
     began = time.monotonic()
-    refuse_what_cannot_be_certified(config)
+    if nproc is not None and nproc < 1:
+        raise ConfigError(f"--nproc {nproc}: give the ranks of the run, from 1")
     data_size = data_parallel_size(config, nproc)
     ranks = config.parallel.replica * data_size
     arch, mix = check_settings(config, nproc or ranks)
-    if arch.num_experts:
-        raise ConfigError(
-            f"certify: the oracle has no mixtures of experts ({arch.model_type}) yet; `mixcpt rehearse` runs them"
-        )
+    refuse_what_cannot_be_certified(config, arch)
     layout = config.parallel
     small = small_architecture(arch, layout.tensor, small_parts(config), SEQ_LENGTH)
     grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))
@@ -54,7 +52,11 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
         f"{grid.world_size} processes on {chosen}",
         flush=True,
     )
-    (out / FILE_NAME).unlink(missing_ok=True)  # of settings that may be others now
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / FILE_NAME).unlink(missing_ok=True)  # of settings that may be others now
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}: name another folder") from None
     with tempfile.TemporaryDirectory(prefix="mixcpt-certify-") as name:
         problem = pose(config, arch, open_mix(config.data.mix), grid, data_size, Path(name) / "problem")
         for line in problem.left_out:
@@ -71,7 +73,6 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
         compared=sum(len(outcome.deviations) for outcome in outcomes),
         left_out=list(problem.left_out),
     )
-    out.mkdir(parents=True, exist_ok=True)
     page = write_page(certificate, outcomes, out)
     if any(outcome.off for outcome in outcomes):
         raise VerificationError(_told(outcomes, page))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,7 +31,9 @@ from torch import Tensor
 
 from megatron_mixcpt.certify.formulas import cross_entropy, divergence
 from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.runtime.failures import LOST_PEER
 from megatron_mixcpt.runtime.launcher import launch, ranks_of_our_own
+from megatron_mixcpt.runtime.stop import end_at_stop_signals
 
 FORMULAS = ("cross-entropy", "forward-kl", "reverse-kl")
 RANKS = (1, 2, 4)
@@ -84,8 +87,10 @@ class Verdict:
 def certify_loss(name: str, formula: str, nproc: int, device: str) -> list[Verdict]:
     """Hold the loss `name` (package.module:function) against `formula`, on the numbers of RANKS up to `nproc`.
 
-    Raises ConfigError where there is no such function.
+    Raises ConfigError where there is no such function, or no rank to try it on.
     """
+    if nproc < 1:
+        raise ConfigError(f"--nproc {nproc}: give the most ranks to try, from 1")
     load(name)
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="mixcpt-loss-") as folder:
@@ -93,6 +98,8 @@ def certify_loss(name: str, formula: str, nproc: int, device: str) -> list[Verdi
             (Path(folder) / TASK).write_text(json.dumps({"name": name, "formula": formula}))
             with ranks_of_our_own(device):
                 code = launch(ranks, [folder], program="megatron_mixcpt.certify.foreign")
+            if code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt
             if code != 0:
                 raise MixcptError(f"certify-loss: {name} ended with exit code {code} on {ranks} ranks: see above")
             found = [torch.load(Path(folder) / f"{ranks}-{rank}.pt", weights_only=True) for rank in range(ranks)]
@@ -106,8 +113,8 @@ def load(name: str) -> Loss:
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; a loss is named package.module:function") from None
+    except Exception as error:  # whatever a module of others may raise while it is imported
+        raise ConfigError(f"{name}: {type(error).__name__}: {error}; a loss is named package.module:function") from None
     finally:
         sys.path.remove(os.getcwd())
 
@@ -139,7 +146,9 @@ def judge(formula: str, found: list[dict]) -> Verdict:
     ranks = len(found)
     failures = [result["failed"] for result in found if "failed" in result]
     if failures:
-        return Verdict(ranks, 0.0, 0.0, (0.0, 0.0), 1.0, failures[0])
+        # Where one rank fails the others lose it, and say that alone.
+        cause = next((failure for failure in failures if not LOST_PEER.search(failure)), failures[0])
+        return Verdict(ranks, 0.0, 0.0, (0.0, 0.0), 1.0, cause)
     reduced = found[0]["value"].dim() == 0
     value, gradient = textbook(formula, torch.float64, reduced=reduced)
     plain_value, plain_gradient = textbook(formula, torch.float32, reduced=reduced)
@@ -177,6 +186,7 @@ def called(name: str, formula: str, group: dist.ProcessGroup, device: torch.devi
 
 def main(folder: Path) -> None:
     """One rank: call the loss on its part, and write value and gradient."""
+    end_at_stop_signals()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     task = json.loads((folder / TASK).read_text())
     cuda = os.environ.get("MIXCPT_DEVICE") == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
 
@@ -9,12 +10,16 @@ PRESSED = (2.0, 0.5)
 """Factors on distillation weight and learning rate that a forgetting budget is made to set after the first step."""
 
 
-def refuse_what_cannot_be_certified(config: Config) -> None:
+def refuse_what_cannot_be_certified(config: Config, arch: Architecture) -> None:
     """Raise ConfigError for settings whose result no oracle can foretell, naming what to switch off."""
     if config.adapter is not None and config.adapter.dropout > 0.0:
         raise ConfigError(
             f"adapter.dropout {config.adapter.dropout:g}: an oracle that shares no code drops other inputs: certify "
             "with adapter.dropout=0, which tries everything else of the run"
+        )
+    if arch.num_experts:
+        raise ConfigError(
+            f"certify: the oracle has no mixtures of experts ({arch.model_type}) yet; `mixcpt rehearse` runs them"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,10 @@ def try_all(problem: Problem, run: Launch) -> list[Outcome]:
     outcomes, cause = [], None
     for dtype, (_, deviations) in zip(dtypes, found):
         if any(deviation.is_off for deviation in deviations) and cause is None:
-            cause = trace(problem, dtype, run)
+            try:
+                cause = trace(problem, dtype, run)
+            except MixcptError as error:  # what was found stands
+                cause = f"what brings it in could not be found: {error}"
             if dtype != dtypes[0]:
                 cause += f", in {dtype} alone"
         outcomes.append(Outcome(dtype, deviations, cause if any(d.is_off for d in deviations) else None))
@@ -90,6 +94,8 @@ def on_this_machine(device: str) -> Launch:
     def run(folder: Path, ranks: int) -> None:
         with ranks_of_our_own(device):
             code = launch(ranks, [str(folder)], program="megatron_mixcpt.certify.rank")
+        if code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt
         if code != 0:
             raise MixcptError(f"certify: the trainer failed on the small model with exit code {code}: see above")
 

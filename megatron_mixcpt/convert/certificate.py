@@ -22,7 +22,7 @@ _SIZES: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "data": None,
     "eval": None,
-    "forget": None,
+    "forget": ("budget", "on", "every", "average"),  # whether there is one, it says
     "checkpoint": None,
     "wandb": None,
     "run_dir": None,

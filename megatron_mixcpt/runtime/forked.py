@@ -8,13 +8,16 @@ not there. CUDA does not survive a fork: with GPUs every rank is a process of it
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 LOADED = "megatron_mixcpt.runtime.loaded"
@@ -27,17 +30,26 @@ def can_fork(environment: Mapping[str, str], devices: Path = Path("/dev")) -> bo
     return asked == "cpu" or (asked == "" and not any(any(devices.glob(name)) for name in GPU_FILES))
 
 
+def start_tracker() -> None:
+    """Start multiprocessing's resource tracker, which takes the block off signals when it is started: call this before
+    they are blocked for what is started next."""
+    resource_tracker.ensure_running()
+
+
 class ForkedRank:
     """`python -m PROGRAM ARGUMENTS`, with what the launcher uses of a subprocess.Popen."""
 
     def __init__(self, program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([LOADED])
+        # With the mask of signals that this process has now, which the ranks then have from their first moment.
+        forkserver.ensure_running()
         # The streams go along: those of the process that is forked are the ones that the first rank found.
         self._process = context.Process(
             target=_run, args=(program, list(arguments), dict(environment), _Stream(1), _Stream(2)), name=program
         )
-        self._process.start()
+        with _no_main():
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -52,7 +64,19 @@ class ForkedRank:
         self._process.join()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """The new process is PROGRAM, and need not import what this one was started with."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class _Stream:
@@ -77,7 +101,9 @@ def _run(program: str, arguments: Sequence[str], environment: Mapping[str, str],
         os.close(stream)
     os.environ.clear()
     os.environ.update(environment)
-    sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    threads = environment["OMP_NUM_THREADS"]
+    if "torch" in sys.modules and threads.isdecimal():
+        sys.modules["torch"].set_num_threads(int(threads))
     sys.argv[1:] = arguments
     try:
         runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from megatron_mixcpt.runtime.forked import ForkedRank, can_fork
+from megatron_mixcpt.runtime.forked import ForkedRank, can_fork, start_tracker
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
@@ -82,6 +82,8 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     ranks: list[subprocess.Popen | ForkedRank] = []
     forked = can_fork(os.environ)
+    if forked:
+        start_tracker()
 
     def forward(number: int, frame: object) -> None:
         for rank in ranks:
@@ -114,6 +116,8 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
             # The rank's group: a rank that was killed leaves helper processes behind (loader, checkpoint writer).
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:  # it may not have come to having a group
+                process.send_signal(signal.SIGKILL)
             process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -31,6 +31,13 @@ LEAVING_SECONDS = 60.0  # for one that has taken it, to close what it opened
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not its parent's
 
 
+def end_at_stop_signals() -> None:
+    """Let stop signals end this process, which has nothing to save. A launcher blocks them until somebody listens."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 class StopRequest:
     """Context that turns stop signals into StoppedError until `defer()`, and into a flag afterwards.
 

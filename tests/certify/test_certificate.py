@@ -40,6 +40,8 @@ def test_it_speaks_for_the_same_computation_and_no_other():
     assert found.speaks_for(config, NANO, 8, versions)
     same = config_of(train={"steps": 9999, "lr": 3e-6, "seed": 5}, checkpoint={"every": 7}, wandb={"mode": "disabled"})
     assert found.speaks_for(same, NANO, 8, versions)
+    budgets = [config_of(forget={"budget": budget}) for budget in (0.1, 0.2)]
+    assert certificate(budgets[0]).speaks_for(budgets[1], NANO, 8, versions)
     for other in (
         config_of(parallel={"tensor": 2}),
         config_of(train={"dtype": "bf16"}),
@@ -49,6 +51,7 @@ def test_it_speaks_for_the_same_computation_and_no_other():
         config_of(loss={"temperature": 2.0}),
         config_of(adapter={"method": "lora"}),
         config_of(optimizer={"offload": "cpu"}),
+        config_of(forget={"budget": 0.1}),
     ):
         assert not found.speaks_for(other, NANO, 8, versions)
     assert not found.speaks_for(config, NANO, 16, versions)

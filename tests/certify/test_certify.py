@@ -9,12 +9,15 @@ import yaml
 
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.certify import certify as command
-from megatron_mixcpt.certify.axes import whole_run
+from megatron_mixcpt.certify import trial
+from megatron_mixcpt.certify.axes import variants, whole_run
+from megatron_mixcpt.certify.compare import Deviation
 from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
 from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
+from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.huggingface.config import config_dict
 from tests.helpers.certifying import computed, posed, with_fault
 from tests.helpers.corpus import add_pairs, write_mix
@@ -181,6 +184,11 @@ def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):
     path = config_file(tmp_path, mix)
     assert main(["certify", path, "--nproc", "3", "parallel.tensor=2"]) == 2
     assert "not 3" in capsys.readouterr().err
+    assert main(["certify", path, "--nproc", "0"]) == 2
+    assert "--nproc 0" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["certify", path, "--out", str(tmp_path / "file" / "below")]) == 2
+    assert f"--out {tmp_path / 'file' / 'below'}: Not a directory" in capsys.readouterr().err
     assert main(["certify", path, "--device", "cuda"]) == 2
     assert "--device cpu" in capsys.readouterr().err
 
@@ -192,3 +200,26 @@ def test_the_small_vocabulary_leaves_the_padding_of_the_real_one(vocab_size, ten
     small = dataclasses.replace(arch, vocab_size=size)
     assert size >= 700
     assert small.padded_vocab_size(tensor) - size == arch.padded_vocab_size(tensor) - vocab_size
+
+
+def test_uneven_stages_are_one_axis(tmp_path, mix):
+    problem = posed(tmp_path / "posed", mix, parallel={"pipeline": 2, "layers_per_stage": [3, 1]}, train=TRAIN)
+    names = [variant.name for variant in variants(problem, "fp32")]
+    assert "parallel.layers_per_stage" in names and "parallel.interleave" not in names
+
+
+def test_what_is_off_is_told_also_where_its_cause_cannot_be_found(tmp_path, mix, monkeypatch):
+    problem = posed(tmp_path / "posed", mix, parallel={"tensor": 2}, train=TRAIN)
+    off = Deviation("gradient", "model.norm.weight", 0, 1.0, 0.1)
+    calls = []
+
+    def run(folder, ranks):
+        calls.append(ranks)
+        if len(calls) == 2:
+            raise MixcptError("a variant's ranks failed")
+
+    monkeypatch.setattr(trial, "judged", lambda problem, variant: [off])
+    outcomes = trial.try_all(problem, run)
+    assert [outcome.cause for outcome in outcomes] == [
+        "what brings it in could not be found: a variant's ranks failed"
+    ] * len(outcomes)

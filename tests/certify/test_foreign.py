@@ -76,6 +76,33 @@ def test_the_command_starts_the_ranks_itself(capsys, monkeypatch):
     assert "is not forward-kl" in err
 
 
+@pytest.mark.distributed
+def test_where_one_rank_fails_its_reason_is_told_and_not_what_the_others_saw(capfd, monkeypatch, tmp_path):
+    (tmp_path / "one_of_two.py").write_text(
+        "import torch.distributed as dist\n"
+        "def loss(logits, labels, group):\n"
+        "    if dist.get_rank(group) == 1:\n"
+        "        raise ValueError('not this one')\n"
+        "    dist.all_reduce(logits.detach().clone(), group=group)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["certify-loss", "one_of_two:loss", "--nproc", "2"]) == 3
+    assert "2 ranks: ValueError: not this one" in capfd.readouterr().out
+
+
+def test_without_a_rank_nothing_is_certified(capsys):
+    assert main(["certify-loss", f"{WHERE}:cross_entropy", "--nproc", "0"]) == 2
+    assert "--nproc 0" in capsys.readouterr().err
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_its_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ill.py").write_text("def loss(:")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["certify-loss", "ill:loss"]) == 2
+    assert "ill:loss: SyntaxError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["no.such.module:loss", f"{WHERE}:none", "words"])
 def test_a_loss_that_is_not_there_is_a_mistake_of_the_command_line(name, capsys):
     assert main(["certify-loss", name]) == 2
