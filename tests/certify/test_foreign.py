@@ -42,7 +42,7 @@ def verdicts(tmp_path_factory):
     found = {}
     for ranks in RANKS:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        run_distributed(call_all, ranks, str(folder), warm=True)
+        run_distributed(call_all, ranks, str(folder))
         for name, (formula, *_) in LOSSES.items():
             results = [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(ranks)]
             found[name, ranks] = foreign.judge(formula, results)
