@@ -149,7 +149,7 @@ def of_two(mixes, tmp_path_factory):
         name: (free_port(), values_of(mixes, folder / name, sections), features)
         for name, (sections, features) in TWO.items()
     }
-    return run_distributed(each, 2, runs, timeout=400, warm=True)
+    return run_distributed(each, 2, runs, timeout=400)
 
 
 @pytest.mark.distributed
