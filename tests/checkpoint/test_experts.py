@@ -57,12 +57,12 @@ def test_every_bit_goes_from_any_layout_into_any_other(tmp_path):
         model = {"preset": None, "hf": str(tmp_path / "model")}
         return settings(mix, tmp_path / "run", model=model, train=train, **sections)
 
-    run_distributed(write, 1, values(), tmp_path / "one", warm=True)
+    run_distributed(write, 1, values(), tmp_path / "one")
     (source,) = list_checkpoints(tmp_path / "one")
     expected = saved_tensors(source)
     assert any("exp_avg_sq" in key and "experts.linear_fc1" in key for key in expected)
     runs = [(free_port(), values(**sections), tmp_path / str(i)) for i, sections in enumerate(LAYOUTS)]
-    run_distributed(pass_on, 4, runs, source, warm=True)
+    run_distributed(pass_on, 4, runs, source)
     for number, sections in enumerate(LAYOUTS):
         (checkpoint,) = list_checkpoints(tmp_path / str(number))
         found = saved_tensors(checkpoint)

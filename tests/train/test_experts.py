@@ -64,7 +64,7 @@ def results(folder):
     return {
         name: result
         for world_size in runs
-        for name, result in run_distributed(run_all, world_size, runs[world_size], warm=True)[0].items()
+        for name, result in run_distributed(run_all, world_size, runs[world_size])[0].items()
     }
 
 
