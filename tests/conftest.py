@@ -1,10 +1,14 @@
-"""Before any test module is collected: without a GPU, Triton kernels run in Triton's interpreter.
+"""Before any test module is collected: one thread a worker of `pytest -n`; Triton's interpreter without a GPU.
 
+Threads of several workers wait for each other's cores: with two each the tests took half as much CPU time again.
 Triton decides that when it is first imported, and megatron-core, which many tests import, imports it.
 After collection: which tests one worker of `pytest -n` takes, and in which order.
 """
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -73,5 +73,5 @@ def claims_cuda(rank, world_size):
 
 @pytest.mark.distributed
 def test_one_rank_without_its_device_ends_all_of_them_with_the_reason():
-    first, second = run_distributed(claims_cuda, 2, warm=True)  # well before the hour that a group would wait
+    first, second = run_distributed(claims_cuda, 2)  # well before the hour that a group would wait
     assert first == f"rank 1: {second}" and second.startswith("MIXCPT_DEVICE is cuda, but torch finds no CUDA device")

@@ -42,7 +42,7 @@ def test_a_model_is_adapted_from_python(tmp_path, tokenizer_dir):
     base = shutil.copytree(tokenizer_dir, tmp_path / "base")
     make("llama-untied", base, vocab_size=600)
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(200)])
-    (out,) = run_distributed(adapt, 1, base, texts, tmp_path / "out", warm=True)
+    (out,) = run_distributed(adapt, 1, base, texts, tmp_path / "out")
     model, tokenizer = load_directory(out)
     before, _ = load_directory(base)
     tokens = tokenizer(sentences(1, seed=9), return_tensors="pt")

@@ -110,10 +110,11 @@ class Judge:
     ) -> list[Deviation]:
         """Of all samples together."""
         right, rounded = getattr(exact, what), getattr(plain, what)
-        samples = [sample for sample in right if sample in found]
-        if not samples:
+        if not right:
             return []
-        columns = [torch.cat([of[s].double().flatten() for s in samples]) for of in (found, right, rounded)]
+        if missing := right.keys() - found.keys():
+            return [Deviation(what, f"{name}: missing for samples {sorted(missing)}", number, math.inf, 0.0)]
+        columns = [torch.cat([of[sample].double().flatten() for sample in right]) for of in (found, right, rounded)]
         meant = ~columns[1].isnan()  # nothing is expected of padding
         values, expected, usual = (column[meant] for column in columns)
         scale = float(expected.norm()) or 1.0

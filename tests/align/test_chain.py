@@ -43,7 +43,7 @@ def chain(tmp_path_factory, stage1, model_dir):
         run("dpo", "dpo", {"checkpoint": str(folder / "sft")}),
         run("lora", "dpo", {"checkpoint": str(folder / "sft")}, adapter={"method": "lora", "rank": 4, "dropout": 0.1}),
     ]
-    run_distributed(stages, 1, select, runs, timeout=300, warm=True)
+    run_distributed(stages, 1, select, runs, timeout=300)
     return folder
 
 

@@ -51,7 +51,7 @@ def results(tmp_path_factory, stage1, model_dir):
                 sections = {"train": train, "parallel": parallel}
                 run = values(stage1 / "mix.json", {"hf": str(model_dir)}, folder / name, **sections)
                 runs[name] = (free_port(), run)
-        found |= run_distributed(first_steps, world_size, runs, timeout=300, warm=True)[0]
+        found |= run_distributed(first_steps, world_size, runs, timeout=300)[0]
     return found
 
 
@@ -134,12 +134,12 @@ def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1
         return values(stage1 / "mix.json", {"preset": "tiny"}, tmp_path / name, checkpoint={"every": 2, "keep": 5})
 
     runs = [(free_port(), run("straight")), (free_port(), run("broken"))]
-    run_distributed(train_all, 2, runs, timeout=300, warm=True)
+    run_distributed(train_all, 2, runs, timeout=300)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     keep_only_step(broken, 2)
     parts = {path: path.stat().st_mtime_ns for path in broken.glob("reference/*/*.part")}
     assert len(parts) >= 2  # of training and of validation pairs
-    run_distributed(train_all, 2, [(free_port(), run("broken"))], timeout=300, warm=True)
+    run_distributed(train_all, 2, [(free_port(), run("broken"))], timeout=300)
     assert {path: path.stat().st_mtime_ns for path in parts} == parts
     assert losses(broken) == losses(straight)
     assert losses(straight)[1] == pytest.approx(np.log(2.0), abs=1e-12)
@@ -163,7 +163,7 @@ def test_there_is_no_mfu_where_the_flops_of_a_token_differ(tmp_path, stage1):
         sections = {"train": {"steps": 1, "global_batch_size": 2, "dtype": "fp32"}, "align": {"method": method}}
         runs.append((free_port(), values(stage1 / "mix.json", {"preset": "tiny"}, tmp_path / method, **sections)))
     runs[0][1]["data"] = {"mix": str(stage1 / "mix.json")}
-    run_distributed(train_with_a_known_peak, 1, runs, timeout=300, warm=True)
+    run_distributed(train_with_a_known_peak, 1, runs, timeout=300)
     texts = {method: (tmp_path / method / "metrics.jsonl").read_text() for method in ("sft", "dpo")}
     assert "speed/tok_per_s_gpu" in texts["dpo"] and "speed/mfu" not in texts["dpo"]
     assert "speed/mfu" in texts["sft"]

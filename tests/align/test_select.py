@@ -53,7 +53,7 @@ def outs(tmp_path_factory, stage1, model_dir) -> Path:
             for name, (size, parallel) in LAYOUTS.items()
             if size == world_size
         ]
-        run_distributed(select_all, world_size, runs, timeout=300, warm=True)
+        run_distributed(select_all, world_size, runs, timeout=300)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_another_choice_takes_the_scores_that_are_there(tmp_path, outs, stage1, 
     parts[0].write_bytes(damaged)
     before = {part: part.stat().st_mtime_ns for part in parts}
     again = select_values(stage1, {"hf": str(model_dir)}, out, by="margin", order="high", n=0)
-    run_distributed(select_all, 1, [(free_port(), again)], warm=True)
+    run_distributed(select_all, 1, [(free_port(), again)])
     changed = [part for part in parts if part.stat().st_mtime_ns != before[part]]
     assert changed == [parts[0]] and parts[0].read_bytes() != bytes(damaged)
     first, second = table_of(outs / "one"), table_of(out)

@@ -61,7 +61,7 @@ def all_cases(rank, world_size, runs):
 def ranks(tmp_path_factory, stage1):
     run = select_values(stage1, {"preset": "tiny"}, tmp_path_factory.mktemp("ranks") / "out", micro_batch_tokens=64)
     cases = ("stop of rank 1", "mistake", "bug", "stop of rank 0", "none")
-    return run_distributed(all_cases, 2, {case: (free_port(), run) for case in cases}, timeout=300, warm=True)
+    return run_distributed(all_cases, 2, {case: (free_port(), run) for case in cases}, timeout=300)
 
 
 @pytest.mark.distributed

@@ -19,5 +19,5 @@ def load_nothing(rank, world_size, path):
 
 @pytest.mark.distributed
 def test_a_missing_checkpoint_is_told_on_all_ranks(tmp_path):
-    told = run_distributed(load_nothing, 2, str(tmp_path / "nothing"), timeout=240, warm=True)
+    told = run_distributed(load_nothing, 2, str(tmp_path / "nothing"), timeout=240)
     assert told[0].startswith(f"{tmp_path / 'nothing'}: no such directory; `mixcpt train`") and told[1] == told[0]

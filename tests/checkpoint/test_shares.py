@@ -96,7 +96,7 @@ def moved(tmp_path_factory):
                 f"{stage} {name}": (free_port(), configuration(folder / "run", s), source, folder / f"{stage} {name}")
                 for name, s in chosen.items()
             }
-            found = run_distributed(load_and_save, ranks, runs, timeout=300, warm=True)
+            found = run_distributed(load_and_save, ranks, runs, timeout=300)
             read |= {name: [of_rank[name] for of_rank in found] for name in runs}
         source = folder / "stored DP4 distributed optimizer" / "step_00000002"
     return folder, read
@@ -138,7 +138,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, ranks):
     """The stored checkpoint and the losses that followed it were written by format 1."""
     target = tmp_path / "run" / "checkpoints" / "step_00000002"
     shutil.copytree(STORED / "step_00000002", target)
-    run_distributed(go_on, ranks, configuration(tmp_path / "run", DISTRIBUTED), timeout=300, warm=True)
+    run_distributed(go_on, ranks, configuration(tmp_path / "run", DISTRIBUTED), timeout=300)
     found = losses(tmp_path / "run")
     assert found == pytest.approx({step: EXPECTED["losses"][str(step)] for step in (3, 4)}, rel=1e-5)
 
@@ -176,7 +176,7 @@ def _flat(parts):
 @pytest.mark.distributed
 def test_megatron_core_reads_weights_and_optimizer_with_its_own_loader(moved, tmp_path):
     checkpoint = moved[0] / "stored DP4 distributed optimizer" / "step_00000002"
-    same, count = run_distributed(read_by_megatron, 1, configuration(tmp_path / "run", {}), checkpoint, warm=True)[0]
+    same, count = run_distributed(read_by_megatron, 1, configuration(tmp_path / "run", {}), checkpoint)[0]
     assert same and count > 30
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_read_is_told_on_every_rank(moved, tmp_path):
         (other / "checkpoint.json").read_text().replace("checkpoint/2", "checkpoint/1")
     )
     values = configuration(tmp_path / "run", DISTRIBUTED)
-    messages = run_distributed(refuse, 2, values, [cut, other], timeout=120, warm=True)
+    messages = run_distributed(refuse, 2, values, [cut, other], timeout=120)
     assert messages[0] == messages[1]
     assert "cannot be read" in messages[0][0] and "holds no optimizer.master" in messages[0][1]
 
@@ -232,7 +232,7 @@ def snapshot(rank, world_size, values):
 def test_a_save_in_the_background_copies_as_much_as_planned(tmp_path, distributed):
     values = configuration(tmp_path / "run", {}, distributed_optimizer=distributed)
     values["checkpoint"]["async"] = True
-    found = run_distributed(snapshot, 2, values, timeout=120, warm=True)
+    found = run_distributed(snapshot, 2, values, timeout=120)
     copied, foreseen = zip(*found)
     assert sum(copied) == pytest.approx(sum(foreseen), abs=len(found))
     assert max(copied) < 1.2 * foreseen[0]

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from tests.helpers.ports import free_port
-from tests.helpers.spawn import warm_context
+from tests.helpers.spawn import process_context
 
 FULL = os.environ.get("MIXCPT_FAULTS") == "full"  # make test-faults
 STACKS = signal.SIGUSR2  # makes a rank print where it stands
@@ -70,7 +70,7 @@ class Fleet:
         for rank in range(ranks):
             environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             command = ["train", str(config), *overrides, *arguments]
-            process = warm_context().Process(
+            process = process_context().Process(
                 target=_run, args=(command, environment, str(self.log), (faults or {}).get(rank)), daemon=True
             )
             process.start()

@@ -48,7 +48,7 @@ def with_fault(fault):
     """In place of trial.on_this_machine: ranks of the tests' own, with a mistake planted."""
 
     def run(folder, ranks):
-        run_distributed(_observe, ranks, [(fault, str(folder))], timeout=400, warm=True)
+        run_distributed(_observe, ranks, [(fault, str(folder))], timeout=400)
 
     return lambda device: run
 
@@ -66,7 +66,7 @@ def computed(problem, faults, folder, choose=lambda fault, others: others):
         if fault != "nothing":
             runs = [whole_run(own, dtype), *choose(fault, variants(own, dtype))]
         compute(own, runs, lambda path, ranks: queue.append(str(path)))
-    run_distributed(_observe, problem.grid.world_size, list(zip(faults, queue)), timeout=400, warm=True)
+    run_distributed(_observe, problem.grid.world_size, list(zip(faults, queue)), timeout=400)
     return problems
 
 

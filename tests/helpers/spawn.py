@@ -1,4 +1,4 @@
-"""The one way tests start several processes: spawn, gloo, a timeout that dumps every rank's stacks."""
+"""The one way tests start several processes: gloo, a timeout that dumps every rank's stacks."""
 
 import contextlib
 import faulthandler
@@ -13,17 +13,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.helpers.ports import free_port
 
-_warm = multiprocessing.get_context("forkserver")
-_warm.set_forkserver_preload(["tests.helpers.preload"])
+_forkserver = multiprocessing.get_context("forkserver")
+_forkserver.set_forkserver_preload(["tests.helpers.preload"])
 
 
-def warm_context():
+def process_context() -> Any:
     """Processes that start in milliseconds: forked from a server which has the trainer's libraries loaded, and neither
-    threads nor process groups, so that what makes forked gloo processes deadlock is not there."""
+    threads nor process groups, so that what makes forked gloo processes deadlock is not there. CUDA does not survive a
+    fork: where there is a GPU each is a new interpreter."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server, which keeps the environment it started with
-    return _warm
+    return _forkserver
 
 
 def _entry(fn, rank, world_size, port, folder, deadline, environment, args):
@@ -41,8 +46,7 @@ def _entry(fn, rank, world_size, port, folder, deadline, environment, args):
         # Fires a little before the parent gives up, so that each rank says where it stood.
         faulthandler.dump_traceback_later(max(deadline - time.time() - 5, 1), file=stacks, exit=False)
         try:
-            if "torch" in sys.modules:
-                sys.modules["torch"].set_num_threads(1)
+            torch.set_num_threads(1)
             result = (True, fn(rank, world_size, *args))
         except BaseException:
             result = (False, traceback.format_exc())
@@ -59,14 +63,13 @@ def _entry(fn, rank, world_size, port, folder, deadline, environment, args):
     os._exit(0 if result[0] else 1)
 
 
-def run_distributed(fn, world_size, *args, timeout=180, warm=False):
-    """Run `fn(rank, world_size, *args)` in `world_size` spawned processes and return their results by rank.
+def run_distributed(fn, world_size, *args, timeout=180):
+    """Run `fn(rank, world_size, *args)` in `world_size` processes and return their results by rank.
 
-    `warm` takes them from `warm_context`, which saves seconds a process where `fn` trains.
     `fn` must be importable (a module-level function) and its result picklable. Raises AssertionError with the first
     failing rank's traceback, or with every rank's stacks if the processes have not ended after `timeout` seconds.
     """
-    context: Any = warm_context() if warm else multiprocessing.get_context("spawn")
+    context = process_context()
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -80,7 +80,7 @@ def world(tmp_path_factory):
             if world_size == size:
                 values = cached(mix, folder / name, folder / f"cache {name}", **sections)
                 jobs[name] = ((free_port(), free_port()), values, values)
-        results |= run_distributed(_cache_and_train, size, jobs, timeout=300, warm=True)[0]
+        results |= run_distributed(_cache_and_train, size, jobs, timeout=300)[0]
     return folder, mix, results
 
 
@@ -129,14 +129,14 @@ def _fill(rank, world_size, values):
 def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
     _, mix, _ = world
     straight, broken = (cached(mix, tmp_path / "run", tmp_path / name) for name in ("straight", "broken"))
-    run_distributed(_fill, 1, straight, warm=True)
+    run_distributed(_fill, 1, straight)
     for shards in (2, 2):  # twice: once anew, once on the way
         with pytest.raises(AssertionError, match="did not finish"):
-            run_distributed(_killed, 1, broken, shards, warm=True)
+            run_distributed(_killed, 1, broken, shards)
     assert "shards" not in json.loads((tmp_path / "broken" / "cache.json").read_text())
     with pytest.raises(ConfigError, match="is not finished"):
         train(validate(Config, broken, "test"))
-    run_distributed(_fill, 1, broken, warm=True)
+    run_distributed(_fill, 1, broken)
     for name in [*(tmp_path / "broken").rglob("*.tmp")]:
         pytest.fail(f"{name} is left over")
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
@@ -145,7 +145,7 @@ def test_a_job_that_is_killed_goes_on_to_identical_files(world, tmp_path):
     content = bytearray(victim.read_bytes())
     content[200] ^= 1
     victim.write_bytes(content)
-    run_distributed(_fill, 1, broken, warm=True)
+    run_distributed(_fill, 1, broken)
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
 
 
@@ -286,7 +286,7 @@ def test_a_cache_of_the_first_steps_holds_what_they_draw_and_serves_no_other_run
     mix = write_mix(tmp_path / "data", vocab_size=VOCABULARY, train=40)
     cache = tmp_path / "cache"
     values = cached(mix, tmp_path / "run", cache)
-    run_distributed(_fill_first, 2, values, 3, timeout=300, warm=True)
+    run_distributed(_fill_first, 2, values, 3, timeout=300)
     assert len(records(cache)) == 24 < 80  # 3 steps of 8, no sequence twice
     known = files(cache)
     three = settings(mix, tmp_path / "three", train=values["train"] | {"steps": 3})

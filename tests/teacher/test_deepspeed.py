@@ -116,7 +116,7 @@ def test_pieces_answer_like_the_whole_model_and_documents_do_not_see_each_other(
     folder, names = models
     names = names if "tensor" in grid else ["llama"]
     offloads = ["cpu" if name == "llama" else "none" for name in names]
-    by_rank = run_distributed(_answers, 2, folder, names, offloads, grid, timeout=300, warm=True)
+    by_rank = run_distributed(_answers, 2, folder, names, offloads, grid, timeout=300)
     for name in names:
         for number, batch in enumerate(batches()):
             shards = [ranks[name][number] for ranks in by_rank if name in ranks]
@@ -151,18 +151,18 @@ def test_training_on_a_copy_of_the_student_is_training_on_the_initial_teacher(mo
         del value["model"]["preset"]
     values["deepspeed"]["teacher"] = {"source": "deepspeed", "hf": str(folder / "llama"), "offload": "cpu"}
     values["deepspeed"]["parallel"] = {"tensor": 2, "sequence": True}
-    expected = run_distributed(_train, 1, values["initial"], warm=True)[0]
-    found = run_distributed(_train, 2, values["deepspeed"], timeout=300, warm=True)[0]
+    expected = run_distributed(_train, 1, values["initial"])[0]
+    found = run_distributed(_train, 2, values["deepspeed"], timeout=300)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     # The same answers, kept first.
     cached = values["deepspeed"] | {"run_dir": str(tmp_path / "cached")}
     cached["teacher"] = {"source": "cached", "cache": str(tmp_path / "cache"), "hf": str(folder / "llama")}
-    found = run_distributed(_train, 2, cached, free_port(), timeout=300, warm=True)[0]
+    found = run_distributed(_train, 2, cached, free_port(), timeout=300)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     # Both answer for whole rows, of which a context-parallel rank takes its part.
     for whole in (values["deepspeed"], cached):
         parted = whole | {"parallel": {"context": 2}, "run_dir": str(tmp_path / "parted")}
-        found = run_distributed(_train, 2, parted, timeout=300, warm=True)[0]
+        found = run_distributed(_train, 2, parted, timeout=300)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -62,7 +62,7 @@ def results(tmp_path_factory):
     for world_size, chosen in runs.items():
         port = free_port()
         chosen = {name: (port, values) for name, values in chosen.items()}
-        found |= run_distributed(run_all, world_size, chosen, timeout=400, warm=True)[0]
+        found |= run_distributed(run_all, world_size, chosen, timeout=400)[0]
     return found
 
 

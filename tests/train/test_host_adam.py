@@ -65,7 +65,7 @@ def _compare(rank, world_size, mix, folder):
 
 @pytest.fixture(scope="module")
 def compared(mix, tmp_path_factory):
-    return run_distributed(_compare, 2, mix, tmp_path_factory.mktemp("compared"), timeout=500, warm=True)[0]
+    return run_distributed(_compare, 2, mix, tmp_path_factory.mktemp("compared"), timeout=500)[0]
 
 
 @pytest.mark.distributed
@@ -118,7 +118,7 @@ def test_checkpoints_are_interchangeable_both_ways(mix, tmp_path, dtype):
         return settings(mix, tmp_path / name, train={"dtype": dtype}, checkpoint={"every": 2, "keep": 5}, **extra)
 
     first = [(free_port(), values("resident", {}), False), (free_port(), values("offloaded", OFFLOAD), True)]
-    run_distributed(_resume, 1, first, warm=True)
+    run_distributed(_resume, 1, first)
     second = []
     for name, source, extra in (("to host", "resident", OFFLOAD), ("from host", "offloaded", {})):
         shutil.copytree(tmp_path / source / "checkpoints", tmp_path / name / "checkpoints")
@@ -126,7 +126,7 @@ def test_checkpoints_are_interchangeable_both_ways(mix, tmp_path, dtype):
             if checkpoint.name != "step_00000002":
                 shutil.rmtree(checkpoint)
         second.append((free_port(), values(name, extra), bool(extra)))
-    run_distributed(_resume, 1, second, warm=True)
+    run_distributed(_resume, 1, second)
     expected = losses(tmp_path / "resident")
     for name in ("offloaded", "to host", "from host"):
         found = losses(tmp_path / name)

@@ -76,7 +76,7 @@ def results(tmp_path_factory):
             name: (free_port(), settings(mix, folder / name, **{"loss": {}, "train": {}} | sections))
             for name, sections in layouts.items()
         }
-        return run_distributed(run_all, world_size, runs, timeout=300, warm=True)[0]
+        return run_distributed(run_all, world_size, runs, timeout=300)[0]
 
     def untied(layouts):
         return {name: sections | hf for name, sections in layouts.items()}

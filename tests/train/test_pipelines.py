@@ -80,7 +80,7 @@ def results(base, tmp_path_factory):
             name: (free_port(), settings(mix, folder / name, **{"loss": {}, "train": {}} | common | sections))
             for name, sections in layouts.items()
         }
-        return run_distributed(run_all, world_size, runs, timeout=300, warm=True)[0]
+        return run_distributed(run_all, world_size, runs, timeout=300)[0]
 
     return run(ONE, 1) | run(TWO, 2) | run(FOUR, 4)
 
@@ -121,11 +121,11 @@ def resumed(base, tmp_path_factory):
     def values(name, sections):
         return settings(mix, folder / name, checkpoint={"every": 1, "keep": 9}, **common, **sections)
 
-    run_distributed(_train_all, 1, [(free_port(), values("one", {}))], timeout=300, warm=True)
+    run_distributed(_train_all, 1, [(free_port(), values("one", {}))], timeout=300)
     for name, (source, ranks, sections) in RESUMED.items():
         shutil.copytree(folder / source / "checkpoints", folder / name / "checkpoints")
         keep_only_step(folder / name, 2 if source == "one" else 3)
-        run_distributed(_train_all, ranks, [(free_port(), values(name, sections))], timeout=300, warm=True)
+        run_distributed(_train_all, ranks, [(free_port(), values(name, sections))], timeout=300)
     return folder
 
 

@@ -72,7 +72,7 @@ def runs(tmp_path_factory, mix):
     for world_size in (1, 2):
         chosen = {name: sections for name, (size, sections) in LAYOUTS.items() if size == world_size}
         first = [(free_port(), values(name, run, s)) for name, s in chosen.items() for run in ("straight", "broken")]
-        run_distributed(_train_all, world_size, first, timeout=300, warm=True)
+        run_distributed(_train_all, world_size, first, timeout=300)
         for name in chosen:
             keep_only_step(folder / name / "broken", 2)
         second = [(free_port(), values(name, "broken", sections)) for name, sections in chosen.items()]
@@ -82,7 +82,7 @@ def runs(tmp_path_factory, mix):
                 shutil.copytree(folder / source / "straight" / "checkpoints", target)
                 keep_only_step(target.parent, 2)
                 second.append((free_port(), values(name, "resharded", sections)))
-        run_distributed(_train_all, world_size, second, timeout=300, warm=True)
+        run_distributed(_train_all, world_size, second, timeout=300)
     return folder
 
 
