@@ -74,6 +74,13 @@ def test_processes_that_do_not_divide_are_refused(world, tensor, pipeline):
         check_grid(world, tensor, pipeline)
 
 
+@pytest.mark.parametrize("world, tensor, context, expert", [(4, 2, 1, 4), (4, 1, 2, 3), (2, 1, 1, 0)])
+def test_ranks_that_do_not_divide_into_expert_ranks_are_refused(world, tensor, context, expert):
+    check_grid(world, tensor, 1, context, world // tensor)
+    with pytest.raises(ConfigError, match=rf"parallel\.expert={expert} does not divide the {world // tensor} data"):
+        check_grid(world, tensor, 1, context, expert)
+
+
 def test_a_refused_grid_leaves_nothing():
     with pytest.raises(ConfigError), parallel_context(tensor=2):
         pass

@@ -105,9 +105,9 @@ class Architecture:
         multiple = VOCAB_MULTIPLE * tensor
         return -(-self.vocab_size // multiple) * multiple
 
-    def check_layout(self, tensor: int, pipeline: int, interleave: int = 1) -> None:
+    def check_layout(self, tensor: int, pipeline: int, interleave: int = 1, expert: int = 1) -> None:
         """Raise ConfigError, naming what does fit, unless the model can be cut `tensor` x `pipeline` ways, with
-        `interleave` parts on each pipeline rank."""
+        `interleave` parts on each pipeline rank, and its experts `expert` ways."""
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_query_groups} query groups"
@@ -123,6 +123,13 @@ class Architecture:
             raise ConfigError(
                 f"parallel.pipeline={pipeline}{also} makes {pipeline * interleave} parts of {self.num_layers} layers: "
                 f"use at most {self.num_layers}"
+            )
+        if expert > 1 and not self.num_experts:
+            raise ConfigError(f"parallel.expert={expert}: this model has no experts: remove it")
+        if expert > 1 and self.num_experts % expert:
+            fits = [e for e in range(1, self.num_experts + 1) if self.num_experts % e == 0]
+            raise ConfigError(
+                f"parallel.expert={expert} does not divide this model's {self.num_experts} experts: use one of {fits}"
             )
 
     def _tensor_fits(self, tensor: int) -> bool:

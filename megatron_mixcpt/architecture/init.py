@@ -6,7 +6,7 @@ import math
 import torch
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import Slot, shard
+from megatron_mixcpt.architecture.layout import Place, Slot, shard
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], arch: Architecture, seed: int) -> torch.Tensor:
@@ -29,9 +29,9 @@ def named_generator(name: str, seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialize(slots: list[Slot], arch: Architecture, seed: int, tensor_rank: int, tensor_size: int) -> None:
+def initialize(slots: list[Slot], arch: Architecture, seed: int, place: Place) -> None:
     """Fill every parameter in place: normal weights (drawn in fp32), unit norms, zero biases, zero padding rows."""
-    padded = arch.padded_vocab_size(tensor_size)
+    padded = arch.padded_vocab_size(place.tensors)
     for slot in slots:
         whole = initial_tensor(slot.name, slot.shape, arch, seed)
-        slot.parameter.copy_(shard(slot.name, whole, tensor_rank, tensor_size, padded))
+        slot.parameter.copy_(shard(slot.name, whole, place, padded))

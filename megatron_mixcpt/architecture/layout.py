@@ -2,7 +2,8 @@
 
 Whole tensors have megatron-core's shapes over a single rank, with the true (unpadded) vocabulary:
 `linear_qkv` interleaves queries, key and value group by group, `linear_fc1` is the gate above the up projection. The
-linear layers of a layer's experts are one tensor each, `[experts, ...]`; tensor ranks have a part of every expert.
+linear layers of a layer's experts are one tensor each, `[experts, ...]`: expert ranks have some of the experts each, of
+which tensor ranks have a part each.
 `post_layernorm` of a layer's last linear is the norm of what comes out of it.
 """
 
@@ -24,6 +25,17 @@ class Slot:
     name: str
     parameter: nn.Parameter
     shape: tuple[int, ...]  # of the whole tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank among those that share whole tensors: `tensor` of `tensors`, and where experts are spread over ranks
+    (`parallel.expert`) `expert` of `experts`."""
+
+    tensor: int = 0
+    tensors: int = 1
+    expert: int = 0
+    experts: int = 1
 
 
 def whole_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -86,28 +98,43 @@ def is_whole(name: str) -> bool:
     return ("layernorm" in name and not name.endswith("weight_of_heads")) or name.endswith("router.weight")
 
 
-def shard(name: str, whole: Tensor, tensor_rank: int, tensor_size: int, padded_vocab: int) -> Tensor:
-    """This tensor rank's part of a whole tensor (a view where possible); vocabulary padding rows are zero."""
+def is_of_experts(name: str) -> bool:
+    """Whether expert ranks have some rows each."""
+    return ".experts." in name
+
+
+def shard(name: str, whole: Tensor, place: Place, padded_vocab: int) -> Tensor:
+    """A rank's part of a whole tensor (a view where possible); vocabulary padding rows are zero."""
     if name in (EMBEDDING, OUTPUT):
-        rows = padded_vocab // tensor_size
-        part = whole[tensor_rank * rows : (tensor_rank + 1) * rows]
+        rows = padded_vocab // place.tensors
+        part = whole[place.tensor * rows : (place.tensor + 1) * rows]
         if len(part) == rows:
             return part
         return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
     if is_whole(name):
         return whole
+    if is_of_experts(name):
+        whole = whole.chunk(place.experts)[place.expert]
     if "linear_fc1" in name:
-        gate, up = (half.chunk(tensor_size, dim=-2)[tensor_rank] for half in whole.chunk(2, dim=-2))
+        gate, up = (half.chunk(place.tensors, dim=-2)[place.tensor] for half in whole.chunk(2, dim=-2))
         return torch.cat([gate, up], dim=-2)
-    return whole.chunk(tensor_size, dim=_axis(name))[tensor_rank]
+    return whole.chunk(place.tensors, dim=_axis(name))[place.tensor]
 
 
 def _axis(name: str) -> int:
     return -1 if "linear_proj" in name or "linear_fc2" in name else 0
 
 
-def unshard(name: str, parts: list[Tensor], vocab_size: int) -> Tensor:
-    """The whole tensor from all tensor ranks' parts: the inverse of `shard`."""
+def unshard(name: str, parts: list[Tensor], vocab_size: int, experts: int = 1) -> Tensor:
+    """The whole tensor from all tensor ranks' parts: the inverse of `shard`.
+
+    Args:
+        parts: in order; of experts that are spread over `experts` ranks, those of each after those of the one before.
+    """
+    if is_of_experts(name) and experts > 1:
+        tensors = len(parts) // experts
+        of_each = [parts[first : first + tensors] for first in range(0, len(parts), tensors)]
+        return torch.cat([unshard(name, of, vocab_size) for of in of_each])
     if name in (EMBEDDING, OUTPUT):
         return torch.cat(parts)[:vocab_size]
     if is_whole(name):

@@ -82,7 +82,7 @@ def stages_of(config: Config, arch: Architecture) -> Stages:
     Raises ConfigError where the model has too few layers, or not those that `parallel.layers_per_stage` adds up to.
     """
     grid = config.parallel
-    arch.check_layout(grid.tensor, grid.pipeline, grid.interleave)
+    arch.check_layout(grid.tensor, grid.pipeline, grid.interleave, grid.expert)
     if grid.context > 1 and arch.rope_scaling is not None and arch.rope_scaling.kind == "longrope":
         raise ConfigError(
             "parallel.context: this model's rotary scaling (longrope) goes by the length of each document, which ranks "

@@ -77,7 +77,12 @@ def observe(case: Case) -> dict[str, Any]:
     if config.uses_teacher and config.teacher.source == "cached":
         _fill_cache(config)
     with parallel_context(
-        grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context, interleave=grid.interleave
+        grid.tensor,
+        grid.pipeline,
+        seed=config.train.seed,
+        context=grid.context,
+        interleave=grid.interleave,
+        expert=grid.expert,
     ) as state:
         components = build(config, state)
         stage = cast(Any, components.model.module)

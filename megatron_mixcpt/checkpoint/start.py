@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 from megatron_mixcpt.checkpoint.info import CheckpointInfo, read_info
@@ -67,6 +66,7 @@ def _load_adapted(stage: StageModel, checkpoint: Path, info: CheckpointInfo, tra
     from megatron_mixcpt.architecture.init import initialize
     from megatron_mixcpt.checkpoint.origin import check_start, goes_on, run_config
     from megatron_mixcpt.model.load import load_hf
+    from megatron_mixcpt.model.place import place_here
 
     same = goes_on(trained, stage.adapter)
     if not same and trained.method == "alora":
@@ -83,9 +83,7 @@ def _load_adapted(stage: StageModel, checkpoint: Path, info: CheckpointInfo, tra
     elif model.checkpoint:
         load_model_weights(stage, Path(model.checkpoint))
     else:
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        initialize(stage.slots(), stage.arch, config.train.seed, rank, size)
+        initialize(stage.slots(), stage.arch, config.train.seed, place_here())
     if same:
         load_adapters(stage.adapters(), checkpoint)
     else:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
-from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState, read_info
+from megatron_mixcpt.checkpoint.info import FORMAT, CheckpointInfo, TrainingState, read_info
 from megatron_mixcpt.checkpoint.optimizer_state import (
     assert_steps_are_separate,
     optimizer_step_count,
@@ -58,8 +59,7 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
     step = info.optimizer_step
     if step is None:
         raise VerificationError(f"{checkpoint}: holds weights only, so training cannot resume from it")
-    needed = needed_here(unwrap_model(model).sharded_state_dict(), optimizer, info.format)
-    read_boxes(checkpoint, needed, replicas())
+    _read(checkpoint, unwrap_model(model).sharded_state_dict(), optimizer, info.format)
     set_step_count(optimizer, step)
     assert_steps_are_separate(optimizer)
     restored = optimizer_step_count(optimizer)
@@ -70,4 +70,12 @@ def load_checkpoint(checkpoint: Path, model: torch.nn.Module, optimizer: Megatro
 
 def load_weights(stage: Any, checkpoint: Path) -> None:
     """Fill this rank's shard of the weights from a verified checkpoint that holds them, in any layout. Collective."""
-    read_boxes(checkpoint, needed_here(stage.weights_sharded_state_dict(), None), replicas())
+    _read(checkpoint, stage.weights_sharded_state_dict(), None)
+
+
+def _read(checkpoint: Path, state: dict[str, Any], optimizer: MegatronOptimizer | None, format: str = FORMAT) -> None:
+    """Fill what `state` and `optimizer` have here. Collective; errors as `read_boxes`."""
+    over_ranks = parallel_state.get_expert_model_parallel_world_size() > 1
+    for of_experts in (False, True) if over_ranks else (False,):
+        needed = needed_here(state, optimizer, format, of_experts=of_experts)
+        read_boxes(checkpoint, needed, replicas(of_experts=of_experts))

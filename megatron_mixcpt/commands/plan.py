@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.train.setup import existing_parent
 
     grid, train = config.parallel, config.train
-    world_size = args.nproc or grid.replica
+    world_size = args.nproc or grid.fewest
     gpu, memory = device(args.gpu or "H100")
     arch, mix = _model_and_mix(config, world_size, args)
     if not 0.0 < args.mfu <= 1.0:
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"grid        {world_size} rank{'s' * (world_size > 1)} = tensor {grid.tensor} x pipeline {grid.pipeline} "
         + f"x context {grid.context} " * (grid.context > 1)
-        + f"x data {plan.data_size}; "
+        + f"x data {plan.data_size}"
+        + f" with experts over {grid.expert} of them" * (grid.expert > 1)
+        + "; "
         f"{plan.num_micro_batches} micro-batches of {train.micro_batch_size} x {row_length} tokens a step"
     )
     if grid.pipeline > 1:

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
         # Mistakes are told before any process starts.
         world_size = integer_variable("WORLD_SIZE", args.nproc)
-        check_grid(world_size, config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
+        grid = config.parallel
+        check_grid(world_size, grid.tensor, grid.pipeline, grid.context, grid.expert)
         read_model_and_mix(config.as_training())
         if not is_distributed():
             prepare_candidates(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -57,6 +58,9 @@ class LayoutConfig(Section):
     Needs a number of micro-batches that pipeline divides."""
     layers_per_stage: list[Positive] | None = None
     """Layers of each part in order of depth, pipeline x interleave numbers; None balances them."""
+    expert: Positive = 1
+    """Of a mixture of experts: ranks that have some of the experts each, and send each other their tokens. They are
+    among the data- and context-parallel ranks, whose number it must divide, and it must divide the experts."""
     context: Positive = 1
     """Ranks that share every row: each computes a part of its tokens, so that activations of long rows fit."""
     sequence: bool = False
@@ -66,6 +70,11 @@ class LayoutConfig(Section):
     def replica(self) -> int:
         """Ranks that share one copy of the model."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def fewest(self) -> int:
+        """Ranks that a run takes at least."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> LayoutConfig:

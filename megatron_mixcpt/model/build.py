@@ -13,6 +13,7 @@ from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.experts import routers_of
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.interleaved import InterleavedModel, StageModel
+from megatron_mixcpt.model.place import place_here
 from megatron_mixcpt.model.routing import RouterSettings, Routing
 from megatron_mixcpt.model.specs import transformer_config
 from megatron_mixcpt.runtime.timing import MegatronTimers
@@ -45,14 +46,13 @@ def build_gpt(
     Raises:
         ConfigError: the model cannot be cut this way; the message says which ways work.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    place = place_here()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     interleave = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    arch.check_layout(size, pipeline, interleave or 1)
+    arch.check_layout(place.tensors, pipeline, interleave or 1, place.experts)
     stages = stages or balanced(arch, pipeline, interleave or 1)
     if adapter is not None:
-        check_adapter_layout(arch, adapter, size, stages)
+        check_adapter_layout(arch, adapter, place.tensors, stages)
     settings = transformer_config(
         arch, stages, sequence_parallel=sequence_parallel, params_dtype=params_dtype, recompute=recompute
     )
@@ -70,7 +70,7 @@ def build_gpt(
                 module.weight.requires_grad_(router.trained and adapter is None)
     model: StageModel = InterleavedModel(parts) if interleave else parts[0]
     if seed is not None:
-        initialize(model.slots(), arch, seed, rank, size)
+        initialize(model.slots(), arch, seed, place)
     else:
         model.zero_padding()
     return model

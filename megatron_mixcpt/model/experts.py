@@ -1,9 +1,10 @@
 """A mixture of experts in place of a layer's MLP: a router, and many small MLPs of which each token goes through a few.
 
-No token is dropped, whatever the experts' load. Every tensor rank has a part of each expert, as of a dense MLP.
+No token is dropped, whatever the experts' load. Every tensor rank has a part of each expert, as of a dense MLP; with
+`parallel.expert` a rank has some of the experts, and tokens go to the ranks that have theirs (dispatch.py).
 
 Shapes: t tokens of this rank, h hidden, e experts, k experts of a token, f FFN of an expert; f/tp under tensor
-parallelism.
+parallelism, e/r of this rank.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.model.dispatch import Dispatch
 from megatron_mixcpt.model.routing import Routing, choices_of
 
 GROUPED_MULTIPLE = 8  # 16 bytes of bf16
@@ -62,12 +64,15 @@ class StackedLinear(nn.Module):
         """`axis`: of the shape, which tensor ranks share."""
         super().__init__()
         self.weight = _uninitialised(config, *shape)
+        # megatron-core then reduces gradients over the ranks with the same experts; their optimizer is another one.
+        over_ranks = parallel_state.get_expert_model_parallel_world_size() > 1
+        self.weight.allreduce = not over_ranks  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.weight, True, axis, 1)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x `[rows, in]`, the rows of one expert after those of another; counts int64 `[e]` -> `[rows, out/tp]`."""
         aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.weight.shape[1:])
-        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and aligned:
+        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and aligned and len(x):
             return grouped_linear(x, self.weight, counts)
         return sequential_linear(x, self.weight, counts)
 
@@ -91,7 +96,9 @@ class Experts(MegatronModule):
 
     def __init__(self, config: TransformerConfig, arch: Architecture) -> None:
         super().__init__(config)
-        experts, hidden = arch.num_experts, arch.hidden_size
+        self._group = parallel_state.get_expert_model_parallel_group()
+        self._num_experts, hidden = arch.num_experts, arch.hidden_size
+        experts = arch.num_experts // self._group.size()
         ffn = arch.expert_ffn_size // config.tensor_model_parallel_size
         self.linear_fc1 = StackedLinear(config, experts, 2 * ffn, hidden, axis=1)
         self.linear_fc2 = StackedLinear(config, experts, hidden, ffn, axis=2)
@@ -100,13 +107,22 @@ class Experts(MegatronModule):
         """shares fp32 `[t, k]`, experts int64 `[t, k]`, as the router gives them."""
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)  # by expert, of one expert by token
-        counts = choices_of(experts, len(self.linear_fc1.weight))
-        gate, up = self.linear_fc1(x[order // experts.shape[1]], counts).chunk(2, dim=-1)
-        rows = self.linear_fc2(self.config.activation_func(gate) * up, counts)
+        counts = choices_of(experts, self._num_experts)
+        rows = x[order // experts.shape[1]]
+        if self._group.size() > 1:
+            dispatch = Dispatch(counts, self._group)
+            rows = dispatch.back(self._computed(dispatch.there(rows), dispatch.counts))
+        else:
+            rows = self._computed(rows, counts)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         # Token by token, so that the sum does not depend on the order in which a device adds.
         return (rows[back].view(*experts.shape, -1) * shares.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`[rows, h]`, by expert of this rank, -> the same of what comes out of it. counts int64 `[e/r]`."""
+        gate, up = self.linear_fc1(rows, counts).chunk(2, dim=-1)
+        return self.linear_fc2(self.config.activation_func(gate) * up, counts)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -114,18 +130,19 @@ class Experts(MegatronModule):
         """Under the names and in the shapes of megatron-core's experts: `[(layers,) e, out, in]`."""
         rank = parallel_state.get_tensor_model_parallel_rank()
         size = parallel_state.get_tensor_model_parallel_world_size()
-        replica = (0, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
+        ranks, group = self._group.size(), self._group.rank()
         layers, key = len(sharded_offsets), f"{prefix}experts.linear_fc"
 
         def gate_and_up(key: str, weight: Tensor, *_: Any) -> list[ShardedTensor]:
             # They lie side by side in an expert's matrix here, one above the other in the whole one.
-            count = len(weight)
+            first = len(weight) * group
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
                     half,
                     *sharded_offsets,
-                    (layers, expert, count),
+                    (layers, first + expert, len(weight) * ranks),
                     (layers + 1, rank + part * size, 2 * size),
                     replica_id=replica,
                     prepend_axis_num=layers + 1,
@@ -145,6 +162,7 @@ class Experts(MegatronModule):
                 f"{key}2.weight",
                 self.linear_fc2.weight,
                 *sharded_offsets,
+                (layers, group, ranks),
                 (layers + 2, rank, size),
                 replica_id=replica,
                 prepend_axis_num=layers,

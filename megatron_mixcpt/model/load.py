@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import EMBEDDING, shard, unshard, whole_shapes
+from megatron_mixcpt.architecture.layout import EMBEDDING, is_of_experts, shard, unshard, whole_shapes
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import claim
 from megatron_mixcpt.huggingface.config import architecture_from_hf
@@ -20,6 +20,7 @@ from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
 from megatron_mixcpt.huggingface.weights import check_names, open_source, whole_tensor
 from megatron_mixcpt.model.interleaved import StageModel
+from megatron_mixcpt.model.place import place_here
 from megatron_mixcpt.runtime.first_rank import from_first
 
 
@@ -48,26 +49,29 @@ def load_hf(model: StageModel, hf_dir: str | Path, trust_remote_code: bool = Fal
         raise ConfigError(f"{where} is another architecture than the model: {', '.join(differing)}")
     source = open_source(hf_dir)
     check_names(source, source_arch, where)
-    config = model.config
-    rank, size = model.tp_group.rank(), config.tensor_model_parallel_size
+    place = place_here()
     for slot in model.slots():
         whole = whole_tensor(source, slot.name, arch, rows, where)
-        slot.parameter.copy_(shard(slot.name, whole, rank, size, model.vocab_size))
+        slot.parameter.copy_(shard(slot.name, whole, place, model.vocab_size))
 
 
 def _gather(model: StageModel) -> Iterator[tuple[str, Tensor | None]]:
     """(name, whole tensor) over the model, the tensor on rank 0 and None elsewhere. Collective over model ranks."""
     mine = {slot.name: slot.parameter.detach() for slot in model.slots() if not _is_tied_copy(model, slot.name)}
     tensor_group, pipeline_group = model.tp_group, model.pp_group
+    expert_group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    place = place_here()
+    leads = place.tensor == place.expert == 0
     stage, stages = pipeline_group.rank(), pipeline_group.size()
     for name, shape in whole_shapes(model.arch).items():
         whole = None
         if name in mine:
-            parts = [torch.empty_like(mine[name]) for _ in range(tensor_group.size())]
-            dist.all_gather(parts, mine[name].contiguous(), group=tensor_group)
-            if tensor_group.rank() == 0:
-                whole = unshard(name, parts, model.arch.vocab_size)
-        if stages > 1 and tensor_group.rank() == 0:
+            group = expert_group if is_of_experts(name) else tensor_group
+            parts = [torch.empty_like(mine[name]) for _ in range(group.size())]
+            dist.all_gather(parts, mine[name].contiguous(), group=group)
+            if leads:
+                whole = unshard(name, parts, model.arch.vocab_size, place.experts)
+        if stages > 1 and leads:
             owner = _owner(name, model)
             ranks = dist.get_process_group_ranks(pipeline_group)
             if owner and stage == owner:
@@ -118,7 +122,7 @@ def save_hf(
     out = Path(out_dir)
     from_first(lambda: claim(out))
     writer = SafetensorsWriter(out, hf_shapes(arch), dtype) if first else nullcontext()
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_expert_data_parallel_rank() == 0:
         with writer as open_writer:
             for name, whole in _gather(model):
                 if whole is not None and open_writer is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, is_whole, whole_shapes
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, is_of_experts, is_whole, whole_shapes
 from megatron_mixcpt.architecture.stages import Stages, stages_of
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
@@ -115,24 +115,29 @@ def _stage(
     num_micro: int,
     gpu: bool,
 ) -> StagePlan:
-    train, tensor, pipeline = config.train, config.parallel.tensor, config.parallel.pipeline
+    train, grid = config.train, config.parallel
+    tensor, pipeline = grid.tensor, grid.pipeline
     size = DTYPE_BYTES[train.dtype]
     last = index == pipeline - 1
-    count = _parameters(arch, tensor, cut, index)
+    of_experts = _expert_parameters(arch, cut, index) // (tensor * grid.expert)
+    count = _other_parameters(arch, tensor, cut, index) + of_experts
     trained = count
     if train.router == "frozen":
         trained -= sum(map(arch.has_experts, cut.layers_of(index))) * arch.num_experts * arch.hidden_size
     if config.adapter is not None:
-        trained = _adapter_parameters(arch, config.adapter, tensor, cut, index)
+        trained, of_experts = _adapter_parameters(arch, config.adapter, tensor, cut, index), 0
         count += trained
-    state = trained * FP32 * (2 if train.dtype == "fp32" else 3)
-    optimizer = math.ceil(state / (data_size * config.parallel.context)) if train.distributed_optimizer else state
+    state_size = FP32 * (2 if train.dtype == "fp32" else 3)  # of the optimizer, for each parameter
+    replicas = data_size * grid.context
+    # Those that are this rank's own where replicas share them; fewer ranks have the same experts.
+    share = (trained - of_experts + of_experts * grid.expert) / replicas
+    optimizer = math.ceil(share * state_size) if train.distributed_optimizer else trained * state_size
     offloaded = config.optimizer.offload == "cpu"
-    tokens = train.micro_batch_size * row_length // config.parallel.context
+    tokens = train.micro_batch_size * row_length // grid.context
     layers, parts = most_in_flight(cut, index, num_micro)  # the first stage waits longest for its gradients
     kept, again = (tokens * count for count in _layer_bytes(arch, config, gpu))
-    transient = max(tokens * 4 * arch.mlp_width // tensor * size, _expert_transient(arch, tensor, size, gpu))
-    hidden = tokens * arch.hidden_size // (tensor if config.parallel.sequence else 1)  # values between two layers
+    transient = max(tokens * 4 * arch.mlp_width // tensor * size, _expert_transient(arch, config, size, gpu))
+    hidden = tokens * arch.hidden_size // (tensor if grid.sequence else 1)  # values between two layers
     head = hidden * (2 * FP32 + size) if last else 0  # the final norm
     logits = _logits_bytes(config, arch, tokens, gpu) if last else 0
     # Logits are gone when the gradients reach the layers.
@@ -152,7 +157,7 @@ def _stage(
         activations=activations,
         logits=logits,
         # Each rank copies what it writes: its share of what data-parallel ranks have between them.
-        snapshot=math.ceil((trained * size + state) / data_size) if config.checkpoint.background else 0,
+        snapshot=math.ceil(share * (size + state_size)) if config.checkpoint.background else 0,
     )
 
 
@@ -174,7 +179,18 @@ def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: in
     return size * (here + head + max(numbers.values()))
 
 
-def _parameters(arch: Architecture, tensor: int, cut: Stages, index: int) -> int:
+def _expert_parameters(arch: Architecture, cut: Stages, index: int) -> int:
+    """Of all experts of a stage, over all ranks."""
+    return sum(map(arch.has_experts, cut.layers_of(index))) * 3 * _expert_size(arch)
+
+
+def _expert_size(arch: Architecture) -> int:
+    """Parameters of a matrix of all of a layer's experts."""
+    return arch.num_experts * arch.expert_ffn_size * arch.hidden_size
+
+
+def _other_parameters(arch: Architecture, tensor: int, cut: Stages, index: int) -> int:
+    """Of a rank: all but those of experts."""
     layers, pipeline = cut.layers_of(index), cut.pipeline
     padded = arch.padded_vocab_size(tensor)
     count = 0
@@ -186,6 +202,8 @@ def _parameters(arch: Architecture, tensor: int, cut: Stages, index: int) -> int
             )
             count += padded // tensor * shape[1] if here else 0
         elif name.startswith("decoder.layers."):
+            if is_of_experts(name):
+                continue
             if int(name.split(".")[2]) in layers:
                 count += math.prod(shape) // (1 if is_whole(name) else tensor)
         elif index == pipeline - 1:
@@ -227,7 +245,7 @@ def _layer_bytes(arch: Architecture, config: Config, gpu: bool) -> tuple[int, in
     attention += FP32 * (arch.num_attention_heads // tensor) + _adapter_bytes(arch, config, "self_attention")
     fused = gpu and arch.activation == "silu"
     mlp = (3 if fused else 5) * arch.mlp_width // tensor * size  # gate and up, product; gate, silu(gate)
-    mlp += _routing_bytes(arch, size)
+    mlp += _routing_bytes(arch, config.parallel.expert, size)
     mlp += _adapter_bytes(arch, config, "mlp")
     layer = norms + attention + mlp
     if recompute == "full":
@@ -236,16 +254,19 @@ def _layer_bytes(arch: Architecture, config: Config, gpu: bool) -> tuple[int, in
     return layer - again, again
 
 
-def _routing_bytes(arch: Architecture, size: int) -> int:
+def _routing_bytes(arch: Architecture, expert: int, size: int) -> int:
     """Of one layer's experts for each token, on average over the layers: probabilities of all; the token's input and
-    output of each of its experts, and where they lie."""
-    chosen = arch.experts_per_token * (2 * arch.hidden_size * size + 4 * INT64)
+    output of each of its experts, and where they lie. Ranks that have experts of their own, `expert` of them, are taken
+    to be sent as many tokens as they have."""
+    places = 6 if expert > 1 else 4
+    chosen = arch.experts_per_token * (2 * arch.hidden_size * size + places * INT64)
     return arch.num_expert_layers * (arch.num_experts * FP32 + chosen) // arch.num_layers
 
 
-def _expert_transient(arch: Architecture, tensor: int, size: int, gpu: bool) -> int:
+def _expert_transient(arch: Architecture, config: Config, size: int, gpu: bool) -> int:
     """Gradients of one layer's experts on their way into the buffer; on a CPU twice, by expert and together."""
-    return (1 if gpu else 2) * arch.num_experts * 2 * arch.expert_ffn_size * arch.hidden_size // tensor * size
+    grid = config.parallel
+    return (1 if gpu else 2) * 2 * _expert_size(arch) // (grid.tensor * grid.expert) * size
 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int, gpu: bool) -> int:

@@ -20,9 +20,12 @@ LIBRARIES_GIB = 0.8  # of a process and its data worker, measured
 
 def data_parallel_size(config: Config, nproc: int | None) -> int:
     """Replicas of the model in a run of `nproc` ranks; None: the user names no number."""
+    grid, train = config.parallel, config.train
     if nproc:
-        return nproc // config.parallel.replica
-    return MAX_DATA_SIZE if config.train.global_batch_size % (MAX_DATA_SIZE * config.train.micro_batch_size) == 0 else 1
+        return nproc // grid.replica
+    fewest = grid.fewest // grid.replica
+    more = -(-MAX_DATA_SIZE // fewest) * fewest
+    return more if train.global_batch_size % (more * train.micro_batch_size) == 0 else fewest
 
 
 def fitting_grid(config: Config, data_size: int, small: Architecture, mix: Mix) -> Grid:

@@ -17,6 +17,7 @@ from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import (
     REPLACED_TEACHERS,
     STEPS,
+    expert_ranks,
     small_architecture,
     small_run,
     write_random_model,
@@ -66,6 +67,11 @@ def _program(
 ) -> list[str]:
     """What is going to be rehearsed, and what is not."""
     data = f"data {grid.data}" + (f" in place of {data_size}" if grid.data < data_size else "")
+    if config.parallel.expert > 1:
+        few = expert_ranks(config, grid)
+        data += f" with experts over {few} of them" + f" in place of {config.parallel.expert}" * (
+            few < config.parallel.expert
+        )
     lines = [
         f"rehearsal: tensor {grid.tensor} x pipeline {grid.pipeline} "
         + f"x context {grid.context} " * (grid.context > 1)

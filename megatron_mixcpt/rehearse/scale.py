@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path
         "global_batch_size": micro_batch_size * grid.data * min(micro_batches, 2 * grid.pipeline),
         "profile": None,
     }
-    values["parallel"] |= {"layers_per_stage": None}
+    values["parallel"] |= {"layers_per_stage": None, "expert": expert_ranks(config, grid)}
     values["eval"] = {"every": 2, "max_samples": MICRO_BATCH_SIZE * grid.data}
     values["checkpoint"] |= {"every": 1, "keep": 2, "keep_every": 0}
     values["wandb"] = {"mode": "disabled"}
@@ -126,6 +127,11 @@ def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path
             "targets": [t for t in config.adapter.targets if "." not in t] or ["*_proj"],
         }
     return values
+
+
+def expert_ranks(config: Config, grid: Grid) -> int:
+    """Over how many of the ranks of `grid` the few experts of the small model are spread."""
+    return math.gcd(config.parallel.expert, grid.context * grid.data, EXPERTS)
 
 
 REPLACED_TEACHERS = ("cached", "deepspeed")

@@ -1,4 +1,5 @@
-"""Process groups, device and seeds of this process: the tensor x context x data x pipeline grid."""
+"""Process groups, device and seeds of this process: the tensor x context x data x pipeline grid, with experts over
+data and context ranks."""
 
 import contextlib
 import functools
@@ -44,6 +45,8 @@ class ParallelState:
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    expert_rank: int
+    expert_size: int
     replica_group: dist.ProcessGroup
     """The ranks that share one model replica: tensor x context x pipeline."""
     store: dist.Store
@@ -104,8 +107,8 @@ def _store(launched: bool, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"mixcpt-{next(_contexts)}", shared)
 
 
-def check_grid(world_size: int, tensor: int, pipeline: int, context: int = 1) -> None:
-    """Raise ConfigError unless the processes divide into whole model replicas."""
+def check_grid(world_size: int, tensor: int, pipeline: int, context: int = 1, expert: int = 1) -> None:
+    """Raise ConfigError unless the processes divide into whole model replicas, and these into whole sets of experts."""
     replica = tensor * pipeline * context
     if min(tensor, pipeline, context) < 1 or world_size % replica:
         also = f" x parallel.context={context}" if context != 1 else ""
@@ -113,6 +116,13 @@ def check_grid(world_size: int, tensor: int, pipeline: int, context: int = 1) ->
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline}{also} needs a multiple of {replica} "
             f"processes, not {world_size}: change the layout or the number of processes (--nproc, or nodes x GPUs a "
             "node)"
+        )
+    others = world_size // (tensor * pipeline)
+    if expert < 1 or others % expert:
+        raise ConfigError(
+            f"parallel.expert={expert} does not divide the {others} data- and context-parallel ranks that {world_size} "
+            f"processes leave beside parallel.tensor={tensor} x parallel.pipeline={pipeline}: change it or the number "
+            "of processes"
         )
 
 
@@ -125,6 +135,7 @@ def parallel_context(
     *,
     context: int = 1,
     interleave: int = 1,
+    expert: int = 1,
 ) -> Iterator[ParallelState]:
     """Join the processes into a tensor x context x data x pipeline grid for the duration of the context.
 
@@ -133,6 +144,7 @@ def parallel_context(
     `MIXCPT_DEVICE` (cpu, cuda) says which it must be; all ranks agree on it before any of them waits. Everything is
     taken down at exit; after an error the process ends, whatever NCCL is waiting for (leaving.py). With `interleave`
     above 1, models are cut into that many parts a pipeline rank, and Megatron's schedule is the interleaved one.
+    `expert`: ranks, of data and context, that have some of the experts of a mixture each.
 
     Raises:
         ConfigError: the processes do not divide into whole model replicas, the launch variables are incomplete, or a
@@ -140,7 +152,7 @@ def parallel_context(
     """
     launch = _launch()
     rank, world_size, local_rank = launch or (0, 1, 0)
-    check_grid(world_size, tensor, pipeline, context)
+    check_grid(world_size, tensor, pipeline, context, expert)
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.callback(gc.collect)  # of a model's cycles, which keep the groups and their threads
@@ -170,6 +182,7 @@ def parallel_context(
                 pipeline,
                 context,
                 interleave,
+                expert,
                 seed,
                 timeout_minutes,
             )
@@ -201,6 +214,7 @@ def _join_grid(
     pipeline: int,
     context: int,
     interleave: int,
+    expert: int,
     seed: int,
     timeout_minutes: float,
 ) -> ParallelState:
@@ -213,6 +227,7 @@ def _join_grid(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=interleave if interleave > 1 else None,
         context_parallel_size=context,
+        expert_model_parallel_size=expert,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # beside the ones in use; nothing here asks for them
     )
@@ -240,6 +255,8 @@ def _join_grid(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=world_size // (tensor * pipeline * context),
         data_group=parallel_state.get_data_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=expert,
         replica_group=_replica_group(world_size, tensor, pipeline, context),
         store=store,
     )

@@ -50,7 +50,12 @@ def select(config: SelectConfig) -> None:
     with StopRequest() as stop, explained(stop):
         grid, seed = config.parallel, config.select.seed
         with parallel_context(
-            grid.tensor, grid.pipeline, seed, context=grid.context, interleave=grid.interleave
+            grid.tensor,
+            grid.pipeline,
+            seed,
+            context=grid.context,
+            interleave=grid.interleave,
+            expert=grid.expert,
         ) as state:
             candidates = on_first("prepare", lambda: prepare_candidates(config), state)
             scores = _score(config, candidates, state, stop)

@@ -48,12 +48,13 @@ def check_command(words: list[str], world_size: int, written: list[Path]) -> lis
     elif words[0] in SCHEMAS:
         config = load_config(SCHEMAS[words[0]], args.config, args.overrides)
         grid = config.parallel
-        check_grid(world_size, grid.tensor, grid.pipeline, grid.context)
+        check_grid(world_size, grid.tensor, grid.pipeline, grid.context, grid.expert)
         if isinstance(config, Config) and words[0] != "cache-teacher":
             config.check_command(words[0], args.config)
             check_batch(config, world_size)
         if config.model.hf is not None and not _within(Path(config.model.hf), written):
-            architecture_from_hf(config.model.hf).check_layout(grid.tensor, grid.pipeline, grid.interleave)
+            arch = architecture_from_hf(config.model.hf)
+            arch.check_layout(grid.tensor, grid.pipeline, grid.interleave, grid.expert)
     return [Path(args.out).resolve()] if getattr(args, "out", None) else []
 
 

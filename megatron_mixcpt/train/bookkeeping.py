@@ -232,7 +232,9 @@ class Bookkeeping:
             f"grid    tensor {state.tensor_size} x pipeline {state.pipeline_size} "
             + f"x context {state.context_size} " * (state.context_size > 1)
             + f"x data {state.data_size} "
-            f"on {state.device.type}" + (", sequence parallel" if config.parallel.sequence else ""),
+            + f"with experts over {state.expert_size} of them " * (state.expert_size > 1)
+            + f"on {state.device.type}"
+            + (", sequence parallel" if config.parallel.sequence else ""),
             f"data    {mix.path}: {shares}",
             f"batch   {config.train.global_batch_size} x {self.components.task.row_length} = {batch_tokens} tokens; "
             f"{config.train.steps} steps = {batch_tokens * config.train.steps / 1e6:.2f} M tokens",

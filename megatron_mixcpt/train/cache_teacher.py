@@ -34,7 +34,9 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int, s
         )
     with (
         explained(stop),
-        parallel_context(grid.tensor, grid.pipeline, seed=config.train.seed, interleave=grid.interleave) as state,
+        parallel_context(
+            grid.tensor, grid.pipeline, seed=config.train.seed, interleave=grid.interleave, expert=grid.expert
+        ) as state,
     ):
         arch, mix = read_model_and_mix(config)
         teacher: Teacher

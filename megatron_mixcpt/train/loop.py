@@ -49,6 +49,7 @@ def train(config: Config, *, trust: bool = False) -> None:
             timeout_minutes=minutes + GROUP_EXTRA_MINUTES,
             context=grid.context,
             interleave=grid.interleave,
+            expert=grid.expert,
         ) as state:
             with (
                 Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,

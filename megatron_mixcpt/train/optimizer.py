@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,6 +15,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_mixcpt.checkpoint.optimizer_state import singles
@@ -74,7 +76,8 @@ def optimizer_step(
     if not admits(norm):
         return norm
     if config.clip_grad > 0.0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=config.clip_grad, total_norm=norm)
+        parameters = [parameter for single in singles(optimizer) for parameter in single.get_parameters()]
+        clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=norm)
     lr = rate_factor * learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
@@ -90,13 +93,25 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     Replicas have equal gradients after their reduction, unless a device or link failed; with norms of their own they
     would go on as two different models.
     """
-    grads = [grad for single in singles(optimizer) for grad in single.get_main_grads_for_grad_norm()]
-    norm = sum_of_squares(grads, optimizer.get_grad_stats_parallel_group()).sqrt()
+    # Experts over ranks have an optimizer of their own, whose ranks are others.
+    norm = torch.stack([_squares(single) for single in _chained(optimizer)]).sum().sqrt()
     finite = norm.isfinite()
     message = torch.stack([torch.where(finite, norm, 0.0), (~finite).double()])
     torch.distributed.all_reduce(message, op=torch.distributed.ReduceOp.MAX)
     largest, bad = message.tolist()
     return math.nan if bad else largest
+
+
+def _squares(single: Any) -> Tensor:
+    """Collective: the sum of squares over all parameters of one of `_chained`, an fp64 scalar."""
+    here = not getattr(single, "is_stub_optimizer", False)
+    grads = single.get_main_grads_for_grad_norm() if here else []
+    return sum_of_squares(grads, single.get_grad_stats_parallel_group())
+
+
+def _chained(optimizer: MegatronOptimizer) -> list[Any]:
+    """The same on every rank, those included that have no parameters on this one."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def sum_of_squares(grads: list[Tensor], group: torch.distributed.ProcessGroup) -> Tensor:

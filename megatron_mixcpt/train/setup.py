@@ -139,7 +139,7 @@ def check_rows(config: Config, mix: Mix, world_size: int) -> None:
     if world_size < 1:
         raise ConfigError(f"--nproc {world_size}: at least 1")
     grid = config.parallel
-    check_grid(world_size, grid.tensor, grid.pipeline, grid.context)
+    check_grid(world_size, grid.tensor, grid.pipeline, grid.context, grid.expert)
     row_length = config.row_sequences * mix.seq_length
     if row_length % grid.context or (grid.sequence and row_length // grid.context % grid.tensor and grid.context > 1):
         also = f" x parallel.tensor {grid.tensor}, which parallel.sequence needs" if grid.sequence else ""

@@ -17,6 +17,7 @@ from tests.helpers.corpus import add_pairs, write_mix
 from tests.helpers.nano import use_nano
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
+from tests.model.families import make
 from tests.teacher.runs import fill
 from tests.train.runs import settings
 
@@ -34,6 +35,7 @@ BASE = {
 BF16 = {"dtype": "bf16"}
 BEHIND = {"checkpoint": {"async": True, "every": 1}}
 SHARDED = {"distributed_optimizer": True, "overlap_grad_reduce": True}
+TWO_RANKS = {"global_batch_size": 2 * MICRO_BATCHES}
 NO_TEACHER = {"loss": {"by_kind": {}, "target": "none"}}
 # name -> (what differs from BASE, features for which docs/gpu.md lists more waits)
 ONE = {
@@ -71,8 +73,12 @@ TWO = {
     "CP2": ({"parallel": {"context": 2}, "train": BF16}, ()),
     "CP2, dpo": ({"parallel": {"context": 2}, "align": {"method": "dpo"}} | NO_TEACHER, ()),
     "DP2, distributed optimizer": (
-        {"train": BF16 | SHARDED | {"global_batch_size": 2 * MICRO_BATCHES}} | BEHIND,
+        {"train": BF16 | SHARDED | TWO_RANKS} | BEHIND,
         ("async save",),
+    ),
+    "EP2": (
+        {"model": {"preset": None}, "parallel": {"expert": 2}, "train": BF16 | TWO_RANKS},
+        ("experts over ranks",),
     ),
 }
 
@@ -136,6 +142,9 @@ def each(rank, world_size, runs):
 @pytest.fixture(scope="module")
 def of_two(mixes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    make("qwen3-experts", folder / "experts", vocab_size=120, mlp_only_layers=[], **sizes)
+    TWO["EP2"][0]["model"]["hf"] = str(folder / "experts")
     runs = {
         name: (free_port(), values_of(mixes, folder / name, sections), features)
         for name, (sections, features) in TWO.items()

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_mixcpt.adapters.layout import adapted_linears
-from megatron_mixcpt.architecture.layout import whole_shapes
+from megatron_mixcpt.architecture.layout import Place, is_of_experts, shard, unshard, whole_shapes
 from megatron_mixcpt.architecture.shapes import SHAPES
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
-from tests.model.grid import EXPERTS
+from tests.model.grid import EXPERTS, TINY
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0]])
@@ -72,6 +72,30 @@ def test_adapters_on_attention_are_not():
     arch = dataclasses.replace(EXPERTS, model_type="qwen3_moe", qk_norm=True)
     linears = adapted_linears(arch, AdapterConfig(method="lora", rank=2, targets=["q_proj", "o_proj"]))
     assert len(linears) == 2 * arch.num_layers
+
+
+@pytest.mark.parametrize(
+    ("arch", "expert", "message"),
+    [
+        (EXPERTS, 3, r"parallel.expert=3 does not divide this model's 4 experts: use one of \[1, 2, 4\]"),
+        (TINY, 2, "parallel.expert=2: this model has no experts"),
+    ],
+)
+def test_experts_that_cannot_be_spread_are_refused(arch, expert, message):
+    arch.check_layout(1, 1, expert=1)
+    with pytest.raises(ConfigError, match=message):
+        arch.check_layout(1, 1, expert=expert)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_unshard_inverts_shard_of_spread_experts(experts):
+    for name, shape in whole_shapes(EXPERTS).items():
+        whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+        ranks = range(experts) if is_of_experts(name) else [0]
+        places = [Place(tensor, 2, expert, experts) for expert in ranks for tensor in range(2)]
+        parts = [shard(name, whole, place, EXPERTS.padded_vocab_size(2)) for place in places]
+        assert torch.equal(unshard(name, parts, EXPERTS.vocab_size, experts), whole), name
+        assert not is_of_experts(name) or len(parts[0]) == EXPERTS.num_experts // experts
 
 
 def test_experts_too_narrow_for_the_tensor_ranks_are_refused():

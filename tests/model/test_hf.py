@@ -13,10 +13,11 @@ from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, OLDER, absent, assert_same_bits, make
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
+EXPERTS = ("qwen3-experts", "mixtral", "olmoe")
 
 
-def round_trip(source, out, tensor, pipeline, dtype):
-    with parallel_context(tensor=tensor, pipeline=pipeline):
+def round_trip(source, out, tensor, pipeline, dtype, expert=1):
+    with parallel_context(tensor=tensor, pipeline=pipeline, expert=expert):
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
         from megatron_mixcpt.model.load import load_hf, save_hf
@@ -71,6 +72,11 @@ def exported(models, tmp_path_factory):
                 for name, (source, _) in models.items():
                     result[name, grid] = out / grid / name
                     jobs.append((source, result[name, grid], tensor, pipeline, torch.float32))
+        for name in EXPERTS if world_size == 4 else ():
+            if name in models:
+                for grid, layout in (("tp2ep2", (2, 1)), ("pp2ep2", (1, 2))):
+                    result[name, grid] = out / grid / name
+                    jobs.append((models[name][0], result[name, grid], *layout, torch.float32, 2))
         run_distributed(round_trips, world_size, jobs, timeout=400)
     return result
 
@@ -106,6 +112,13 @@ def test_odd_heads_keep_every_bit_and_every_logit(name, heads, groups, head_dim,
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_grid_keeps_every_bit(models, exported, name, grid):
+    assert_same_bits(models[name][0], exported[name, grid])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("grid", ["tp2ep2", "pp2ep2"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_over_ranks_keep_every_bit(models, exported, name, grid):
     assert_same_bits(models[name][0], exported[name, grid])
 
 

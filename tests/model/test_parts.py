@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_mixcpt.architecture.architecture import PRESETS, Architecture, RopeScaling
 from megatron_mixcpt.architecture.init import initial_tensor
-from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, shard, unshard, whole_shapes
+from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, Place, shard, unshard, whole_shapes
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.model.rope import Rotary, inverse_frequencies
@@ -87,7 +87,7 @@ def test_unshard_inverts_shard(arch, size):
     for name, shape in whole_shapes(arch).items():
         whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
         padded = arch.padded_vocab_size(size)
-        parts = [shard(name, whole, rank, size, padded) for rank in range(size)]
+        parts = [shard(name, whole, Place(rank, size), padded) for rank in range(size)]
         assert torch.equal(unshard(name, parts, arch.vocab_size), whole), name
         if name in (EMBEDDING, OUTPUT):
             assert sum(len(part) for part in parts) == padded

@@ -7,7 +7,7 @@ import shutil
 
 import torch
 
-from megatron_mixcpt.architecture.layout import unshard
+from megatron_mixcpt.architecture.layout import is_of_experts, unshard
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config import validate as validated
@@ -49,18 +49,18 @@ def whole_tensors(components, state, value):
         return _whole_adapters(stage, state, value)
     local = {slot.name: value(slot.parameter).detach().clone() for slot in stage.slots()}
     gathered = [None] * state.world_size
-    replica = state.data_rank * state.context_size + state.context_rank
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
+    torch.distributed.all_gather_object(gathered, (state.expert_rank, state.tensor_rank, local))
     shards = {}
-    for _, data_rank, tensor_rank, tensors in sorted(gathered, key=lambda entry: entry[:3]):
-        if data_rank != 0:
-            continue
+    for expert_rank, tensor_rank, tensors in gathered:
         for name, tensor in tensors.items():
-            known = shards.setdefault(name, {})
-            assert tensor_rank not in known or torch.equal(known[tensor_rank], tensor), f"{name}: tied copies differ"
-            known[tensor_rank] = tensor
-    vocab_size = components.arch.vocab_size
-    return {name: unshard(name, [of[r] for r in sorted(of)], vocab_size).numpy() for name, of in shards.items()}
+            place = expert_rank if is_of_experts(name) else 0, tensor_rank
+            known = shards.setdefault(name, {}).setdefault(place, tensor)
+            assert torch.equal(known, tensor), f"{name}: copies differ"
+    vocab_size, experts = components.arch.vocab_size, state.expert_size
+    return {
+        name: unshard(name, [of[place] for place in sorted(of)], vocab_size, experts).numpy()
+        for name, of in shards.items()
+    }
 
 
 def _whole_adapters(stage, state, value):
@@ -87,7 +87,12 @@ def _whole_adapters(stage, state, value):
 def grid_of(config):
     grid = config.parallel
     return parallel_context(
-        grid.tensor, grid.pipeline, seed=config.train.seed, context=grid.context, interleave=grid.interleave
+        grid.tensor,
+        grid.pipeline,
+        seed=config.train.seed,
+        context=grid.context,
+        interleave=grid.interleave,
+        expert=grid.expert,
     )
 
 

@@ -16,12 +16,27 @@ from tests.model.families import make, read_all
 from tests.train.runs import losses, run_all, settings
 
 TRAINED = {"router": "trained"}
-ONE = {"trained": {"train": TRAINED}, "frozen": {"train": {"distributed_optimizer": True}}}
+ADAPTERS = {
+    "adapter": {"method": "lora", "rank": 2, "targets": ["q_proj", "o_proj"]},
+    "teacher": {"source": "adapter_off"},
+}
+ONE = {"trained": {"train": TRAINED}, "frozen": {"train": {"distributed_optimizer": True}}, "adapters": ADAPTERS}
 TWO = {
     "trained TP2+SP": {"train": TRAINED, "parallel": {"tensor": 2, "sequence": True}},
     "trained PP2": {"train": TRAINED, "parallel": {"pipeline": 2}},
     "trained CP2": {"train": TRAINED, "parallel": {"context": 2}},
     "frozen DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
+    "trained EP2": {"train": TRAINED | {"overlap_grad_reduce": True}, "parallel": {"expert": 2}},
+    "adapters EP2": ADAPTERS | {"parallel": {"expert": 2}},
+    "trained CP2 EP2": {"train": TRAINED, "parallel": {"context": 2, "expert": 2}},
+}
+FOUR = {
+    "trained TP2+SP EP2": {
+        "train": TRAINED | {"recompute": "mlp"},
+        "parallel": {"tensor": 2, "sequence": True, "expert": 2},
+    },
+    "trained EP2 PP2": {"train": TRAINED | {"recompute": "full"}, "parallel": {"pipeline": 2, "expert": 2}},
+    "frozen DP4 EP2 distributed optimizer": {"train": {"distributed_optimizer": True}, "parallel": {"expert": 2}},
 }
 
 
@@ -44,17 +59,25 @@ def configuration(folder, name, **sections):
 def results(folder):
     runs = {
         world_size: {name: (free_port(), configuration(folder, name, **of)) for name, of in layouts.items()}
-        for world_size, layouts in ((1, ONE), (2, TWO))
+        for world_size, layouts in ((1, ONE), (2, TWO), (4, FOUR))
     }
-    return run_distributed(run_all, 1, runs[1])[0] | run_distributed(run_all, 2, runs[2])[0]
+    return {
+        name: result
+        for world_size in runs
+        for name, result in run_distributed(run_all, world_size, runs[world_size])[0].items()
+    }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", TWO)
-def test_two_processes_train_as_one_does(results, layout):
+@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+def test_several_processes_train_as_one_does(results, layout):
     one, other = results[layout.split()[0]], results[layout]
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
     np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
+    np.testing.assert_allclose(other["megatron's norms"], one["norms"], rtol=1e-5)
+    for name, gradient in other["gradients"].items():
+        scale = np.abs(one["gradients"][name]).max()
+        np.testing.assert_allclose(gradient, one["gradients"][name], rtol=0, atol=1e-6 * scale, err_msg=name)
     for name, weight in one["weights"].items():
         np.testing.assert_allclose(other["weights"][name], weight, rtol=0, atol=2e-5, err_msg=name)
 
@@ -73,7 +96,8 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, 
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(values))
     first, rest = ["train.steps=2", "train.schedule=constant"], ["train.schedule=constant"]
-    assert main(["train", str(config), *first]) == 0
+    spread = ["--nproc", "2", "parallel.expert=2", "train.distributed_optimizer=true"]
+    assert main(["train", str(config), *first, *spread]) == 0
     assert main(["train", str(config), "--nproc", "2", "parallel.tensor=2", *rest]) == 0
     whole = values | {"run_dir": str(tmp_path / "whole")}
     config.write_text(yaml.safe_dump(whole))
