@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.model.base_routing import BaseRouting
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ class Routing:
         self._arch, self._sequence = arch, sequence_parallel
         self._scale = 1.0
         device = torch.cuda.current_device()
-        # Of each layer: choices and sums of probabilities by expert, sum of squared log-sum-exps, tokens.
-        self._sums = torch.zeros(arch.num_layers, 2 * arch.num_experts + 2, dtype=torch.float64, device=device)
+        # Of each layer: choices and sums of probabilities by expert, choices that the base does not make, and of how
+        # many, sum of squared log-sum-exps, tokens.
+        self._sums = torch.zeros(arch.num_layers, 2 * arch.num_experts + 4, dtype=torch.float64, device=device)
+        self.base: BaseRouting | None = None
+        """What these choices are compared with."""
+        self.heard_by: BaseRouting | None = None
+        """What keeps these choices, while a teacher passes."""
 
     @property
     def has_losses(self) -> bool:
@@ -59,6 +67,8 @@ class Routing:
             logits, probabilities: `[..., e]`; experts, shares: `[..., k]`.
         """
         if not torch.is_grad_enabled():  # a teacher's or a measuring pass, or one that is computed again
+            if self.heard_by is not None:
+                self.heard_by.keep(layer, experts)
             return shares
         settings, count = self.settings, self._arch.num_experts
         probability = probabilities.flatten(0, -2)  # [t, e]
@@ -66,8 +76,9 @@ class Routing:
         square = torch.logsumexp(logits.flatten(0, -2).float(), -1).square().sum()
         with torch.no_grad():
             tokens = torch.full_like(square, len(probability))
-            row = torch.cat([choices, probability.sum(0), square.unsqueeze(0), tokens.unsqueeze(0)])
-            self._sums[layer] += row.double()
+            changed, compared = (tokens.new_zeros(()), 0) if self.base is None else self.base.changed(layer, experts)
+            counts = torch.stack([changed.float(), torch.full_like(square, compared), square, tokens])
+            self._sums[layer] += torch.cat([choices, probability.sum(0), counts]).double()
         loss = settings.z * square
         if settings.balance > 0.0:
             # Other ranks have the other tokens of these rows: with the choices of all, each adds its own part.
@@ -113,7 +124,7 @@ def routing_metrics(rows: Sequence[Sequence[float]], arch: Architecture) -> dict
     """What metrics.jsonl gets of a step. `rows`: `Routing.sums` of all ranks together, by layer."""
     count, chosen = arch.num_experts, arch.experts_per_token
     metrics: dict[str, float] = {}
-    balances, squares, loads = [], [], []
+    balances, squares, loads, changes = [], [], [], []
     for layer, row in enumerate(rows):
         tokens = row[-1]
         if not tokens:
@@ -123,8 +134,13 @@ def routing_metrics(rows: Sequence[Sequence[float]], arch: Architecture) -> dict
         squares.append(row[-2] / tokens)
         loads += load
         metrics |= {f"moe/load_max/{layer}": max(load), f"moe/load_min/{layer}": min(load)}
+        if row[-3]:
+            changes.append(row[-4] / row[-3])
+            metrics[f"moe/changed/{layer}"] = changes[-1]
     if not loads:
         return {}
+    if changes:
+        metrics["moe/changed"] = sum(changes) / len(changes)
     return {
         "moe/balance": sum(balances) / len(balances),
         "moe/z": sum(squares) / len(squares),
