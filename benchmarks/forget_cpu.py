@@ -26,9 +26,9 @@ from megatron_mixcpt.demo.texts import write_texts
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.files import write_whole
 
-WEIGHTS = (1.0, 4.0, 16.0)
-BUDGETS = (0.1, 0.2)
-STEPS, EVERY, SEQ_LENGTH, LR = 24, 4, 256, 3e-4
+WEIGHTS = (1.0, 4.0, 16.0, 0.25)
+BUDGETS = (0.1, 0.05, 0.2)
+STEPS, EVERY, SEQ_LENGTH, LR = 16, 4, 256, 3e-4
 HELD_OUT = 8  # sequences of a source that are measured
 
 
@@ -58,9 +58,9 @@ class Run:
                 "steps": STEPS, "micro_batch_size": 1, "global_batch_size": 1, "lr": LR, "warmup_steps": 4,
                 "schedule": "cosine", "weight_decay": 0.0, "seed": SMOLLM2.seed, "dtype": "fp32",
             },
-            "loss": {"target": "swap", "kd_weight": self.weight},
-            "eval": {"every": 0 if self.budget else STEPS // 2, "max_samples": HELD_OUT},
-            "checkpoint": {"every": EVERY if self.budget else 0, "every_minutes": 0, "keep": 1},
+            "loss": {"target": "plain", "kd_weight": self.weight},
+            "eval": {"every": 2 * EVERY, "max_samples": HELD_OUT},
+            "checkpoint": {"every": 0, "every_minutes": 0, "keep": 1},
             "run_dir": str(folder / self.name),
         }  # fmt: skip
 
@@ -82,7 +82,7 @@ class Run:
         return next(point for point in points if point.step == step)
 
 
-RUNS = [*(Run(f"budget-{b:g}", 1.0, b) for b in BUDGETS), *(Run(f"weight-{w:g}", w) for w in WEIGHTS)]
+RUNS = [*(Run(f"weight-{w:g}", w) for w in WEIGHTS), *(Run(f"budget-{b:g}", 1.0, b) for b in BUDGETS)]
 
 
 def prepare(folder: Path, threads: int) -> None:

@@ -129,7 +129,7 @@ class ForgetConfig(Section):
     every: Positive = 50
     """Steps between two measurements; one is also made before a checkpoint, and at the end."""
     average: bool = False
-    """At the end, measure the averages of the result with the starting weights, and take the best within the budget."""
+    """At the end, measure averages of the weights with those at the start, and take the best within the budget."""
 
 
 class AlignSettings(Section):

@@ -3,33 +3,33 @@
 One quantity, the *pressure*, is all that it moves. Up to a bound it is the logarithm of a factor on the distillation
 weight, of a teacher that holds on to what the base model knew; beyond, that factor stays and the learning rate falls.
 Dual ascent: the pressure rises while more is forgotten than is aimed at and falls while less is, so that it settles at
-the least pressure that keeps the budget, which is where most is learned. Where even the highest does not keep it,
-training ends.
+the least pressure that keeps the budget, which is where most is learned. That alone comes too late: forgetting adds up
+what each step does, so that a pressure which adds up how much was forgotten swings beyond its aim. So the pressure also
+follows at once what is forgotten itself, as the penalty of an augmented Lagrangian does. Where even the highest does
+not keep the budget, training ends.
 
 Held-out losses are measured now and then, the divergence from the base model at every step. What is forgotten grows
-with that divergence (arXiv 2509.04259), so that it tells between two measurements where the next one would come out.
+with that divergence (arXiv 2509.04259), so that it tells between two measurements what the next one would find.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
 WEIGHT_RANGE = (1 / 16, 64.0)  # factors on the configured distillation weight
 LOWEST_RATE = 1 / 64  # factor on the scheduled learning rate
-RAISE = math.log(16.0)  # most that the pressure rises between two measurements, as long as it is on the weight alone
-LOWER = math.log(2.0)  # most that it falls
-GAIN = math.log(4.0)  # how far it moves in that time where as much as the budget is forgotten beyond the aim, and the
-# most that it rises on the learning rate
+REACTION = math.log(256.0)  # what the pressure rises by as soon as another budget's worth is forgotten
+ASCENT = math.log(4.0)  # what it rises by in the time between two measurements in which twice the budget is forgotten
 SMOOTHING = 0.25  # of the time between two measurements: over what the divergence is averaged
-LARGEST_DEADBAND = (
-    0.25  # of the budget: with more noise than that the budget cannot be resolved, and is kept all the same
-)
+SHORTEST_AVERAGE = 2  # steps, however short that time: single batches differ
+LARGEST_DEADBAND = 0.25  # of the budget: more noise cannot resolve it, and it is kept all the same
 PATIENCE = 2  # measurements beyond the budget under the highest pressure, after which training ends
-USUAL_RATIO = 0.3  # of what is forgotten to the divergence, as if measured once where it would have used the budget
-TOLD = math.log(2.0)  # the pressure is told when it has moved so far
+USUAL_RATIO = 0.5  # of what is forgotten to the divergence, as if it had been seen once,
+USUAL_SHARE = 0.25  # over this share of the budget
+TOLD = math.log(4.0)  # the pressure is told when it has moved so far
 
 
 @dataclass
@@ -42,13 +42,13 @@ class _State:
     forgotten: float = 0.0  # at the last measurement
     noise: float = 0.0
     step: int = 0  # of the last measurement
-    slope: float = (
-        0.0  # change of what is forgotten in the time between two measurements, as it was between the last two
-    )
+    steps: int = 0  # that were taken since
+    pace: float = 0.0  # change of what is forgotten in the time between two measurements, at the last one
+    answered: float = 0.0  # what was forgotten, as far as the pressure has followed it
     divergence: float | None = None  # averaged over the last steps
     divergence_measured: float = 0.0  # as it was at the last measurement
-    products: float = 0.0  # running sums for the ratio of what is forgotten to the divergence
-    squares: float = 0.0  # both begin with USUAL_RATIO
+    products: float = 0.0  # running sums over the changes between two measurements, of forgotten x divergence
+    squares: float = 0.0  # and divergence x divergence
     beyond: int = 0  # measurements in a row that were beyond the budget under the highest pressure
     best_step: int | None = None
     best_gain: float = -math.inf
@@ -68,10 +68,10 @@ class BudgetController:
 
     def __init__(self, budget: float, every: int, state: dict[str, Any] | None = None, *, holds: bool = True) -> None:
         self.budget, self.every = budget, every
+        self._holds = holds
         self._turn = math.log(WEIGHT_RANGE[1]) if holds else 0.0  # the pressure from which on the learning rate falls
-        self._state = _State(**state) if state else _State()
-        if not self._state.squares:
-            self._forget_the_ratio()
+        known = {name.name for name in fields(_State)}  # an earlier version kept other things as well
+        self._state = _State(**{name: value for name, value in (state or {}).items() if name in known})
 
     @property
     def weight_factor(self) -> float:
@@ -85,10 +85,13 @@ class BudgetController:
 
     @property
     def expected(self) -> float:
-        """What will have been forgotten when it is measured next, if nothing is changed."""
+        """What the next measurement would find, if nothing were changed.
+
+        So far as the divergence has moved since the last one, and for the rest of the time at the pace before it.
+        """
         state = self._state
-        drift = self._ratio() * ((state.divergence or 0.0) - state.divergence_measured)
-        return state.forgotten + drift + state.slope
+        moved = self._ratio() * ((state.divergence or 0.0) - state.divergence_measured)
+        return state.forgotten + moved + state.pace * max(1.0 - state.steps / self.every, 0.0)
 
     @property
     def exhausted(self) -> bool:
@@ -108,11 +111,11 @@ class BudgetController:
         """After a step that was taken: its tokens' divergence from the base model. What there is to tell, or ''."""
         state = self._state
         if math.isfinite(divergence):
-            share = min(1.0, 1.0 / (SMOOTHING * self.every))
-            before = divergence if state.divergence is None else state.divergence
-            state.divergence = before + share * (divergence - before)
-        if not state.measurements:  # nothing was measured yet, so there is no reason to change anything
-            return ""
+            share = 1.0 / max(SMOOTHING * self.every, SHORTEST_AVERAGE)
+            if state.divergence is None:
+                state.divergence = state.divergence_measured = divergence
+            state.divergence += share * (divergence - state.divergence)
+        state.steps += 1
         self._move(1.0 / self.every)
         if abs(state.pressure - state.told) < TOLD:
             return ""
@@ -131,18 +134,16 @@ class BudgetController:
             what there is to tell.
         """
         state = self._state
-        steps = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
-        state.slope = (forgotten - state.forgotten) * self.every / steps
-        if forgotten <= 0.0:  # that general text is learned at first does not say when forgetting begins
-            state.slope = max(state.slope, 0.0)
-        state.step, state.forgotten, state.noise = step, forgotten, noise
+        between = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
+        state.pace = (max(forgotten, 0.0) - max(state.forgotten, 0.0)) * self.every / between
+        if forgotten > max(noise, state.forgotten):  # that general text is learned at first says nothing of later
+            moved = max((state.divergence or 0.0) - state.divergence_measured, 0.0)
+            state.products = 0.5 * state.products + (forgotten - max(state.forgotten, 0.0)) * moved
+            state.squares = 0.5 * state.squares + moved**2
+        state.step, state.steps, state.forgotten, state.noise = step, 0, forgotten, noise
         state.measurements += 1
-        if state.divergence is not None:
-            state.divergence_measured = state.divergence
-            state.products = 0.5 * state.products + max(forgotten, 0.0) * state.divergence
-            state.squares = 0.5 * state.squares + state.divergence**2
-        highest = self._highest()
-        over = min(forgotten, self.expected) > self.budget and state.pressure >= highest
+        state.divergence_measured = state.divergence or 0.0
+        over = forgotten - noise > self.budget and state.pace >= 0.0 and state.pressure >= self._highest()
         state.beyond = state.beyond + 1 if over else 0
         if candidate and forgotten <= self.budget and gain > state.best_gain:
             state.best_step, state.best_gain = step, gain
@@ -160,7 +161,7 @@ class BudgetController:
         """Another mixture has another divergence: it says nothing until it is measured against."""
         state = self._state
         state.divergence, state.divergence_measured = None, 0.0
-        self._forget_the_ratio()
+        state.products = state.squares = 0.0
 
     def state(self) -> dict[str, Any]:
         """JSON types; floats survive JSON exactly."""
@@ -171,23 +172,26 @@ class BudgetController:
 
     def _move(self, share: float) -> None:
         """Move the pressure for `share` of the time between two measurements."""
-        deadband = min(self._state.noise, LARGEST_DEADBAND * self.budget)
-        error = self.expected - AIM * self.budget
-        beyond = math.copysign(max(abs(error) - deadband, 0.0), error) / self.budget
-        raising = RAISE
-        if self._state.pressure >= self._turn:  # what is recovering needs its learning rate
-            raising = GAIN if self.expected >= self._state.forgotten else 0.0
-        step = min(max(GAIN * beyond, -LOWER), raising) * share
+        state = self._state
+        seen = max(self.expected, 0.0)
+        beyond = self.expected - AIM * self.budget
+        deadband = min(state.noise, LARGEST_DEADBAND * self.budget)
+        ascent = ASCENT * share * math.copysign(max(abs(beyond) - deadband, 0.0), beyond) / self.budget
+        step = REACTION * (seen - state.answered) / self.budget + min(ascent, ASCENT * share)
+        state.answered = seen
         lowest = math.log(WEIGHT_RANGE[0])
-        self._state.pressure = min(max(self._state.pressure + step, lowest), self._highest())
+        if self.expected > self.budget or (beyond > 0.0 and not self._holds):
+            lowest = state.pressure  # what was forgotten does not come back: that no more is, is no reason to let go
+            if self._holds and state.pace < 0.0:  # unless it was seen to
+                lowest = min(state.pressure, self._turn)
+                if state.pressure > self._turn and self.expected <= state.forgotten + (1.0 - AIM) * self.budget:
+                    step = min(step, -ASCENT * share)  # the teacher takes it back, for which it needs a learning rate
+        state.pressure = min(max(state.pressure + step, lowest), self._highest())
 
     def _ratio(self) -> float:
-        """What is forgotten for each nat of divergence."""
-        return self._state.products / self._state.squares
-
-    def _forget_the_ratio(self) -> None:
-        """Before anything was forgotten nothing tells how fast it will be: the usual, until what is measured counts."""
-        self._state.products, self._state.squares = self.budget**2 / USUAL_RATIO, (self.budget / USUAL_RATIO) ** 2
+        """What is forgotten for each nat that the divergence grows."""
+        usual = USUAL_SHARE * self.budget / USUAL_RATIO
+        return (USUAL_RATIO * usual**2 + self._state.products) / (usual**2 + self._state.squares)
 
     def _highest(self) -> float:
         return self._turn - math.log(LOWEST_RATE)

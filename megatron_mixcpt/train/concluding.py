@@ -1,8 +1,8 @@
 """The end of a run with a forgetting budget: which checkpoint is its result.
 
-That is the one that learned most among those within the budget. With `forget.average` the points between it and the
-starting weights are measured too, (1 - alpha) start + alpha result, as WiSE-FT (arXiv 2109.01903) takes them; where no
-checkpoint kept the budget, one of them may.
+That is the one that learned most among those within the budget. With `forget.average` the points between the starting
+weights and those at the end of the training are measured too, (1 - alpha) start + alpha end, as WiSE-FT (arXiv
+2109.01903) takes them: where the end is beyond the budget, one of them may keep it and have learned more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from megatron_mixcpt.checkpoint import save_checkpoint
-from megatron_mixcpt.checkpoint.start import load_model_weights
 from megatron_mixcpt.checkpoint.store import choose_result, list_checkpoints, step_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import StoppedError
@@ -48,11 +47,12 @@ def conclude(
     if not kept:
         text = f"step {step_of(result)}, the newest: no checkpoint kept the budget of {config.forget.budget:g}"
     if config.forget.average:
-        alpha = _best_average(config, components, bookkeeping, forgetting, evaluate, result, within=bool(kept))
+        alpha = _best_average(config, components, bookkeeping, forgetting, evaluate, within=bool(kept))
         if alpha < 1.0:
-            text = f"{alpha:g} x step {step_of(result)} + {1 - alpha:g} x the starting weights"
+            end = step_of(existing[0])
+            text = f"{alpha:g} x step {end} + {1 - alpha:g} x the starting weights"
             described |= {"alpha": alpha, "within": True}
-            result = _save_average(parent, components, bookkeeping, step_of(result))
+            result = _save_average(parent, components, bookkeeping, end)
     from_first(lambda: choose_result(parent, result, described))
     bookkeeping.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
 
@@ -63,24 +63,23 @@ def _best_average(
     bookkeeping: Bookkeeping,
     forgetting: Forgetting,
     evaluate: RunValidation,
-    result: Path,
     *,
     within: bool,
 ) -> float:
-    """The share of the result that learned most within the budget; the model then holds that average."""
+    """The share of the end in what learned most within the budget, 1 where none beats the best checkpoint; the model,
+    which is at the end of its training, then holds that average."""
     assert config.forget is not None
     stage = unwrap_model(components.model)
     start = build_stage(config, components.arch).model
-    load_model_weights(stage, result)
     ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
     best, most = 1.0, forgetting.best_gain if within else -math.inf
     for alpha in ALPHAS:
         _mix(ends, alpha)
-        _, items, stopping = evaluate.measure(f"the average with {alpha:g} of the result")
+        _, items, stopping = evaluate.measure(f"the average with {alpha:g} of the end")
         if stopping:
             raise StoppedError("stopped while averages were measured: run the same command to go on")
         forgotten, gain = forgetting.compared(items)
-        bookkeeping.message(f"average with {alpha:g} of the result: forgotten {forgotten:.4f}, learned {gain:.4f}")
+        bookkeeping.message(f"average with {alpha:g} of the end: forgotten {forgotten:.4f}, learned {gain:.4f}")
         if forgotten <= config.forget.budget and gain > most:
             best, most = alpha, gain
     _mix(ends, best)
