@@ -5,14 +5,10 @@ Shapes: k experts of a token.
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict, deque
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-from megatron_mixcpt.model.routing import Routing
 
 
 class BaseRouting:
@@ -24,15 +20,6 @@ class BaseRouting:
 
     def __init__(self) -> None:
         self._waiting: dict[int, deque[Tensor]] = defaultdict(deque)  # by layer
-
-    @contextlib.contextmanager
-    def listening(self, teacher: Routing) -> Iterator[None]:
-        """Keep what the routers of `teacher` choose meanwhile."""
-        teacher.heard_by = self
-        try:
-            yield
-        finally:
-            teacher.heard_by = None
 
     def keep(self, layer: int, experts: Tensor) -> None:
         """`experts`: int64 `[..., k]` of a micro-batch."""

@@ -5,18 +5,17 @@ Shapes: t tokens, e experts, k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
-
-if TYPE_CHECKING:
-    from megatron_mixcpt.model.base_routing import BaseRouting
+from megatron_mixcpt.model.base_routing import BaseRouting
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Routing:
         self._sums = torch.zeros(arch.num_layers, 2 * arch.num_experts + 4, dtype=torch.float64, device=device)
         self.base: BaseRouting | None = None
         """What these choices are compared with."""
-        self.heard_by: BaseRouting | None = None
-        """What keeps these choices, while a teacher passes."""
+        self._told: BaseRouting | None = None
 
     @property
     def has_losses(self) -> bool:
@@ -60,6 +58,15 @@ class Routing:
         self._scale = counted
         self._sums.zero_()
 
+    @contextlib.contextmanager
+    def telling(self, base: BaseRouting) -> Iterator[None]:
+        """Of the base model, a teacher: `base` keeps what its routers choose meanwhile."""
+        self._told = base
+        try:
+            yield
+        finally:
+            self._told = None
+
     def observe(self, layer: int, logits: Tensor, probabilities: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """`shares` as they are; their backward adds the losses' gradients.
 
@@ -67,8 +74,8 @@ class Routing:
             logits, probabilities: `[..., e]`; experts, shares: `[..., k]`.
         """
         if not torch.is_grad_enabled():  # a teacher's or a measuring pass, or one that is computed again
-            if self.heard_by is not None:
-                self.heard_by.keep(layer, experts)
+            if self._told is not None:
+                self._told.keep(layer, experts)
             return shares
         settings, count = self.settings, self._arch.num_experts
         probability = probabilities.flatten(0, -2)  # [t, e]

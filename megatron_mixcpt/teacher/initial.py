@@ -53,7 +53,7 @@ class ModelTeacher:
             stack.enter_context(self.as_teacher())
             if self._routing is not None:
                 assert self.model.routing is not None
-                stack.enter_context(self._routing.listening(self.model.routing))
+                stack.enter_context(self.model.routing.telling(self._routing))
             yield
 
     @torch.no_grad()
