@@ -60,6 +60,8 @@ class Run:
     """`domain` or another kind by source; empty where the mixture is not there any more."""
     series: dict[str, list[Point]] = field(default_factory=dict)
     """By metric, in the order of the steps."""
+    decisions: list[tuple[int, str]] = field(default_factory=list)
+    """Of a forgetting budget: step, and what was decided and why."""
 
     @property
     def steps(self) -> int:
@@ -129,6 +131,8 @@ def read_run(path: Path) -> Run:
         for name, value in row.items():
             if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
                 run.series.setdefault(name, []).append(Point(step, tokens, value))
+            elif name == "forget/decision":
+                run.decisions.append((step, str(value)))
     return run
 
 

@@ -82,6 +82,7 @@ def page(runs: Sequence[Run]) -> str:
     result.section("What it learned, what it forgot", *run_tables.learned(runs))
     result.figures("", draw.validation())
     result.figures("The forgetting budget", draw.charts(FORGETTING))
+    result.section("", *_decisions(runs))
     result.section("Held-out preference pairs", *run_tables.pairs(runs))
     result.figures("", draw.pairs())
     aligned = any(run.aligned_by == "dpo" for run in runs)
@@ -178,6 +179,17 @@ def _recent(run: Run, name: str) -> float | None:
 def _median(run: Run, name: str) -> float | None:
     values = run.values(name)
     return statistics.median(values) if values else None
+
+
+def _decisions(runs: Sequence[Run]) -> list[Text]:
+    """What forgetting budgets made of the runs, the latest decisions of each."""
+    lines: list[str] = []
+    for run in runs:
+        where = f"{run.name}, " if len(runs) > 1 else ""
+        if (earlier := len(run.decisions) - EVENTS_SHOWN) > 0:
+            lines.append(f"{where}{earlier} earlier decisions are in metrics.jsonl")
+        lines += [f"{where}step {step}: {what}" for step, what in run.decisions[-EVENTS_SHOWN:]]
+    return [Text(Html("<b>What was decided</b><br>" + "<br>".join(map(html, lines))), "small")] if lines else []
 
 
 def _events(runs: Sequence[Run]) -> list[Text]:

@@ -105,7 +105,7 @@ class Bookkeeping:
         self._tell(self._profiler.end(step))
         times = self._timer.lap()
         rate = self.forgetting.rate_factor * learning_rate(step - 1, self.config.train)  # before it decides anew
-        budget, said = self.forgetting.stepped(step, totals, taken=not self.guard.reason)
+        budget, said = self.forgetting.stepped(totals, taken=not self.guard.reason)
         if self._record is not None:
             self._record.step(step, self._metrics(totals, grad_norm, times) | {"optim/lr": rate} | budget)
             self._tell(said and f"step {step}: {said}")
@@ -116,7 +116,7 @@ class Bookkeeping:
         self, step: int, metrics: dict[str, float], items: dict[str, Tensor], *, whole: bool, saves: bool
     ) -> None:
         """`items`: see `validate`; `whole`: no stop cut it short; `saves`: a checkpoint of this step is due."""
-        budget: dict[str, float] = {}
+        budget: dict[str, Any] = {}
         said = ""
         if whole:
             self._validated_step = step
@@ -151,6 +151,12 @@ class Bookkeeping:
             return
         self._write(outcome.step, {"ckpt/seconds": outcome.seconds, "ckpt/blocked_seconds": outcome.blocked})
         self.message(f"step {outcome.step}: saved {outcome.path} in {duration(outcome.seconds)}")
+
+    def concluded(self, text: str) -> None:
+        """Tell and keep what became of a forgetting budget."""
+        if self._record is not None:
+            self._write(self._step, {"forget/decision": text})
+        self.message(text)
 
     def message(self, text: str) -> None:
         if self._record is not None:

@@ -15,7 +15,7 @@ with that divergence (arXiv 2509.04259), so that it tells between two measuremen
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
@@ -52,7 +52,6 @@ class _State:
     beyond: int = 0  # measurements in a row that were beyond the budget under the highest pressure
     best_step: int | None = None
     best_gain: float = -math.inf
-    notes: list[str] = field(default_factory=list)  # what was decided, for the report
 
 
 class BudgetController:
@@ -103,11 +102,7 @@ class BudgetController:
         """(step, gain) of the checkpoint that learned most within the budget."""
         return None if self._state.best_step is None else (self._state.best_step, self._state.best_gain)
 
-    @property
-    def notes(self) -> list[str]:
-        return self._state.notes
-
-    def observed(self, step: int, divergence: float) -> str:
+    def observed(self, divergence: float) -> str:
         """After a step that was taken: its tokens' divergence from the base model. What there is to tell, or ''."""
         state = self._state
         if math.isfinite(divergence):
@@ -119,7 +114,7 @@ class BudgetController:
         self._move(1.0 / self.every)
         if abs(state.pressure - state.told) < TOLD:
             return ""
-        return self._tell(step, f"the divergence from the base model is {state.divergence:.4f}")
+        return self._tell(f"the divergence from the base model is {state.divergence:.4f}")
 
     def measured(self, step: int, forgotten: float, noise: float, gain: float, *, candidate: bool = True) -> str:
         """After a measurement on held-out items.
@@ -149,8 +144,8 @@ class BudgetController:
             state.best_step, state.best_gain = step, gain
         text = f"forgotten {forgotten:.4f} +- {noise:.4f} of {self.budget:g} nats a token"
         if self.exhausted:
-            return self._tell(step, f"{text}: the end, for no distillation weight and no learning rate keeps it")
-        return self._tell(step, text)
+            return self._tell(f"{text}: the end, for no distillation weight and no learning rate keeps it")
+        return self._tell(text)
 
     def unsaved(self, step: int, before: tuple[int, float] | None) -> None:
         """The checkpoint of `step` could not be written: the best one is that of `before`."""
@@ -196,11 +191,9 @@ class BudgetController:
     def _highest(self) -> float:
         return self._turn - math.log(LOWEST_RATE)
 
-    def _tell(self, step: int, why: str) -> str:
-        state = self._state
+    def _tell(self, why: str) -> str:
         text = f"{why}; expected {self.expected:.4f}: distillation weight x {self.weight_factor:.3g}"
         if self.rate_factor < 1.0:
             text += f", learning rate x {self.rate_factor:.3g}"
-        state.told = state.pressure
-        state.notes.append(f"step {step}: {text}")
+        self._state.told = self._state.pressure
         return text

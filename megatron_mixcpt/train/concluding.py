@@ -54,7 +54,7 @@ def conclude(
             described |= {"alpha": alpha, "within": True}
             result = _save_average(parent, components, bookkeeping, end)
     from_first(lambda: choose_result(parent, result, described))
-    bookkeeping.message(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
+    bookkeeping.concluded(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
 
 
 def _best_average(

@@ -84,11 +84,11 @@ class Forgetting:
         columns = [self._objective.statistics.index(name) for name in ("ce", "kd")]
         return sum(row[c] for row in totals.rows for c in columns) / max(sum(row[COUNT] for row in totals.rows), 1.0)
 
-    def stepped(self, step: int, totals: StepTotals, *, taken: bool) -> tuple[dict[str, float], str]:
+    def stepped(self, totals: StepTotals, *, taken: bool) -> tuple[dict[str, Any], str]:
         """After a step, `taken` or skipped: its metrics, and what there is to tell."""
         if self._settings is None:
             return {}, ""
-        metrics = {
+        metrics: dict[str, Any] = {
             "forget/kd_weight": self._config.loss.kd_weight * self.controller.weight_factor,
             "forget/lr_factor": self.rate_factor,
         }
@@ -97,11 +97,11 @@ class Forgetting:
         count = sum(row[COUNT] for row in rows)
         message = ""
         if taken and count:
-            message = self.controller.observed(step, sum(row[column] for row in rows) / count)
+            message = self.controller.observed(sum(row[column] for row in rows) / count)
             self._apply()
-        return metrics | {"forget/expected": self.controller.expected}, message
+        return metrics | {"forget/expected": self.controller.expected} | _told(message), message
 
-    def measured(self, step: int, items: dict[str, Tensor], *, saves: bool) -> tuple[dict[str, float], str]:
+    def measured(self, step: int, items: dict[str, Tensor], *, saves: bool) -> tuple[dict[str, Any], str]:
         """After a validation; `saves`: the checkpoint of this step is written, so that it can be the result.
 
         Args:
@@ -117,13 +117,15 @@ class Forgetting:
         self._best_before = self.controller.best
         candidate = saves or not self._config.checkpoint.every  # where nothing says when, the best are saved
         message = self.controller.measured(step, forgotten.mean, forgotten.noise, gain, candidate=candidate)
+        message = f"{worst} {message}"
         self._apply()
         return {
             "forget/budget": self._settings.budget,
             "forget/forgotten": forgotten.mean,
             "forget/noise": forgotten.noise,
             "forget/gain": gain,
-        }, f"{worst} {message}"
+            **_told(message),
+        }, message
 
     def compared(self, items: dict[str, Tensor]) -> tuple[float, float]:
         """(forgotten, gain) of the model that `items` were measured on; see `measured`."""
@@ -175,6 +177,10 @@ class Forgetting:
         before = [loss for name in self._learned for loss in self._before[name][1]]
         now = [loss for name in self._learned for loss in sums[name][1]]
         return rise(before, now, [tokens for name in self._learned for tokens in sums[name][0]]).mean
+
+
+def _told(message: str) -> dict[str, str]:
+    return {"forget/decision": message} if message else {}
 
 
 def sources_of(settings: ForgetConfig, mix: Mix, max_samples: int | None) -> tuple[list[str], list[str]]:

@@ -17,7 +17,10 @@ from tests.train.runs import settings
 
 # In no run on this machine: a device with a known peak, a disk that fails. In tests/train/test_forgetting.py: a budget.
 # In tests/train/test_experts.py: a mixture of experts.
-BUDGET = {f"forget/{name}" for name in ("budget", "forgotten", "noise", "expected", "gain", "kd_weight", "lr_factor")}
+BUDGET = {
+    f"forget/{name}"
+    for name in ("budget", "forgotten", "noise", "expected", "gain", "kd_weight", "lr_factor", "decision")
+}
 EXPERTS = {f"moe/{name}" for name in ("balance", "z", "load_max", "idle", "changed")}
 EXPERTS |= {f"moe/{name}/<layer>" for name in ("load_max", "load_min", "changed")}
 ELSEWHERE = {"speed/mfu", "ckpt/failed", "run/resumed"} | BUDGET | EXPERTS

@@ -1,6 +1,7 @@
 """Runs with a forgetting budget: it is kept, resuming is exact, the result is taken, refusals name the key."""
 
 import contextlib
+import html
 import json
 import os
 import shutil
@@ -229,6 +230,19 @@ def test_the_budget_is_kept_in_every_kind_of_training(mix, tmp_path, kind):
     assert last(rows, "forget/forgotten") <= 0.02 + last(rows, "forget/noise")
     pressed = [row for row in rows if "forget/lr_factor" in row]
     assert len({(row["forget/kd_weight"], row["forget/lr_factor"]) for row in pressed}) > 2
+
+
+def test_every_decision_is_told_in_words_with_its_step_on_the_console_the_page_and_to_wandb(mix, tmp_path, capsys):
+    """What is in metrics.jsonl is what wandb is given (tests/observe)."""
+    rows = train(mix, tmp_path / "run", forget={"budget": 0.02}, train={"steps": 12})
+    console, page = capsys.readouterr().out, (tmp_path / "run" / "report.html").read_text()
+    told = [(row["step"], row["forget/decision"]) for row in rows if "forget/decision" in row]
+    for step, decision in told:
+        assert f"step {step}: {decision}" in html.unescape(page)
+        assert decision in console
+    assert {4, 8, 12} <= {step for step, _ in told}  # at each measurement, and when it moved far
+    assert told[-1][1].startswith("result: step ") and "distillation weight x 64" in str(told)
+    assert "the divergence from the base model is" in str(told) and "tasks forgotten" in str(told)
 
 
 def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
