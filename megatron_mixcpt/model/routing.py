@@ -5,7 +5,8 @@ Shapes: t tokens, e experts, k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
+from megatron_mixcpt.model.base_routing import BaseRouting
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class Routing:
         self._arch, self._sequence = arch, sequence_parallel
         self._scale = 1.0
         device = torch.cuda.current_device()
-        # Of each layer: choices and sums of probabilities by expert, sum of squared log-sum-exps, tokens.
-        self._sums = torch.zeros(arch.num_layers, 2 * arch.num_experts + 2, dtype=torch.float64, device=device)
+        # Of each layer: choices and sums of probabilities by expert, choices that the base does not make, and of how
+        # many, sum of squared log-sum-exps, tokens.
+        self._sums = torch.zeros(arch.num_layers, 2 * arch.num_experts + 4, dtype=torch.float64, device=device)
+        self.base: BaseRouting | None = None
+        """What these choices are compared with."""
+        self._told: BaseRouting | None = None
 
     @property
     def has_losses(self) -> bool:
@@ -52,6 +58,15 @@ class Routing:
         self._scale = counted
         self._sums.zero_()
 
+    @contextlib.contextmanager
+    def telling(self, base: BaseRouting) -> Iterator[None]:
+        """Of the base model, a teacher: `base` keeps what its routers choose meanwhile."""
+        self._told = base
+        try:
+            yield
+        finally:
+            self._told = None
+
     def observe(self, layer: int, logits: Tensor, probabilities: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """`shares` as they are; their backward adds the losses' gradients.
 
@@ -59,6 +74,8 @@ class Routing:
             logits, probabilities: `[..., e]`; experts, shares: `[..., k]`.
         """
         if not torch.is_grad_enabled():  # a teacher's or a measuring pass, or one that is computed again
+            if self._told is not None:
+                self._told.keep(layer, experts)
             return shares
         settings, count = self.settings, self._arch.num_experts
         probability = probabilities.flatten(0, -2)  # [t, e]
@@ -66,8 +83,9 @@ class Routing:
         square = torch.logsumexp(logits.flatten(0, -2).float(), -1).square().sum()
         with torch.no_grad():
             tokens = torch.full_like(square, len(probability))
-            row = torch.cat([choices, probability.sum(0), square.unsqueeze(0), tokens.unsqueeze(0)])
-            self._sums[layer] += row.double()
+            changed, compared = (tokens.new_zeros(()), 0) if self.base is None else self.base.changed(layer, experts)
+            counts = torch.stack([changed.float(), torch.full_like(square, compared), square, tokens])
+            self._sums[layer] += torch.cat([choices, probability.sum(0), counts]).double()
         loss = settings.z * square
         if settings.balance > 0.0:
             # Other ranks have the other tokens of these rows: with the choices of all, each adds its own part.
@@ -113,7 +131,7 @@ def routing_metrics(rows: Sequence[Sequence[float]], arch: Architecture) -> dict
     """What metrics.jsonl gets of a step. `rows`: `Routing.sums` of all ranks together, by layer."""
     count, chosen = arch.num_experts, arch.experts_per_token
     metrics: dict[str, float] = {}
-    balances, squares, loads = [], [], []
+    balances, squares, loads, changes = [], [], [], []
     for layer, row in enumerate(rows):
         tokens = row[-1]
         if not tokens:
@@ -123,8 +141,13 @@ def routing_metrics(rows: Sequence[Sequence[float]], arch: Architecture) -> dict
         squares.append(row[-2] / tokens)
         loads += load
         metrics |= {f"moe/load_max/{layer}": max(load), f"moe/load_min/{layer}": min(load)}
+        if row[-3]:
+            changes.append(row[-4] / row[-3])
+            metrics[f"moe/changed/{layer}"] = changes[-1]
     if not loads:
         return {}
+    if changes:
+        metrics["moe/changed"] = sum(changes) / len(changes)
     return {
         "moe/balance": sum(balances) / len(balances),
         "moe/z": sum(squares) / len(squares),

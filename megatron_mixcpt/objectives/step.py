@@ -50,8 +50,10 @@ class ForwardBackward:
         if len(self._parts) > 1 and forward_only:
             batches = batches + [batches[-1]] * (-count % self._parts[0].config.pipeline_model_parallel_size)
         totals = torch.zeros(self.num_sources, columns, dtype=torch.float64, device=self._device)
-        self.objective.begin_step(batches)
         routing = unwrap_model(self.model).routing
+        if routing is not None and routing.base is not None:
+            routing.base.clear()
+        self.objective.begin_step(batches)
         if routing is not None and not forward_only:
             routing.begin_step(self._counted(batches) if routing.has_losses else 1.0)
         get_forward_backward_func()(

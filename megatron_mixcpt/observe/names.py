@@ -60,6 +60,9 @@ METRICS = {
     "moe/load_max": "largest load of an expert, in equal shares",
     "moe/load_max/<layer>": "the same in one layer",
     "moe/load_min/<layer>": "smallest load of an expert of one layer, in equal shares",
+    "moe/changed": "share of the choices of experts that the base model, where it is the teacher in memory, does not "
+    "make for the same tokens, mean over layers",
+    "moe/changed/<layer>": "the same in one layer",
     "moe/idle": "share of the experts that no token of the step went through",
     "data/pairs": "DPO: preference pairs in the step",
     "rewards/chosen": "DPO: beta times the log-ratio to the reference of the chosen answers, mean over pairs",

@@ -21,7 +21,7 @@ from megatron_mixcpt.huggingface.weights import open_source
 from megatron_mixcpt.kernels.reference import BLOCK_ELEMENTS
 from megatron_mixcpt.plan.schedule import most_in_flight
 
-FP32, INT64 = 4, 8
+FP32, INT16, INT64 = 4, 2, 8
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 SCRATCH_BUFFERS = 3  # of the reference of the losses
 FUSED_CHUNK_TOKENS = 1024  # tokens whose logits exist at a time with loss.fuse_lm_head and in DPO
@@ -146,6 +146,9 @@ def _stage(
         activations += parts * hidden * size  # what each has sent on is not let go
     if pipeline > 1 and config.runs_teacher and last:
         activations += num_micro * hidden * size  # the teacher's last hidden states of a step
+    if config.runs_teacher and config.teacher.source != "deepspeed" and pipeline > 1:  # and its choices of experts
+        routed = sum(map(arch.has_experts, cut.layers_of(index))) * arch.experts_per_token * INT16
+        activations += num_micro * tokens // (tensor if grid.sequence else 1) * routed
     return StagePlan(
         num_parameters=count,
         num_trained=trained,

@@ -9,6 +9,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.huggingface.weights import DTYPES
+from megatron_mixcpt.model.base_routing import BaseRouting
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -51,11 +52,15 @@ def build_teacher(
         return CachedTeacher(cache, identity, mix, reads=state.is_last_stage)
     if config.teacher.source == "deepspeed":
         return build_hf_teacher(config, state, stage.model.arch)
+    base = None
+    if stage.model.routing is not None:
+        base = stage.model.routing.base = BaseRouting()
+    pipelined, fused = state.pipeline_size > 1, config.loss.fuse_lm_head
     if config.teacher.source == "adapter_off":
-        return AdapterOffTeacher(stage.model, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
+        return AdapterOffTeacher(stage.model, pipelined=pipelined, fused=fused, routing=base)
     copy = empty_stage()
     copy.load_state_dict(stage.model.state_dict())
-    return InitialTeacher(copy, pipelined=state.pipeline_size > 1, fused=config.loss.fuse_lm_head)
+    return InitialTeacher(copy, pipelined=pipelined, fused=fused, routing=base)
 
 
 def build_hf_teacher(config: Config, state: ParallelState, arch: Architecture) -> Teacher:

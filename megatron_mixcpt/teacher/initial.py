@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mixcpt.data.batch import Batch
+from megatron_mixcpt.model.base_routing import BaseRouting
 from megatron_mixcpt.model.gpt import MixGPTModel
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.teacher.interface import DenseTarget, HiddenTarget, Target
@@ -31,16 +32,29 @@ class ModelTeacher:
         model: this rank's pipeline stage, or its parts in the interleaved schedule.
         pipelined: whether the model is spread over several pipeline stages.
         fused: answer with hidden states and output head (`loss.fuse_lm_head`) instead of logits.
+        routing: keeps which experts it sends tokens to, where it is a mixture of experts.
     """
 
-    def __init__(self, model: StageModel, *, pipelined: bool, fused: bool = False) -> None:
-        self.model = model
+    def __init__(
+        self, model: StageModel, *, pipelined: bool, fused: bool = False, routing: BaseRouting | None = None
+    ) -> None:
+        self.model, self._routing = model, routing
         self._pipelined, self._fused = pipelined, fused
         self._hidden: list[Tensor] = []
 
     def as_teacher(self) -> AbstractContextManager[None]:
-        """Open around every pass of the model; a teacher that shares the student's weights overrides it."""
+        """Whatever makes the model the teacher; a teacher that shares the student's weights overrides it."""
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        """Open around every pass."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.as_teacher())
+            if self._routing is not None:
+                assert self.model.routing is not None
+                stack.enter_context(self.model.routing.telling(self._routing))
+            yield
 
     @torch.no_grad()
     def begin_step(self, batches: list[Batch]) -> None:
@@ -48,7 +62,7 @@ class ModelTeacher:
         if not self._pipelined:
             return
         parts = self.model.parts
-        with self.as_teacher():
+        with self._passing():
             self._hidden = get_forward_backward_func()(
                 forward_step_func=self._keep_hidden,
                 data_iterator=[iter(batches) for _ in parts],
@@ -62,7 +76,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def target(self, index: int, batch: Batch) -> Target:
-        with self.as_teacher():
+        with self._passing():
             hidden = self._hidden_states(index, batch)  # [s(/tp), b, h]
             if self._fused:
                 return HiddenTarget(hidden, self.model.head_weight())
@@ -85,5 +99,7 @@ class ModelTeacher:
 class InitialTeacher(ModelTeacher):
     """A copy of the starting weights, frozen and in evaluation mode."""
 
-    def __init__(self, model: StageModel, *, pipelined: bool, fused: bool = False) -> None:
-        super().__init__(model.requires_grad_(False).eval(), pipelined=pipelined, fused=fused)
+    def __init__(
+        self, model: StageModel, *, pipelined: bool, fused: bool = False, routing: BaseRouting | None = None
+    ) -> None:
+        super().__init__(model.requires_grad_(False).eval(), pipelined=pipelined, fused=fused, routing=routing)

@@ -52,13 +52,28 @@ def test_balance_is_that_of_transformers():
     probabilities = logits.softmax(-1)
     counts = choices_of(probabilities.topk(arch.experts_per_token)[1], arch.num_experts)
     square = logits.logsumexp(-1).square().sum()
-    row = torch.cat([counts, probabilities.sum(0), torch.stack([square, torch.tensor(50.0)])]).tolist()
+    compared = torch.tensor([5.0, 20.0])  # choices, of which a quarter is another than the base's
+    row = torch.cat([counts, probabilities.sum(0), compared, torch.stack([square, torch.tensor(50.0)])]).tolist()
     metrics = routing_metrics([[0.0] * len(row), row], arch)
     expected = load_balancing_loss_func((logits,), arch.num_experts, arch.experts_per_token)
     assert metrics["moe/balance"] == pytest.approx(float(expected) / arch.experts_per_token, rel=1e-5)
     assert metrics["moe/z"] == pytest.approx(float(square) / 50)
     assert metrics["moe/load_max/1"] == pytest.approx(float(counts.max()) / 25) and "moe/load_max/0" not in metrics
-    assert metrics["moe/idle"] == 0.0
+    assert metrics["moe/idle"] == 0.0 and metrics["moe/changed"] == metrics["moe/changed/1"] == 0.25
+
+
+def test_choices_are_compared_with_the_bases_of_the_same_tokens():
+    from megatron_mixcpt.model.base_routing import BaseRouting
+
+    base = BaseRouting()
+    base.keep(0, torch.tensor([[0, 1], [2, 3]]))
+    base.keep(1, torch.tensor([[5, 4]]))
+    base.keep(0, torch.tensor([[7, 6]]))
+    assert base.changed(0, torch.tensor([[1, 0], [3, 1]])) == (1, 4)  # in whatever order
+    assert base.changed(0, torch.tensor([[1, 0]])) == (2, 2)
+    assert base.changed(0, torch.tensor([[1, 0]])) == (0, 0)  # nothing to compare with
+    base.clear()
+    assert base.changed(1, torch.tensor([[4, 5]])) == (0, 0)
 
 
 @pytest.mark.parametrize("target", ["*_proj", "gate_proj", "model.layers.0.mlp.experts.3.up_proj", "gate"])

@@ -21,7 +21,8 @@ BUDGET = {
     f"forget/{name}"
     for name in ("budget", "forgotten", "noise", "expected", "gain", "kd_weight", "lr_factor", "decision")
 }
-EXPERTS = {f"moe/{name}" for name in ("balance", "z", "load_max", "idle", "load_max/<layer>", "load_min/<layer>")}
+EXPERTS = {f"moe/{name}" for name in ("balance", "z", "load_max", "idle", "changed")}
+EXPERTS |= {f"moe/{name}/<layer>" for name in ("load_max", "load_min", "changed")}
 ELSEWHERE = {"speed/mfu", "ckpt/failed", "run/resumed"} | BUDGET | EXPERTS
 
 

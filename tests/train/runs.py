@@ -100,7 +100,8 @@ def run_steps(values):
     """Train `values` (a configuration) from the start; call in every rank.
 
     Returns losses and gradient norms by step, the latter as megatron-core computes them too, the first step's gradients
-    and the final weights, whole, and what the trained model scores on the held-out data.
+    and the final weights, whole, what the trained model scores on the held-out data, and what the routers of a mixture
+    of experts did in each step.
     """
     config = validated(Config, values, "test")
     with grid_of(config) as state:
@@ -115,7 +116,7 @@ def run_steps(values):
             num_workers=0,
             device=state.device,
         )
-        losses, norms, gradients = [], [], {}
+        losses, norms, gradients, routed = [], [], {}, []
         expected = []
 
         def admits(norm):
@@ -127,6 +128,9 @@ def run_steps(values):
             components.optimizer.zero_grad()
             totals = components.run([next(batches) for _ in range(batch_size // (micro * state.data_size))])
             torch.distributed.all_reduce(totals)
+            if (sums := components.run.routed()) is not None:
+                torch.distributed.all_reduce(sums := sums.clone())
+                routed.append(sums.tolist())
             if step == 0 and not config.train.distributed_optimizer:  # which leaves each rank a part of the gradient
                 gradients = whole_tensors(components, state, lambda parameter: parameter.main_grad)
             losses.append((totals[:, STATISTICS.index("loss")].sum() / totals[:, 0].sum()).item())
@@ -149,6 +153,7 @@ def run_steps(values):
         "gradients": gradients,
         "weights": weights,
         "validation": measured,
+        "routed": routed,
     }
 
 

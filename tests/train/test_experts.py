@@ -75,6 +75,7 @@ def test_several_processes_train_as_one_does(results, layout):
     np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
     np.testing.assert_allclose(other["norms"], one["norms"], rtol=1e-5)
     np.testing.assert_allclose(other["megatron's norms"], one["norms"], rtol=1e-5)
+    np.testing.assert_allclose(other["routed"], one["routed"], rtol=1e-5)
     for name, gradient in other["gradients"].items():
         scale = np.abs(one["gradients"][name]).max()
         np.testing.assert_allclose(gradient, one["gradients"][name], rtol=0, atol=1e-6 * scale, err_msg=name)
@@ -88,6 +89,15 @@ def test_a_router_learns_only_where_it_is_asked_to(folder, results):
     name = "decoder.layers.0.mlp.router.weight"
     assert np.array_equal(results["frozen"]["weights"][name], before)
     assert not np.allclose(results["trained"]["weights"][name], before, atol=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ONE)
+def test_routing_is_compared_with_that_of_the_teacher_which_is_the_base(results, run):
+    first, *_, last = ([row[-4:-2] for row in step] for step in results[run]["routed"])
+    for layer, (changed, compared) in enumerate(first):
+        assert changed == 0 and (compared > 0) == (layer == 0)  # the other layer is dense
+    assert 0 < last[0][0] < 0.5 * last[0][1]
 
 
 @pytest.mark.distributed
@@ -110,7 +120,13 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, 
     assert "was trained with train.router=frozen" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     moe = {name: value for row in rows for name, value in row.items() if name.startswith("moe/")}
-    assert {"moe/balance", "moe/z", "moe/idle", "moe/load_max/0"} <= moe.keys() and "moe/load_max/1" not in moe
+    assert {
+        "moe/balance",
+        "moe/z",
+        "moe/idle",
+        "moe/changed/0",
+        "moe/load_max/0",
+    } <= moe.keys() and "moe/load_max/1" not in moe
     assert 1.0 < moe["moe/load_max/0"] < 6 and all(documented(name) for name in moe)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     before, after = read_all(folder / "model"), read_all(tmp_path / "out")
