@@ -150,8 +150,8 @@ def report(folder: Path, threads: int) -> str:
 
 `python -m benchmarks.forget_cpu`: SmolLM2-135M-Instruct (4-bit weights, dequantised) learns {SMOLLM2.num_people}
 invented people in {STEPS} steps of {SEQ_LENGTH} tokens, self-distillation from the plain teacher, lr {LR:g}, cosine,
-fp32, {threads} thread(s). Forgotten: rise of the held-out loss of general prose ({HELD_OUT} sequences of it). Learned: fall
-of the held-out loss of the facts in other words. Both in nats a token. One seed.
+fp32, {threads} thread(s). Forgotten: rise of the held-out loss of general prose ({HELD_OUT} sequences of it).
+Learned: fall of the held-out loss of the facts in other words. Both in nats a token. One seed.
 
 Sweep, one run a point, at its end:
 
