@@ -155,7 +155,7 @@ def _train_all(rank, world_size, runs):
 
 def test_a_run_goes_on_in_another_layout_with_the_decisions_that_it_would_have_made(tmp_path):
     mix = write_data(tmp_path / "data")
-    halves = {"train": {"micro_batch_size": 2, "steps": 16}, "checkpoint": {"every": 8}}
+    halves = {"train": {"micro_batch_size": 2, "steps": 16}, "checkpoint": {"every": 4, "keep": 9}}
 
     def chosen(name, **sections):
         return values(mix, tmp_path / name, forget={"budget": 0.02}, **halves, **sections)
@@ -165,7 +165,11 @@ def test_a_run_goes_on_in_another_layout_with_the_decisions_that_it_would_have_m
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         keep_only_step(tmp_path / name, 8)
     again = [(free_port(), chosen(name, **sections)) for name, sections in LAYOUTS.items()]
+    again_cut = (free_port(), chosen("TP2 cut", **LAYOUTS["TP2"]))
     run_distributed(_train_all, 2, again, timeout=300)
+    shutil.copytree(tmp_path / "TP2", tmp_path / "TP2 cut")
+    keep_only_step(tmp_path / "TP2 cut", 12)
+    run_distributed(_train_all, 2, [again_cut], timeout=300)
     expected = {row["step"]: row for row in rows_of(tmp_path / "whole") if "forget/kd_weight" in row}
     for name in LAYOUTS:
         rows = [row for row in rows_of(tmp_path / name) if "forget/kd_weight" in row][-8:]
@@ -174,6 +178,10 @@ def test_a_run_goes_on_in_another_layout_with_the_decisions_that_it_would_have_m
             for key in ("forget/kd_weight", "forget/lr_factor", "forget/expected", "train/kl_base", "train/loss"):
                 assert row[key] == pytest.approx(expected[row["step"]][key], rel=2e-3), (name, row["step"], key)
     assert len({round(row["forget/kd_weight"], 3) for row in expected.values()}) > 4  # there was something to decide
+    whole, cut = (
+        read_info(list_checkpoints(tmp_path / name / "checkpoints")[0]).training for name in ("TP2", "TP2 cut")
+    )
+    assert whole.forget == cut.forget and whole.guard == cut.guard  # within a layout to the bit
 
 
 def test_a_skipped_step_moves_nothing(mix, tmp_path, monkeypatch):
