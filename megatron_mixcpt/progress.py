@@ -92,12 +92,10 @@ class Progress:
         self._more.update(more)
         if self._display is not None:
             new = self._done - self._before
-            left = (self._total - self._done) * self._seconds / new if new else 0.0
+            left = duration(max(0.0, (self._total - self._done) * self._seconds / new)) if new else "?"
             share = self._done / max(self._total, SHORTEST)
             amounts = f"{number(self._done, 3)} of {_amount(self._total, self._unit)}"
-            self._display.show(
-                share, [f"{self._title} {share:.0%}", amounts, *self._rates(), f"ETA {duration(max(0.0, left))}"]
-            )
+            self._display.show(share, [f"{self._title} {share:.0%}", amounts, *self._rates(), f"ETA {left}"])
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -49,6 +49,14 @@ def test_work_that_was_done_before_takes_no_time_and_other_ranks_are_silent(caps
     ]
 
 
+def test_before_anything_is_done_nobody_knows_how_long_it_takes(capsys, clock):
+    with Progress("drawing", 192, "samples") as progress:
+        clock.now += 6
+        progress.advance(0, tokens=240)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line == "drawing 0% | 0 of 192 samples | 0 samples/s | 40 tokens/s | ETA ?"
+
+
 def test_a_failure_is_not_told_as_done(capsys):
     with pytest.raises(ValueError), Progress("work", 3, "parts"):
         raise ValueError

@@ -1,8 +1,10 @@
 """Texts, mixtures and training files of the study: `python -m benchmarks.study.prepare DOMAIN [--general FILE]`.
 
     RUNS/smollm2/                     the model, out of a Python package
-    RUNS/DOMAIN/docs/, mixture/, replay/   prepared data: the domain alone, with instructions and preferences, with
-                                      general text (where there is some)
+    RUNS/recalled/                    what the model itself remembers, as kept beside the project's results; drawn anew
+                                      where that is removed
+    RUNS/DOMAIN/{docs,mixture,recall,replay}/   prepared data: the domain alone, with instructions and preferences,
+                                      with what the model remembers, with general text (where there is some)
     RUNS/DOMAIN/train.yaml            what every arm of benchmarks/study/DOMAIN.yaml lays its settings over
     RUNS/DOMAIN/questions.jsonl       of the invented facts
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,12 +35,26 @@ from megatron_mixcpt.evaluate.invented_facts import make_documents, make_people,
 from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
 
 RUNS = Path("runs/study")
+RECALLED_BEFORE = RESULTS / "recalled"
 SEED = 1234
 PEOPLE, DOCUMENTS_PER_PERSON = 6, 5
 ARTICLES, HELD_OUT_ARTICLES = 200, 30
 GENERAL_DOCUMENTS, HELD_OUT_GENERAL = 400, 60
 SHARES = {"domain": 0.65, "instructions": 0.25, "preferences": 0.1}
 REPLAYED = 0.35  # of the tokens, in place of instructions and preferences
+RECALLED = {"instructions": 0.25, "text": 0.1}  # likewise
+RECALL = {
+    "n": {"instructions": 160, "text": 32},
+    "engine": {"transformers": {"dtype": "fp32", "batch_size": 16, "block_size": 16}},
+    "text": {"start_token": "<|endoftext|>"},  # SmolLM2's bos begins a turn of a conversation
+    "sampling": {
+        "temperatures": [0.7],
+        "max_instruction_tokens": 64,
+        "max_answer_tokens": 160,
+        "max_text_tokens": 128,
+        "seed": SEED,
+    },
+}
 EVERY = 10  # of the instructions, one is held out
 TRAIN = {
     "steps": 48,
@@ -88,6 +105,26 @@ def read_texts(path: Path) -> list[dict]:
     return [{"text": part.strip()} for part in text.splitlines() if len(part) >= 200]
 
 
+def recall(base: Path, folder: Path) -> None:
+    """What the model in `base` writes from nothing: instructions.jsonl and text.jsonl in `folder`."""
+    names = [f"{name}.jsonl" for name in RECALLED]
+    if all((folder / name).is_file() for name in names):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if RECALLED_BEFORE.is_dir():
+        for name in names:
+            shutil.copyfile(RECALLED_BEFORE / name, folder / name)
+        return
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"model": {"hf": str(base)}, "out": str(folder), **RECALL}, sort_keys=False))
+    run("recall", str(path))
+
+
+def run(*command: str) -> None:
+    """`mixcpt COMMAND`."""
+    subprocess.run([sys.executable, "-m", "megatron_mixcpt.cli", *command], check=True)
+
+
 def prepare(domain: str, general_file: Path | None, articles: Path | None, out: Path) -> None:
     """Write everything; see the top of this file. Raises ConfigError for a file that does not do."""
     base, folder = out / "smollm2", out / domain
@@ -96,6 +133,7 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
         save_smollm2(base)
     if domain == "medquad" and articles is None:
         raise ConfigError("medquad: give its articles with --medquad FILE.jsonl")
+    recall(base, out / "recalled")
     documents, held_out = facts(folder) if articles is None else medquad(articles)
     texts = folder / "texts"
     write_jsonl(texts / "domain.jsonl", documents)
@@ -125,6 +163,11 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
             source("preferences", "preference", texts, SHARES["preferences"]),
             *measured,
         ],
+        "recall": [
+            source("domain", "domain", texts, SHARES["domain"]),
+            source("instructions", "instruction", out / "recalled", RECALLED["instructions"]),
+            source("text", "general", out / "recalled", RECALLED["text"]),
+        ],
     }
     if replay:
         mixtures["replay"] = [source("domain", "domain", texts, 1 - REPLAYED), *replay]
@@ -133,7 +176,7 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
         settings = {"tokenizer": str(base), "out": str(data), "seq_length": SEQ_LENGTH, "valid_fraction": 0.0}
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**settings, "seed": SEED, "sources": sources}, sort_keys=False))
-        subprocess.run([sys.executable, "-m", "megatron_mixcpt.cli", "preprocess", str(path)], check=True)
+        run("preprocess", str(path))
     train = {
         "model": {"hf": str(base)},
         "data": {"mix": str(folder / "mixture" / "mix.json")},

@@ -29,7 +29,7 @@ def test_prepared_data_fits_every_arm_and_nothing_measured_is_trained_on(tmp_pat
     Path("articles.jsonl").write_text("".join(json.dumps(article) + "\n" for article in articles))
     assert prepare.main(["facts", "--general", "general.txt"]) == 0
     assert prepare.main(["medquad", "--general", "general.txt", "--medquad", "articles.jsonl"]) == 0
-    for name, runs in (("facts", 50), ("medquad", 50), ("quick", 2)):
+    for name, runs in (("facts", 55), ("medquad", 55), ("quick", 2)):
         cells = Cells(load_config(Study, FILES / f"{name}.yaml"), name)
         assert cells.num_runs == runs
         measured = {source.name for source in open_mix(cells.mix_path).sources if source.valid}

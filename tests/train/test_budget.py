@@ -52,9 +52,9 @@ def run(plant, budget, *, steps=STEPS, control=True, every=EVERY):
 def test_the_weight_of_a_teacher_that_does_not_hold_is_never_raised(holds):
     controller = BudgetController(0.1, EVERY, holds=holds)
     for step in range(1, 2 * EVERY):
-        controller.observed(0.01 * step)
+        controller.observed(0.006 * step)
         if step % EVERY == 0:
-            controller.measured(step, 0.003 * step, 0.005, 0.5)
+            controller.measured(step, 0.002 * step, 0.005, 0.5)
     assert (controller.weight_factor > 1, controller.rate_factor < 1) == (holds, not holds)
 
 
@@ -70,18 +70,27 @@ def test_a_divergence_that_grows_before_anything_was_forgotten_is_warning_enough
     assert weights[0] < 1 < weights[1]
 
 
-@pytest.mark.parametrize("drive", [0.0003, 0.001, 0.003, 0.01])
+@pytest.mark.parametrize("drive", [0.0003, 0.001, 0.003])
 @pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_budget_is_kept_and_used(drive, budget, seed):
     noise = 0.05 * budget
     controller, forgotten, _ = run(Plant(drive, noise=noise, seed=seed), budget)
     late = forgotten[STEPS // 2 :]
-    assert max(late) <= budget + 2 * noise
+    assert max(forgotten) <= budget + 2 * noise
     _, free, _ = run(Plant(drive, noise=noise, seed=seed), budget, control=False)
     if max(free) > 2 * budget:
         assert sum(late) / len(late) > 0.4 * budget  # it is not kept by learning nothing
     assert controller.best is not None
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_would_take_budgets_between_two_measurements_takes_hardly_more_than_one(budget, seed):
+    drive = 1.0 * budget  # a step; ten steps from measurement to measurement
+    _, forgotten, _ = run(Plant(drive, noise=0.05 * budget, seed=seed), budget)
+    _, free, _ = run(Plant(drive, noise=0.05 * budget, seed=seed), budget, control=False)
+    assert max(forgotten) < 1.5 * budget and free[EVERY - 1] > 3 * budget
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -120,14 +129,15 @@ def test_the_divergence_raises_the_weight_before_the_next_measurement():
     for _ in range(101, 150):
         controllers[0].observed(0.05)
         controllers[1].observed(0.08)
-    assert controllers[1].weight_factor > 4 * controllers[0].weight_factor > 0
+    weak, strong = (controller.weight_factor / controller.rate_factor for controller in controllers)
+    assert strong > 4 * weak > 0
 
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_divergence_that_runs_away_is_answered_before_anything_was_measured(holds):
     controller = BudgetController(0.02, 100, holds=holds)
     for step in range(1, 51):
-        controller.observed(0.004 * step)
+        controller.observed(0.006 * step)
     assert controller.weight_factor / controller.rate_factor > 8
 
 
@@ -144,17 +154,16 @@ def test_nothing_moves_within_the_noise():
     assert controller.weight_factor == pytest.approx(before, rel=0.03)
 
 
-@pytest.mark.parametrize("back", [True, False])
-def test_beyond_the_budget_the_learning_rate_comes_back_only_for_what_is_taken_back(back):
-    controller = BudgetController(0.02, EVERY)
-    factors = []
+@pytest.mark.parametrize("holds", [True, False])
+def test_beyond_the_budget_nothing_is_let_go(holds):
+    controller = BudgetController(0.02, EVERY, holds=holds)
+    pressures = []
     for step in range(1, 8 * EVERY):
         controller.observed(0.02 * min(step, 3 * EVERY))
-        if step % EVERY == 0:
-            controller.measured(step, 0.01 * min(step, 3 * EVERY) - back * 1e-5 * step, 0.001, 1.0)
-        factors.append(controller.rate_factor)
-    assert min(factors) < 0.1 and controller.weight_factor == pytest.approx(WEIGHT_RANGE[1])
-    assert (factors[-1] > 4 * min(factors)) == back and controller.exhausted != back
+        if step % EVERY == 0:  # what it was at once, and then no more
+            controller.measured(step, 0.03, 0.001, 1.0)
+        pressures.append(controller.weight_factor / controller.rate_factor)
+    assert pressures[EVERY:] == sorted(pressures[EVERY:]) and pressures[-1] > 16
 
 
 def test_a_swing_dies_out():
@@ -175,9 +184,9 @@ def test_another_mixture_has_another_divergence():
 
 
 def test_a_state_of_an_earlier_version_is_gone_on_from():
-    state = BudgetController(0.1, EVERY).state() | {"slope": 0.1, "pressure": 2.0}
+    state = BudgetController(0.1, EVERY).state() | {"slope": 0.1, "pressure": 1.0}
     del state["pace"], state["answered"], state["steps"]
-    assert BudgetController(0.1, EVERY, state).weight_factor == pytest.approx(math.exp(2.0))
+    assert BudgetController(0.1, EVERY, state).weight_factor == pytest.approx(math.e)
 
 
 def test_a_state_that_went_through_json_goes_on_bitwise():
