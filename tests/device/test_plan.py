@@ -37,9 +37,12 @@ RUNS = {  # name -> (ranks, what differs)
     "PP2": (2, {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}}),
     "PP2 interleaved": (2, {"parallel": {"pipeline": 2, "interleave": 2}}),
 }
+SHARDED = {"distributed_optimizer": True}
 EXPERTS = {
     "experts": (1, {}),
     "experts, TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "experts over ranks": (2, {"parallel": {"expert": 2}}),
+    "experts over ranks, recompute": (4, {"parallel": {"expert": 4}, "train": {"recompute": "full"} | SHARDED}),
     "experts, recompute": (1, {"train": {"recompute": "mlp"}} | NO_TEACHER),
 }
 EXAMPLES = {"llama3-8b-8gpu": 8, "llama3-70b-64gpu": 64}

@@ -181,6 +181,20 @@ def test_settings_that_name_no_size_are_kept(tmp_path, mix):
     assert small.teacher.source == "initial"
 
 
+@pytest.mark.parametrize(
+    ("expert", "context", "nproc", "data", "few"),
+    [(8, 1, 64, 64, 2), (8, 1, None, 8, 2), (8, 4, None, 2, 4), (3, 1, 6, 6, 1), (1, 1, None, 2, 1)],
+)
+def test_experts_are_spread_over_as_many_ranks_as_there_are(tmp_path, mix, expert, context, nproc, data, few):
+    """The small model has four; two data-parallel ranks are rehearsed."""
+    parallel = {"expert": expert, "context": context}
+    values = settings(mix, "run", parallel=parallel, train={"micro_batch_size": 1, "global_batch_size": 64})
+    config = validate(Config, values, "test")
+    assert grid.data_parallel_size(config, nproc) == data
+    small = validate(Config, small_run(config, data, Grid(1, 1, 2, context), tmp_path, mix, tmp_path / "run"), "small")
+    assert small.parallel.expert == few
+
+
 def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(settings(mix, tmp_path / "run")))
