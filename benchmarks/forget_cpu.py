@@ -167,6 +167,9 @@ way, and what the sweep learned: within the budget at the end of a run, within i
 |---:|---:|---:|---:|---:|---:|---:|---:|
 {chr(10).join(chosen)}
 
+Each line of the sweep is a run, which has to be made before anybody knows what it forgets; a budget is one run. The
+sweep that keeps its measurements on the way and stops early is the harder rival.
+
 All measurements (step: forgotten, learned):
 
 | run | |
