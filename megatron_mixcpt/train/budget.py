@@ -19,11 +19,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
-WEIGHT_RANGE = (
-    1 / 16,
-    4.0,
-)  # factors on the configured distillation weight: with more of it a model of 135M forgot the
-# domain again and no less of the rest, where a lower learning rate kept both
+# Factors on the configured distillation weight: with more of it a model of 135M forgot the domain again and no less of
+# the rest, where a lower learning rate kept both.
+WEIGHT_RANGE = 1 / 16, 4.0
 LOWEST_RATE = 1 / 64  # factor on the scheduled learning rate
 REACTION = math.log(256.0)  # what the pressure rises by as soon as another budget's worth is forgotten
 ASCENT = math.log(4.0)  # what it rises by in the time between two measurements in which twice the budget is forgotten
