@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def record_provenance(folder: Path) -> None:
             for name, value in sorted(os.environ.items())
             if name.startswith(VARIABLES) and not any(word in name for word in SECRETS)
         },
-        "packages": sorted({f"{package.name}=={package.version}" for package in metadata.distributions()}),
+        "packages": _packages(),
     }
     text = json.dumps(record, indent=1)
     starts = sorted(folder.glob("start_*.json"))
@@ -48,6 +49,13 @@ def record_provenance(folder: Path) -> None:
     if diff:
         write_whole(path.with_suffix(".diff"), diff)
     write_whole(path, text)
+
+
+@cache
+def _packages() -> list[str]:
+    """What is installed, as pip writes it; read once a process, for it takes half a second."""
+    found = (package.metadata for package in metadata.distributions())
+    return sorted({f"{about['Name']}=={about['Version']}" for about in found})
 
 
 def _code() -> tuple[dict[str, Any], str]:
