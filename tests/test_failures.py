@@ -113,3 +113,22 @@ def test_a_rank_ends_with_its_error_printed_although_its_groups_are_stuck(where,
     )
     assert done.returncode == code, done.stderr
     assert said in done.stderr
+
+
+def test_a_stop_while_a_library_reads_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    import transformers
+
+    from megatron_mixcpt.huggingface.config import load_config
+    from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
+    from megatron_mixcpt.runtime.stop import stopped_early
+
+    def stopped(*args, **kwargs):
+        raise stopped_early()
+
+    (tmp_path / "config.json").write_text("{}")
+    for library in (transformers.AutoConfig, transformers.AutoTokenizer):
+        monkeypatch.setattr(library, "from_pretrained", stopped)
+    with pytest.raises(StoppedError):
+        load_config(tmp_path)
+    with pytest.raises(StoppedError):
+        extended_vocab_size(tmp_path, tmp_path, 10)
