@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,12 @@ class Axis:
     Attributes:
         name: as the user knows it.
         off: values laid over the configuration's sections; None removes a section.
-        within: of which axis it is a refinement, which goes off with it.
+        within: of which axes it is a refinement, which may go off with one of them.
     """
 
     name: str
     off: Mapping[str, Mapping[str, Any] | None]
-    within: str | None = None
+    within: tuple[str, ...] = ()
 
 
 _SEQUENCE: Mapping[str, Any] = {"sequence": False}
@@ -39,12 +40,13 @@ _NO_TEACHER: Mapping[str, Mapping[str, Any]] = {
     "teacher": {"source": "none", "cache": None, "hf": None, "offload": "none"},
 }
 LAYOUT = (
-    Axis("parallel.sequence", {"parallel": _SEQUENCE}, "parallel.tensor"),
-    Axis("parallel.interleave", {"parallel": _INTERLEAVE}, "parallel.pipeline"),
-    Axis("parallel.layers_per_stage", {"parallel": {"layers_per_stage": None}}, "parallel.pipeline"),
+    Axis("parallel.sequence", {"parallel": _SEQUENCE}, ("parallel.tensor",)),
+    Axis("parallel.interleave", {"parallel": _INTERLEAVE}, ("parallel.pipeline",)),
+    Axis("parallel.layers_per_stage", {"parallel": {"layers_per_stage": None}}, ("parallel.pipeline",)),
     Axis("train.distributed_optimizer", {"train": {"distributed_optimizer": False}}),
     Axis("train.overlap_grad_reduce", {"train": {"overlap_grad_reduce": False}}),
     Axis("train.recompute", {"train": {"recompute": "none"}}),
+    Axis("parallel.expert", {"parallel": {"expert": 1}}, (DATA, "parallel.context")),
     Axis("optimizer.offload", {"optimizer": {"offload": "none"}}),
     Axis("parallel.context", {"parallel": {"context": 1}}),
     Axis("parallel.pipeline", {"parallel": {"pipeline": 1, **_INTERLEAVE}}),
@@ -52,9 +54,9 @@ LAYOUT = (
     Axis(DATA, {}),
 )
 FUNCTION = (
-    Axis("loss.fuse_lm_head", {"loss": {"fuse_lm_head": False}}, "the teacher"),
+    Axis("loss.fuse_lm_head", {"loss": {"fuse_lm_head": False}}, ("the teacher",)),
     Axis("adapter", {"adapter": None, "teacher": {"source": "initial"}}),
-    Axis("forget", {"forget": None}, "the teacher"),
+    Axis("forget", {"forget": None}, ("the teacher",)),
     Axis("the teacher", {**_NO_TEACHER, "forget": None}),
 )
 AXES = LAYOUT + FUNCTION
@@ -103,6 +105,7 @@ def _without(problem: Problem, whole: Variant, axes: list[Axis], name: str) -> V
             grid = dataclasses.replace(grid, data=1)
     layout = values["parallel"]
     grid = dataclasses.replace(grid, tensor=layout["tensor"], pipeline=layout["pipeline"], context=layout["context"])
+    layout["expert"] = math.gcd(layout["expert"], grid.data * grid.context)  # the ranks that share experts
     try:
         variant = _variant(problem, name, values, grid)
     except ConfigError:
@@ -128,7 +131,7 @@ def blamed(cured: Mapping[str, bool]) -> str:
     """What brings the mistake in, in words. `cured`: of each variant, by name, whether it is without the mistake."""
     within = {axis.name: axis.within for axis in AXES}
     cures = [name for name, well in cured.items() if well and name != ONE]
-    needed = [name for name in cures if not any(within.get(other) == name for other in cures)]
+    needed = [name for name in cures if not any(name in within[other] for other in cures)]
     if needed:
         return f"it appears with {' and '.join(needed)}"
     if not cured:

@@ -19,7 +19,7 @@ from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
-from megatron_mixcpt.rehearse.scale import small_architecture
+from megatron_mixcpt.rehearse.scale import expert_ranks, small_architecture
 from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
 from megatron_mixcpt.train.setup import check_settings
 
@@ -47,10 +47,11 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
     layout = config.parallel
     small = small_architecture(arch, layout.tensor, small_parts(config), SEQ_LENGTH)
     grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))
+    expert = expert_ranks(config, grid)
     chosen = _device(device, grid.world_size)
     print(
         f"certify: tensor {grid.tensor} x pipeline {grid.pipeline} x context {grid.context} x data {grid.data} = "
-        f"{grid.world_size} processes on {chosen}",
+        f"{grid.world_size} processes on {chosen}" + (f", experts over {expert} of them" if expert > 1 else ""),
         flush=True,
     )
     try:
@@ -67,7 +68,7 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
         settings=settings_of(config),
         features=features_of(arch),
         ranks=ranks,
-        grid=dataclasses.asdict(grid),
+        grid=dataclasses.asdict(grid) | ({"expert": expert} if expert > 1 else {}),
         versions=current_versions(),
         device=_named(chosen),
         measured=_measured(outcomes),

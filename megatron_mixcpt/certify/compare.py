@@ -19,6 +19,7 @@ from megatron_mixcpt.certify.formulas import AdamW, learning_rate
 from megatron_mixcpt.certify.observed import Step
 from megatron_mixcpt.certify.oracle import Expected, Oracle, read_adapter, read_weights
 from megatron_mixcpt.certify.problem import START, STUDENT, Problem
+from megatron_mixcpt.certify.routes import router_names
 from megatron_mixcpt.certify.scope import pressed
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.weights import DTYPES
@@ -79,7 +80,14 @@ class Judge:
         )
         self._rows = Rows(problem.mix, pairs=config.kind == "dpo")
         found = read_adapter(problem.adapter(STUDENT)) if config.adapter else read_weights(problem.model(STUDENT))
-        self._student = {name: tensor.to(self._dtype) for name, tensor in found.items()}
+        begun = {name: tensor.to(self._dtype) for name, tensor in found.items()}
+        router = config.train.router
+        kept = router_names(problem.arch) & begun.keys() if router == "frozen" else set[str]()
+        self._student = {name: tensor for name, tensor in begun.items() if name not in kept}
+        self._kept = {name: begun[name] for name in kept}  # as it is
+        # Where routers have losses, these are of all tokens of a row.
+        whole_rows = problem.arch.num_experts and router == "trained"
+        self._filled = config.row_sequences * problem.seq_length if whole_rows else None
 
     def deviations(self, steps: list[Step]) -> list[Deviation]:
         """Of everything that was seen, in the order in which a training step comes to it."""
@@ -87,19 +95,21 @@ class Judge:
         weights: Mapping[str, Tensor] = self._student
         for number, step in enumerate(steps):
             found += [Deviation("samples", "samples", number, float(_repeated(step)), 0.0)]
-            documents = self._rows.documents(step.rows)
+            documents = self._rows.documents(step.rows, self._filled)
             ends = {of.sample: of.begin + len(of.tokens) for of in documents}
             lengths = {sample: self._row_length(step, sample, ends) for sample in step.rows}
             choices = {sample: logits.argmax(-1) for sample, logits in step.teacher.items() if logits.shape[-1] > 2}
             factor, _ = pressed(self._config, number)
             oracles = (self._exact, self._plain)
             exact, plain = (o.step(weights, documents, lengths, choices, factor) for o in oracles)
+            if number == 0:  # later the weights are the trainer's, which may be off
+                self._exact.routers.check_choices(exact.scores, plain.scores)
             eps = COPIES * float(torch.finfo(torch.float32).eps)
             found += [Deviation("copies", f"copies of: {k}", number, e, eps) for k, e in step.copies.items()]
             found += self._tensors("teacher", "the teacher's logits", number, step.teacher, exact, plain)
             found += self._tensors("losses", "the losses of the tokens", number, step.losses, exact, plain)
             found += self._gradients(number, step, exact, plain)
-            weights = step.weights
+            weights = {name: step.weights[name] for name in self._student}
         return found + self._updates(steps)
 
     def _row_length(self, step: Step, sample: int, ends: Mapping[int, int]) -> int:
@@ -185,6 +195,9 @@ class Judge:
                 factor = _factor(values - start, right - start)
                 error = _norm(values - right) / moved
                 result.append(Deviation("weights", f"update of {name}", number, error, bound, factor))
+            for name, before in self._kept.items():
+                error = _norm(step.weights[name].double() - before.double()) / float(before.double().norm())
+                result.append(Deviation("weights", f"{name}, which is not trained", number, error, 0.0))
         return result
 
     @property

@@ -1,6 +1,6 @@
 """The textbook: every loss and the optimizer as dense formulas, in the dtype of what they are given; imports torch.
 
-Shapes: t tokens, v vocabulary, n pairs.
+Shapes: t tokens, v vocabulary, n pairs, e experts.
 """
 
 from __future__ import annotations
@@ -71,6 +71,21 @@ def preference(
         return (h - 0.5 / beta) ** 2
     right, wrong = torch.sigmoid(beta * h).log(), torch.sigmoid(-beta * h).log()
     return -(1.0 - smoothing) * right - smoothing * wrong
+
+
+def balance(logits: Tensor, chosen: int) -> Tensor:
+    """e * sum_i f_i P_i (arXiv 2101.03961, equation 4) of a router's logits `[t, e]`, whose tokens go to their `chosen`
+    likeliest experts each: f_i the share of all choices that fell on expert i, P_i its mean probability; a scalar."""
+    experts = logits.shape[1]
+    probabilities = torch.softmax(logits, -1)
+    choices = probabilities.topk(chosen, -1).indices.flatten()
+    shares = torch.nn.functional.one_hot(choices, experts).to(logits.dtype).mean(0)
+    return experts * (shares * probabilities.mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean square of the log-sum-exp of a router's logits `[t, e]` (arXiv 2202.08906, equation 5): a scalar."""
+    return torch.logsumexp(logits, -1).square().mean()
 
 
 def learning_rate(

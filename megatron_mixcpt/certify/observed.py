@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mixcpt.adapters.files import to_hf
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.layout import is_whole, unshard
+from megatron_mixcpt.architecture.layout import is_of_experts, is_whole, unshard
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.names import hf_names, split
 
@@ -99,10 +99,11 @@ class _Assembly:
 
     def _whole(self, what: str, number: int, copies: dict[str, float]) -> dict[str, Tensor]:
         """Whole tensors of the first replica; how far the others are from it goes into `copies`."""
-        shards: dict[str, dict[int, Tensor]] = {}
+        shards: dict[str, dict[tuple[int, int], Tensor]] = {}  # by expert and tensor rank
         for rank in self._ranks:
             for name, tensor in rank["steps"][number][what].items():
-                known = shards.setdefault(name, {}).setdefault(rank["place"][1], tensor)
+                place = rank["expert"] if is_of_experts(name) else 0, rank["place"][1]
+                known = shards.setdefault(name, {}).setdefault(place, tensor)
                 if known is not tensor:
                     _compare_copies(f"{what[:-1]} of {name}", [known, tensor], copies)
         whole: dict[str, Tensor] = {}
@@ -110,14 +111,15 @@ class _Assembly:
             for name, parts in shards.items():
                 if is_whole(name):
                     _compare_copies(f"{what[:-1]} of {name}", list(parts.values()), copies)
-                tensor = unshard(name, [parts[t] for t in sorted(parts)], self._arch.vocab_size)
+                expert_ranks = len({expert for expert, _ in parts})
+                tensor = unshard(name, [parts[at] for at in sorted(parts)], self._arch.vocab_size, expert_ranks)
                 whole |= dict(zip(hf_names(name, self._arch), split(name, tensor, self._arch)))
             return whole
         for linear in adapted_linears(self._arch, self._config.adapter):
             tensors = {}
             for name, (_, axis) in linear.tensors().items():
                 parts = shards[linear.key(name)]
-                pieces = [parts[t] for t in sorted(parts)]
+                pieces = [parts[at] for at in sorted(parts)]
                 if axis is None:
                     _compare_copies(f"{what[:-1]} of {linear.key(name)}", pieces, copies)
                 tensors[linear.key(name)] = pieces[0] if axis is None else torch.cat(pieces, axis)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_mixcpt.certify.documents import Document
 from megatron_mixcpt.certify.formulas import cross_entropy, distillation_target, divergence, preference
+from megatron_mixcpt.certify.mixture import Routers, parameters_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 
@@ -30,12 +31,17 @@ WITHOUT_ADAPTER = ("adapter_off", "cached", "deepspeed")  # teachers that are th
 
 @dataclass
 class Expected:
-    """What a step should have given; fields as in observed.Step."""
+    """What a step should have given; fields as in observed.Step.
+
+    Attributes:
+        scores: of each router, the teacher's first, its logits of all tokens `[t, e]`.
+    """
 
     losses: dict[int, Tensor] = field(default_factory=dict)
     teacher: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     norm: float = 0.0
+    scores: list[Tensor] = field(default_factory=list)
 
 
 class Oracle:
@@ -54,7 +60,10 @@ class Oracle:
         self.config, self.dtype = config, dtype
         self._model = AutoModelForCausalLM.from_pretrained(str(start), dtype=dtype, attn_implementation="eager").eval()
         self._model.requires_grad_(False)
-        self._start = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+        if hasattr(self._model, "set_experts_implementation"):  # transformers 5: one product an expert
+            self._model.set_experts_implementation("eager")
+        self._start = {name: tensor.to(dtype) for name, tensor in read_weights(start).items()}
+        self.routers = Routers(self._model)
         self._adapter: dict[str, Tensor] | None = None
         self._adapter_start: dict[str, Tensor] | None = None
         if adapter is not None:
@@ -74,7 +83,8 @@ class Oracle:
         """Losses and gradients of one step on `documents`.
 
         Args:
-            weights: what is trained, by Hugging Face name.
+            weights: what is trained, by its name in Hugging Face's files.
+            documents: those of padding count for routers alone.
             lengths: of each sample its row's tokens.
             choices: of each sample the teacher's first choice at each token, `[s]`; needed where a target is edited.
             kd_factor: on the configured weight of the distillation.
@@ -84,14 +94,19 @@ class Oracle:
         tokens = _padded(documents)
         with torch.no_grad(), self._weights(self._start, self._of_teacher()):
             teacher = self._logits(tokens)
-        base = trained if self._adapter_start is None else self._start
+        expected.scores += self.routers.take(documents)
+        base = {**self._start, **trained} if self._adapter_start is None else self._start
         with self._weights(base, trained if self._adapter_start is not None else None):
             student = self._logits(tokens)
+            routed = self.routers.take(documents)
             if self.config.kind == "dpo":
                 total = self._pairs(student, teacher, documents, expected)
             else:
                 total = self._tokens(student, teacher, documents, lengths, choices, kd_factor, expected)
+            if routed and self.config.train.router == "trained":
+                total = total + self.routers.losses(routed, documents, self.config.train)
             gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+        expected.scores += [logits.detach() for logits in routed]
         expected.gradients = {
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(trained.items(), gradients)
@@ -105,8 +120,9 @@ class Oracle:
 
     @contextlib.contextmanager
     def _weights(self, weights: Mapping[str, Tensor], adapter: dict[str, Tensor] | None) -> Iterator[None]:
-        """The model with these weights, as long as the context is open."""
+        """The model with these weights, named as in files, as long as the context is open."""
         parameters = dict(self._model.named_parameters())
+        weights = parameters_of(weights, parameters)
         owners = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in parameters}
         tied = self._model.get_output_embeddings() if self._model.config.tie_word_embeddings else None
         for name, owner in owners.items():
@@ -152,6 +168,8 @@ class Oracle:
         total, count = student.new_zeros(()), 0
         for index, document in enumerate(documents):
             place = document.begin
+            if document.is_padding:
+                continue
             if distils:
                 whole = expected.teacher.setdefault(
                     document.sample, teacher.new_full((lengths[document.sample], teacher.shape[-1]), torch.nan)
@@ -192,9 +210,12 @@ class Oracle:
         return (factors.ce, factors.kd) if factors else (1.0, 1.0)
 
     def _pairs(self, student: Tensor, reference: Tensor, documents: list[Document], expected: Expected) -> Tensor:
-        """Mean of the pairs' losses; documents 2i and 2i + 1 are the answers of pair i."""
+        """Mean of the pairs' losses; documents 2i and 2i + 1 that are no padding are the answers of pair i."""
         align = self.config.align
         assert align is not None
+        answers = [index for index, of in enumerate(documents) if not of.is_padding]
+        student, reference = student[answers], reference[answers]
+        documents = [documents[index] for index in answers]
         sums = [[self._answer(logits[i], of) for i, of in enumerate(documents)] for logits in (student, reference)]
         policy, before = (torch.stack(values).view(-1, 2) for values in sums)
         counts = torch.tensor([int(of.targets.sum()) for of in documents], dtype=student.dtype).view(-1, 2)

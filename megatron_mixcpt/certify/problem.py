@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
+from megatron_mixcpt.certify.routes import Weight, clearly_routed, router_names
 from megatron_mixcpt.certify.sample import write_sample
 from megatron_mixcpt.certify.scope import left_out, small_parts, small_stages
 from megatron_mixcpt.config import AdapterConfig, Config
@@ -81,17 +82,19 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     seq_length = math.ceil(SEQ_LENGTH / step) * step
     values = small_run(config, data_size, grid, folder / START, folder / "data" / "mix.json", folder / "run")
     rows = 2 * STEPS * values["train"]["global_batch_size"]
-    kept = _of_kind(mix, config)
-    sample = write_sample(kept, arch, layout.tensor, seq_length, rows, folder / "data")
+    sources = _of_kind(mix, config)
+    sample = write_sample(sources, arch, layout.tensor, seq_length, rows, folder / "data")
     small = dataclasses.replace(
         small_architecture(arch, layout.tensor, small_parts(config), seq_length),
         vocab_size=json.loads(sample.read_text())["tokenizer"]["vocab_size"],
         max_position_embeddings=max(arch.max_position_embeddings, 2 * seq_length),
         sliding_window=min(arch.sliding_window, seq_length // 6) if arch.sliding_window else None,
     )
-    start = _drawn(small, config.train.seed)
-    write_model(small, folder / START, torch.bfloat16, start)
-    write_model(small, folder / STUDENT, torch.bfloat16, _moved(start, config.train.seed))
+    seed, kept = config.train.seed, router_names(small) if config.train.router == "frozen" else set()
+    start = _drawn(small, seed)
+    for which, weight in ((START, start), (STUDENT, _moved(start, seed, kept))):
+        weight = clearly_routed(weight, small, seed) if small.num_experts else weight
+        write_model(small, folder / which, torch.bfloat16, weight)
     values |= {"forget": config.model_dump()["forget"], "eval": {"every": 0}}
     values["teacher"] = _teacher(config, folder)
     values["parallel"] |= {"layers_per_stage": small_stages(config)}
@@ -133,7 +136,7 @@ def _of_kind(mix: Mix, config: Config) -> Mix:
     return dataclasses.replace(mix, sources=tuple(kept))
 
 
-def _drawn(arch: Architecture, seed: int) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+def _drawn(arch: Architecture, seed: int) -> Weight:
     """Weights that leave nothing out: no norm of ones, no bias of zeros, tokens of the head that are always tied."""
 
     def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -149,11 +152,14 @@ def _drawn(arch: Architecture, seed: int) -> Callable[[str, tuple[int, ...]], to
     return weight
 
 
-def _moved(
-    start: Callable[[str, tuple[int, ...]], torch.Tensor], seed: int
-) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+def _moved(start: Weight, seed: int, kept: Collection[str]) -> Weight:
+    """`kept`: names of what is not trained."""
+
     def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return start(name, shape) + MOVED * torch.randn(shape, generator=named_generator(f"{name} moved", seed))
+        value = start(name, shape)
+        if name in kept:
+            return value
+        return value + MOVED * torch.randn(shape, generator=named_generator(f"{name} moved", seed))
 
     return weight
 

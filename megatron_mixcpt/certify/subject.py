@@ -109,6 +109,7 @@ def observe(case: Case) -> dict[str, Any]:
             steps.append(_step(config, components, state, recorder, drawn, step))
         return {
             "place": (state.pipeline_rank, state.tensor_rank, state.context_rank, state.data_rank),
+            "expert": state.expert_rank,
             "vocab_start": stage.vocab_start,
             "steps": steps,
         }
@@ -269,7 +270,7 @@ class _RecordedTeacher:
 def _gradients(components: Components, stage: Any) -> dict[str, Tensor]:
     """This rank's gradients, whole over the data-parallel ranks also where each keeps a part of them."""
     if not components.model.ddp_config.use_distributed_optimizer:
-        return _parameters(stage, lambda parameter: parameter.main_grad)
+        return _parameters(stage, _gradient)
     buffers = [*components.model.buffers, *components.model.expert_parallel_buffers]
     kept = [buffer.grad_data.clone() for buffer in buffers]
     for buffer in buffers:
@@ -277,16 +278,25 @@ def _gradients(components: Components, stage: Any) -> dict[str, Tensor]:
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
-    gradients = _parameters(stage, lambda parameter: parameter.main_grad)
+    gradients = _parameters(stage, _gradient)
     for buffer, before in zip(buffers, kept):
         buffer.grad_data.copy_(before)
     return gradients
 
 
+def _gradient(parameter: Any) -> Tensor | None:
+    """None of what is not trained."""
+    return parameter.main_grad if parameter.requires_grad else None
+
+
 def _parameters(stage: Any, value: Any) -> dict[str, Tensor]:
-    """What is trained, by its grid-independent name: this rank's shards, on the host."""
+    """What `value` is of each parameter that has it, by its grid-independent name: this rank's shards, on the host.
+
+    Of a model without adapters all weights, those that are not trained too; else of the adapters.
+    """
     if stage.adapter is None:
-        return {slot.name: value(slot.parameter).detach().cpu().clone() for slot in stage.slots()}
+        found = {slot.name: value(slot.parameter) for slot in stage.slots()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in found.items() if tensor is not None}
     return {
         adapter.layout.key(name): value(adapter.get_parameter(name)).detach().cpu().clone()
         for adapter in stage.adapters()

@@ -43,7 +43,8 @@ class Certificate:
         settings: of the run, those that decide what is computed and how (`settings_of`).
         features: of its model (`features_of`).
         ranks: of the real run.
-        grid: tensor, pipeline, context and data of the small run.
+        grid: tensor, pipeline, context and data of the small run; where experts are spread, expert, over how many of
+            these ranks.
         versions: of the program and its libraries.
         measured: of each dtype and kind of thing the largest error with its bound.
         left_out: settings that took no part.
@@ -99,7 +100,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 def features_of(arch: Architecture) -> dict[str, Any]:
     """What decides which code a model runs, whatever its size."""
-    return {
+    features: dict[str, Any] = {
         "model_type": arch.model_type,
         "grouped queries": arch.num_query_groups < arch.num_attention_heads,
         "tied embeddings": arch.tie_word_embeddings,
@@ -108,6 +109,10 @@ def features_of(arch: Architecture) -> dict[str, Any]:
         "rotary scaling": arch.rope_scaling.kind if arch.rope_scaling else "none",
         "sliding window": arch.sliding_window is not None,
     }
+    if arch.num_experts:
+        features |= {"experts of a token": "one" if arch.experts_per_token == 1 else "several"}
+        features |= {"shares add up to 1": arch.normalize_routing, "layers without experts": bool(arch.dense_layers)}
+    return features
 
 
 def current_versions() -> dict[str, str]:
