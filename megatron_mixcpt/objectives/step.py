@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_mixcpt.attention.context import speaks_for_context
 from megatron_mixcpt.data.batch import Batch
 from megatron_mixcpt.objectives.task import Objective
 
@@ -69,10 +70,11 @@ class ForwardBackward:
 
     def _counted(self, batches: list[Batch]) -> float:
         """Collective over replicas: what the objective's mean is taken over, a token of the step."""
-        counts = [float(sum(self.objective.count(batch) for batch in batches))]
-        counts += [float(sum(batch.tokens.numel() for batch in batches))]
-        both = torch.tensor(counts, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group())
+        both = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if speaks_for_context():  # all ranks of the group have these rows
+            both[0] = float(sum(self.objective.count(batch) for batch in batches))
+            both[1] = float(sum(batch.tokens.numel() for batch in batches))
+        torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return float(both[0] / both[1])
 
     def routed(self) -> Tensor | None:

@@ -32,6 +32,8 @@ def small_architecture(arch: Architecture, tensor: int, parts: int, seq_length: 
     heads = 2 * tensor if grouped else tensor
     groups = min(arch.num_query_groups, tensor) if grouped else heads
     hidden = max(heads * HEAD_DIM, 64)
+    if arch.model_type == "olmoe":
+        hidden = heads * HEAD_DIM  # for which transformers takes it where it makes the norm of keys
     layers = max(parts, 2)
     rotary_dim = None if arch.rotary_dim is None else HEAD_DIM // 2
     scaling = arch.rope_scaling

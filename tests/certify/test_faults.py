@@ -30,6 +30,17 @@ TIED = dataclasses.replace(
     tie_word_embeddings=True,
     rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64),
 )
+EXPERTS = dataclasses.replace(
+    ARCH,
+    model_type="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    num_experts=8,
+    experts_per_token=4,
+    expert_ffn_size=48,
+    normalize_routing=True,
+)
+ROUTED = {"router": "trained", "router_balance": 0.1, "router_z": 0.01}
 SMALL = {"train": {"micro_batch_size": 1, "global_batch_size": 4}}
 BF16 = {"train": {**SMALL["train"], "dtype": "bf16"}}
 # Of each problem its settings, and the words that each mistake is traced with.
@@ -115,6 +126,37 @@ PROBLEMS = {
             "chosen and rejected are exchanged": ANYWHERE,
             "the mean is over rows in place of pairs": ANYWHERE,
             "an answer is the part of it that a rank has": "with parallel.context",
+        },
+    ),
+    "experts": (
+        {
+            "arch": EXPERTS,
+            "data": 2,
+            "parallel": {"expert": 2},
+            "loss": {"target": "none"},
+            "train": {"micro_batch_size": 1, "global_batch_size": 2, **ROUTED},
+        },
+        {
+            "gradients of experts are averaged over the ranks that have others": "with parallel.expert",
+            "tokens come back in the order of their experts": "with parallel.expert",
+            "the experts of two ranks are exchanged": "with parallel.expert",
+            "an exchange has no backward": "with parallel.expert",
+            "shares of a token do not add up to 1": ANYWHERE,
+            "an expert that is full drops tokens": ANYWHERE,
+            "losses of routers are sums in place of means": ANYWHERE,
+        },
+    ),
+    "routers": (
+        {
+            "arch": EXPERTS,
+            "parallel": {"tensor": 2, "sequence": True},
+            "loss": {"target": "none"},
+            "train": {"micro_batch_size": 1, "global_batch_size": 2, **ROUTED},
+        },
+        {
+            "gradients of routers are not summed over the sequence": "with parallel.sequence",
+            "the balance is that of a rank s part of the sequence": "with parallel.sequence",
+            "gradients of what experts take are not summed over the tensor ranks": "with parallel.sequence",
         },
     ),
 }

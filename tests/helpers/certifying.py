@@ -2,16 +2,17 @@
 
 import dataclasses
 import itertools
-import json
 import os
 from pathlib import Path
+
+import torch
 
 from megatron_mixcpt.certify.axes import variants, whole_run
 from megatron_mixcpt.certify.problem import START, STUDENT, pose
 from megatron_mixcpt.certify.trial import compute
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import open_mix
-from megatron_mixcpt.huggingface.config import config_dict
+from megatron_mixcpt.rehearse.scale import write_random_model
 from megatron_mixcpt.rehearse.size import Grid
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.spawn import run_distributed
@@ -23,8 +24,7 @@ def posed(folder, mix, arch=None, data=1, **sections):
     """The problem of a small configuration; `arch`: of the real model, else the tiny preset."""
     folder.mkdir(parents=True)
     if arch is not None:
-        (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text(json.dumps(config_dict(arch)))
+        write_random_model(arch, folder / "model", torch.float32, seed=0)
         sections |= {"model": {"hf": str(folder / "model"), "preset": None}}
     values = settings(mix, folder / "run", **sections)
     config = validate(Config, values, "test")
@@ -73,7 +73,8 @@ def computed(problem, faults, folder, choose=lambda fault, others: others):
 def _observe(rank, world_size, queue):
     from megatron_mixcpt.certify.subject import observe_all
     from megatron_mixcpt.runtime import parallel
-    from tests.helpers.planted_ranks import FAULTS
+    from tests.helpers import planted_experts, planted_ranks  # noqa: F401 - which register theirs
+    from tests.helpers.planted import FAULTS
 
     for number, (fault, folder) in enumerate(queue):
         # Ranks that had no part in the last cases of one fault are back for the next: they count alike again.
