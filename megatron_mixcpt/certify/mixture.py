@@ -101,6 +101,6 @@ class Routers:
             rounding = float((rounded.double() - right).abs().max())
             if not lead > CLEAR * rounding:
                 raise MixcptError(
-                    f"certify: a token's choice of experts hangs on rounding in the small model: {lead:.2g} between the "
-                    f"scores of two experts, which rounding moves by {rounding:.2g}: set another train.seed"
+                    f"certify: a token's choice of experts hangs on rounding in the small model: {lead:.2g} between "
+                    f"the scores of two experts, which rounding moves by {rounding:.2g}: set another train.seed"
                 )

@@ -25,7 +25,7 @@ Weight = Callable[[str, tuple[int, ...]], Tensor]
 MARK = 3.0  # largest number of a mark, times the root of the layers, whose sum it has to stand out of
 LOOK = 0.75  # of routers at the marks
 QUIET = 0.05  # what is left of random weights where they would blur the marks
-WIDTH = 64  # hidden channels, beyond which layers write less than random weights would
+WIDTH = 64  # hidden channels, beyond which random weights are made smaller, so that their sums are not larger
 
 
 def clearly_routed(weight: Weight, arch: Architecture, seed: int) -> Weight:
@@ -53,7 +53,7 @@ def clearly_routed(weight: Weight, arch: Architecture, seed: int) -> Weight:
         elif name in norms:
             value[:experts] = 1 + QUIET * (value[:experts] - 1)
         elif name in routers:
-            value *= 2 * QUIET
+            value *= 2 * QUIET * (WIDTH / max(arch.hidden_size, WIDTH)) ** 0.5
             value[:, :experts] += LOOK * torch.eye(experts)
         return value
 
