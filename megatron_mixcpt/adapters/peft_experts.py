@@ -34,7 +34,9 @@ _FUSED = {
 
 def peft_targets(arch: Architecture, linears: Iterable[AdaptedLinear]) -> dict[str, Any]:
     """Entries of PEFT's configuration that say what is adapted, and without dropout where PEFT bears none."""
-    modules, parameters, experts = [], [], False
+    modules: list[str] = []
+    parameters: list[str] = []
+    experts = False
     for linear in linears:
         if arch.num_experts and ".mlp.linear_" in linear.linear:
             parameters += [f"{target}.weight" for target in linear.targets]

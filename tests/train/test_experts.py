@@ -131,7 +131,7 @@ def test_lora_of_a_run_is_merged_by_export_in_peft_and_where_another_run_starts(
     train("run", run, "parallel.expert=2")
     # All weights, by next to nothing.
     alone = {"loss": {"target": "none", "by_kind": {}}, "teacher": {"source": "none"}}
-    full = configuration(folder, tmp_path / "full", train={"steps": 1, "lr": 1e-9}, **alone)
+    full = configuration(folder, tmp_path / "full", train={"steps": 2, "lr": 1e-9}, **alone)
     train("full", full | {"model": {"checkpoint": str(tmp_path / "run")}}, "parallel.tensor=2")
     for name, arguments in (("run", []), ("run", ["--adapter"]), ("full", [])):
         out = tmp_path / "-".join(["out", name, *arguments])
