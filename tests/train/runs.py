@@ -85,15 +85,7 @@ def _whole_adapters(stage, state, value):
 
 
 def grid_of(config):
-    grid = config.parallel
-    return parallel_context(
-        grid.tensor,
-        grid.pipeline,
-        seed=config.train.seed,
-        context=grid.context,
-        interleave=grid.interleave,
-        expert=grid.expert,
-    )
+    return parallel_context(**config.parallel.sizes, seed=config.train.seed)
 
 
 def run_steps(values):
