@@ -90,15 +90,7 @@ def _joined(axis, parts):
 
 
 def grid_of(config):
-    grid = config.parallel
-    return parallel_context(
-        grid.tensor,
-        grid.pipeline,
-        seed=config.train.seed,
-        context=grid.context,
-        interleave=grid.interleave,
-        expert=grid.expert,
-    )
+    return parallel_context(**config.parallel.sizes, seed=config.train.seed)
 
 
 def run_steps(values):
