@@ -56,6 +56,16 @@ def test_cuda_means_cpu_inside():
         torch.cuda.synchronize()
 
 
+def test_a_context_of_a_device_means_what_it_says_inside_and_afterwards():
+    with cpu_backend():
+        with torch.device("meta"):
+            assert torch.zeros(2).is_meta and torch.empty_like(torch.zeros(2)).is_meta
+            assert torch.zeros(2, device="cuda").device.type == "cpu"
+            assert torch.zeros(1, device="cpu").type() == "torch.cuda.FloatTensor"
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta
+
+
 def test_random_state_is_the_cpus():
     with cpu_backend():
         torch.cuda.manual_seed(5)

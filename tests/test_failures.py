@@ -1,6 +1,7 @@
 """What libraries say of failures is told in words, and a rank ends after an error whatever it waits for."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,15 +121,15 @@ def test_a_stop_while_a_library_reads_is_no_fault_of_the_file(tmp_path, monkeypa
 
     from megatron_mixcpt.huggingface.config import load_config
     from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
-    from megatron_mixcpt.runtime.stop import stopped_early
+    from megatron_mixcpt.runtime.stop import StopRequest
 
     def stopped(*args, **kwargs):
-        raise stopped_early()
+        signal.raise_signal(signal.SIGTERM)
 
     (tmp_path / "config.json").write_text("{}")
     for library in (transformers.AutoConfig, transformers.AutoTokenizer):
         monkeypatch.setattr(library, "from_pretrained", stopped)
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError), StopRequest():
         load_config(tmp_path)
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError), StopRequest():
         extended_vocab_size(tmp_path, tmp_path, 10)

@@ -28,6 +28,8 @@ import yaml
 from benchmarks.study.kept import RESULTS, put_back
 from megatron_mixcpt.demo import general
 from megatron_mixcpt.demo.base_model import save_smollm2
+from megatron_mixcpt.demo.configs import recall_yaml
+from megatron_mixcpt.demo.settings import SMOLLM2
 from megatron_mixcpt.demo.texts import write_jsonl
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.evaluate.gci import Instance, write_instances
@@ -43,18 +45,6 @@ GENERAL_DOCUMENTS, HELD_OUT_GENERAL = 400, 60
 SHARES = {"domain": 0.65, "instructions": 0.25, "preferences": 0.1}
 REPLAYED = 0.35  # of the tokens, in place of instructions and preferences
 RECALLED = {"instructions": 0.25, "text": 0.1}  # likewise
-RECALL = {
-    "n": {"instructions": 160, "text": 32},
-    "engine": {"transformers": {"dtype": "fp32", "batch_size": 16, "block_size": 16}},
-    "text": {"start_token": "<|endoftext|>"},  # SmolLM2's bos begins a turn of a conversation
-    "sampling": {
-        "temperatures": [0.7],
-        "max_instruction_tokens": 64,
-        "max_answer_tokens": 160,
-        "max_text_tokens": 128,
-        "seed": SEED,
-    },
-}
 EVERY = 10  # of the instructions, one is held out
 TRAIN = {
     "steps": 48,
@@ -116,7 +106,7 @@ def recall(base: Path, folder: Path) -> None:
             shutil.copyfile(RECALLED_BEFORE / name, folder / name)
         return
     path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({"model": {"hf": str(base)}, "out": str(folder), **RECALL}, sort_keys=False))
+    path.write_text(recall_yaml(SMOLLM2, base, folder))
     run("recall", str(path))
 
 

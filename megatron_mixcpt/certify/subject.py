@@ -76,14 +76,7 @@ def observe(case: Case) -> dict[str, Any]:
     grid = config.parallel
     if config.uses_teacher and config.teacher.source == "cached":
         _fill_cache(config)
-    with parallel_context(
-        grid.tensor,
-        grid.pipeline,
-        seed=config.train.seed,
-        context=grid.context,
-        interleave=grid.interleave,
-        expert=grid.expert,
-    ) as state:
+    with parallel_context(**grid.sizes, seed=config.train.seed) as state:
         components = build(config, state)
         stage = cast(Any, components.model.module)
         _move(stage, case)

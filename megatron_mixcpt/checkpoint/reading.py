@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_mixcpt.checkpoint.boxes import Box
-from megatron_mixcpt.errors import StoppedError, VerificationError
+from megatron_mixcpt.errors import VerificationError
 
 Slices = tuple[slice, ...]
 
@@ -191,8 +191,6 @@ class _Files:
             if values.shape != chunk.sizes or values.dtype != chunk.dtype:
                 raise ValueError(f"{values.dtype} {tuple(values.shape)} where the index says {tuple(chunk.sizes)}")
             return values
-        except StoppedError:
-            raise
         except Exception as error:  # a damaged file ends in many kinds of them
             self.problems.append(f"{self._checkpoint}: {chunk.key} cannot be read: {error}")
             return torch.zeros(chunk.sizes, dtype=chunk.dtype)

@@ -67,6 +67,11 @@ class LayoutConfig(Section):
     """Sequence parallelism: norms and residuals sharded over the tensor-parallel group."""
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What `runtime.parallel.parallel_context` makes the groups of ranks from."""
+        return {name: getattr(self, name) for name in ("tensor", "pipeline", "context", "interleave", "expert")}
+
+    @property
     def replica(self) -> int:
         """Ranks that share one copy of the model."""
         return self.tensor * self.pipeline * self.context

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.errors import ConfigError, StoppedError
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.families import FAMILIES
 from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option
 from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
@@ -37,8 +37,6 @@ def load_config(hf_dir: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=trust_remote_code, **gguf_option(path)
         )
-    except StoppedError:  # raised by the handler of a stop signal, wherever the program is
-        raise
     except Exception as error:  # transformers raises many kinds for a bad file
         raise ConfigError(f"{path}: transformers cannot read its configuration: {error}") from error
 

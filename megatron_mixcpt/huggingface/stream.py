@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import whole_shapes
-from megatron_mixcpt.errors import StoppedError, VerificationError
+from megatron_mixcpt.errors import VerificationError
 
 AHEAD_NUMBERS = 2**23  # what `read_ahead` reads ahead at most where that is more than the next tensor
 # specs.layer_spec gives these parameters the names that they have in megatron-core's own checkpoints.
@@ -85,8 +85,6 @@ class CheckpointSource:
             raise VerificationError(f"{self._path}: {key} is {tuple(entry.size)}, which does not hold {stacked}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except StoppedError:
-            raise
         except Exception as error:  # a damaged file ends in many kinds of them
             raise VerificationError(f"{self._path}: {key} cannot be read ({error}): it is damaged") from error
         return target.view(shape)

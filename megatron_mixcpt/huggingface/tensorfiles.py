@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_mixcpt.errors import ConfigError, StoppedError, VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 
 SHARD_BYTES = 4 * 2**30
 BLOCK_BYTES = 2**20
@@ -167,8 +167,6 @@ class PickleSource(MemorySource):
                 tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except FileNotFoundError as error:
                 raise VerificationError(f"{path} is missing: copy or download it again") from error
-            except StoppedError:
-                raise
             except Exception as error:  # torch and pickle raise many kinds
                 raise VerificationError(
                     f"{path} cannot be read as plain weights ({error}); convert it to safetensors with a program "

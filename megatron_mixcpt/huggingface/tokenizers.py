@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_mixcpt.errors import ConfigError, StoppedError, VerificationError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.huggingface.gguf import gguf_option
 
 FILES = ("tokenizer.json", "tokenizer.model")  # either says all about ids
@@ -21,8 +21,6 @@ def _definition(folder: Path) -> dict[str, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **gguf_option(folder))
         return json.loads(tokenizer.backend_tokenizer.to_str())
-    except StoppedError:
-        raise
     except Exception as error:  # transformers raises many kinds
         raise ConfigError(f"{folder}: transformers cannot open its tokenizer: {error}") from error
 

@@ -43,14 +43,14 @@ def tell_alone(error: MixcptError) -> MixcptError:
 
 @contextlib.contextmanager
 def explained(stop: StopRequest) -> Iterator[None]:
-    """Turn the loss of a peer or of a data worker into MixcptErrors, and early stops into StoppedErrors."""
+    """Within `stop`'s context: turn the loss of a peer or of a data worker into MixcptErrors."""
     try:
         yield
     except (KeyboardInterrupt, StoppedError):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if stop.early:  # wrapped by the library that was at work, or the peers stopped first and were missed
-            raise stopped_early() from None
+        if stop.early:
+            raise
         known = named(error)
         if known is None or known is error:
             raise

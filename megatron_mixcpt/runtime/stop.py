@@ -41,7 +41,9 @@ def end_at_stop_signals() -> None:
 class StopRequest:
     """Context that turns stop signals into StoppedError until `defer()`, and into a flag afterwards.
 
-    A second SIGINT interrupts at once, for the user who does not want to wait.
+    After an early stop every error that leaves the context is that stop: the library that was at work may have wrapped
+    it, or the peers stopped first and were missed. A second SIGINT interrupts at once, for the user who does not want
+    to wait.
     """
 
     def __init__(self) -> None:
@@ -65,12 +67,14 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._previous_fd)
         self._left.set()
         self._teller.close()
+        if self.early and error is not None and not isinstance(error, (KeyboardInterrupt, StoppedError)):
+            raise stopped_early() from None
 
     def _insist(self) -> None:
         """In a thread: end a process that was told to stop and does not, where there is nothing to save.

@@ -48,15 +48,7 @@ def select(config: SelectConfig) -> None:
     from megatron_mixcpt.runtime.stop import StopRequest
 
     with StopRequest() as stop, explained(stop):
-        grid, seed = config.parallel, config.select.seed
-        with parallel_context(
-            grid.tensor,
-            grid.pipeline,
-            seed,
-            context=grid.context,
-            interleave=grid.interleave,
-            expert=grid.expert,
-        ) as state:
+        with parallel_context(**config.parallel.sizes, seed=config.select.seed) as state:
             candidates = on_first("prepare", lambda: prepare_candidates(config), state)
             scores = _score(config, candidates, state, stop)
 

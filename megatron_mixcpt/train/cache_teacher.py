@@ -32,12 +32,7 @@ def cache_teacher(config: Config, stop: StopRequest, *, top_k: int, bits: int, s
             f"parallel.context {grid.context}: `mixcpt cache-teacher` keeps the answers of whole rows: set it to 1, "
             "the run that reads the cache may have any"
         )
-    with (
-        explained(stop),
-        parallel_context(
-            grid.tensor, grid.pipeline, seed=config.train.seed, interleave=grid.interleave, expert=grid.expert
-        ) as state,
-    ):
+    with explained(stop), parallel_context(**grid.sizes, seed=config.train.seed) as state:
         arch, mix = read_model_and_mix(config)
         teacher: Teacher
         if config.teacher.hf is not None:

@@ -40,16 +40,10 @@ def train(config: Config, *, trust: bool = False) -> None:
     Raises StoppedError (exit code 75) when stopped by a signal, with everything saved; MixcptError when steps keep
     being skipped, a rank is lost, or the last checkpoint cannot be written.
     """
-    grid, minutes = config.parallel, config.train.timeout_minutes
+    minutes = config.train.timeout_minutes
     with StopRequest() as stop, explained(stop):
         with parallel_context(
-            grid.tensor,
-            grid.pipeline,
-            seed=config.train.seed,
-            timeout_minutes=minutes + GROUP_EXTRA_MINUTES,
-            context=grid.context,
-            interleave=grid.interleave,
-            expert=grid.expert,
+            **config.parallel.sizes, seed=config.train.seed, timeout_minutes=minutes + GROUP_EXTRA_MINUTES
         ) as state:
             with (
                 Watchdog(Path(config.run_dir) / "stacks", state.rank, 60.0 * minutes) as watchdog,

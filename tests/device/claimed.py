@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from megatron_mixcpt.kernels import fused, reference
 from megatron_mixcpt.runtime import parallel
+from megatron_mixcpt.runtime.cpu_backend import CONSTRUCTORS, METHODS
 from tests.device.modes import CLAIMED, Asked, Computed, Flash
 from tests.device.residency import CPU, META, DeviceError, Residency
 
@@ -62,7 +64,7 @@ def _claiming(join: Callable[..., Any], residency: Residency) -> Callable[..., A
 def following(residency: Residency) -> Iterator[None]:
     """The modes and replacements, within the CPU backend."""
     with contextlib.ExitStack() as stack:
-        for target, value in _replacements(residency).items():
+        for target, value in (_replacements(residency) | _torchs_own()).items():
             stack.enter_context(mock.patch(target, value))
         stack.enter_context(Computed(residency))
         stack.enter_context(Asked(residency))
@@ -90,6 +92,15 @@ def _replacements(residency: Residency) -> dict[str, Any]:
     for name in OBJECT_COLLECTIVES:
         replaced[f"torch.distributed.{name}"] = _of_objects(residency, getattr(torch.distributed, name))
     return replaced
+
+
+def _torchs_own() -> dict[str, Any]:
+    """What the CPU backend replaced to mean the CPU where CUDA is asked for: here it is asked for in earnest."""
+    wrapped = {f"torch.{name}": getattr(torch, name) for name in CONSTRUCTORS}
+    wrapped |= {f"torch.Tensor.{name}": getattr(Tensor, name) for name in METHODS}
+    return {target: inspect.unwrap(value) for target, value in wrapped.items()} | {
+        "torch.Tensor.cuda": torch._C.TensorBase.cuda
+    }
 
 
 class Event:

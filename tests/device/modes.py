@@ -161,7 +161,7 @@ class Flash(torch.autograd.Function):
 
 def _type(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Optimizers know parameters by the name of their type, which for meta tensors says so."""
-    found = x.type(*args, **kwargs)
+    found = torch._C.TensorBase.type(x, *args, **kwargs)
     return found.replace("meta.", "") if isinstance(found, str) else found
 
 
