@@ -163,8 +163,8 @@ def master_weights_never_reach_the_model():
 
 @fault
 def the_adapter_s_scale_grows_with_the_tensor_ranks():
-    original = adapter_layers.Adapter.forward
-    with mock.patch.object(adapter_layers.Adapter, "forward", lambda self, x: tensor_size() * original(self, x)):
+    original = adapter_layers.LinearAdapter.forward
+    with mock.patch.object(adapter_layers.LinearAdapter, "forward", lambda self, x: tensor_size() * original(self, x)):
         yield
 
 
