@@ -58,7 +58,7 @@ setup(
     extras_require={
         "dev": [
             "matplotlib>=3.8",  # reads the pictures that tests take of pages
-            "peft>=0.15",
+            "peft>=0.17",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.8",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_mixcpt import hf_alora
 from megatron_mixcpt.adapters.layout import AdaptedLinear, adapted_linears
+from megatron_mixcpt.adapters.peft_experts import peft_targets, separate_experts
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError, VerificationError
@@ -57,7 +58,8 @@ _PEFT_REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def to_hf(linear: AdaptedLinear, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The matrices of each Hugging Face layer from the whole tensors of one linear layer's adapter, by file key."""
+    """The matrices of each Hugging Face layer, of experts each one's, from the whole tensors of one linear layer's
+    adapter, by file key."""
     parts = _PARTS[linear.config.method]
     result = {}
     for name in linear.tensors():
@@ -72,14 +74,21 @@ def _pieces(linear: AdaptedLinear, name: str, whole: Tensor) -> list[list[Tensor
 
     Of queries, keys and values they are `[groups, rows a group, r]`.
     """
+    if linear.experts:
+        return [views for of_one in whole for views in _pieces_of_one(linear, name, of_one)]
+    return _pieces_of_one(linear, name, whole)
+
+
+def _pieces_of_one(linear: AdaptedLinear, name: str, whole: Tensor) -> list[list[Tensor]]:
+    """Of a layer, or of one expert's."""
     if name == "down":
-        return [[view] for view in whole.chunk(len(linear.targets))]
+        return [[view] for view in whole.chunk(linear.projections)]
     if name != "up":
         return [[view] for view in whole.unbind()]
     rows = [rows for rows, target in linear.rows if target is not None]
     views = whole.unbind() if linear.gated else whole.view(linear.groups, sum(rows), -1).split(rows, dim=1)
     owners = [target for _, target in linear.rows if target is not None]
-    return [[view for view, owner in zip(views, owners) if owner == index] for index in range(len(linear.targets))]
+    return [[view for view, owner in zip(views, owners) if owner == index] for index in range(linear.projections)]
 
 
 def write_directory(
@@ -97,7 +106,6 @@ def write_directory(
     """
     linears = adapted_linears(arch, config)
     pieces = {key: piece for linear in linears for key, piece in to_hf(linear, tensors).items()}
-    targets = [target for linear in linears for target in linear.targets]
     settings: dict[str, Any]
     if config.method == "lora":
         _save(out / PEFT_WEIGHTS, {PEFT_PREFIX + key: piece for key, piece in pieces.items()})
@@ -108,7 +116,7 @@ def write_directory(
             "r": config.rank,
             "lora_alpha": config.alpha,
             "lora_dropout": config.dropout,
-            "target_modules": _short(targets, arch.num_layers),
+            **peft_targets(arch, linears),
             "bias": "none",
             "inference_mode": True,
         }
@@ -123,7 +131,7 @@ def write_directory(
         "heads": config.num_heads,
         "residual": config.residual,
         "sliding_window": arch.sliding_window,
-        "targets": targets,
+        "targets": [target for linear in linears for target in linear.targets],
     }
     (out / hf_alora.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -134,14 +142,6 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     with SafetensorsWriter(path.parent, shapes, dtype, path.stem, shard_bytes=sys.maxsize) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
-
-
-def _short(targets: list[str], num_layers: int) -> list[str]:
-    """Last parts of the names where every layer is adapted alike, else whole names."""
-    last = [target.rsplit(".", 1)[1] for target in targets]
-    if all(last.count(name) == num_layers for name in last):
-        return sorted(set(last))
-    return targets
 
 
 def check_directory(folder: Path, arch: Architecture, config: AdapterConfig) -> Path:
@@ -162,6 +162,8 @@ def check_directory(folder: Path, arch: Architecture, config: AdapterConfig) -> 
         if found.get("peft_type") != "LORA":
             raise ConfigError(f"{where} is a PEFT adapter of type {found.get('peft_type')}, not LORA")
         for key, harmless in _PEFT_REFUSED.items():
+            if key == "target_parameters" and arch.num_experts:
+                continue  # a mixture's own layers; which they are, the tensors' names tell
             if found.get(key, harmless[0]) not in harmless:
                 raise ConfigError(f"{where} sets {key}={found[key]!r}, which is not supported")
         pairs = [("rank", found["r"], config.rank), ("alpha", found["lora_alpha"], config.alpha)]
@@ -187,6 +189,7 @@ def read_directory(folder: Path, arch: Architecture, config: AdapterConfig) -> d
         raise VerificationError(f"{path}: cannot be read: {error}") from None
     stored = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in stored.items()}
     linears = adapted_linears(arch, config)
+    stored = separate_experts(path, stored, linears)
     _check_targets(folder, set(stored), linears)
     tensors = {}
     for linear in linears:
@@ -225,13 +228,14 @@ def _check_targets(folder: Path, keys: set[str], linears: Iterable[AdaptedLinear
 
 
 def whole_delta(linear: AdaptedLinear, tensors: Mapping[str, Tensor]) -> Tensor:
-    """LoRA: what the adapter adds to the whole weight of a linear layer, fp32 `[out, in]`."""
+    """LoRA: what the adapter adds to the whole weight of a linear layer, fp32 `[out, in]`, of experts one behind the
+    other."""
     config, owners = linear.config, linear.row_targets()
-    scale = config.alpha / config.rank
-    down = tensors[linear.key("down")].float().view(len(linear.targets), config.rank, -1)
-    up = tensors[linear.key("up")].float().flatten(0, -2)  # adapted rows in order
-    delta = torch.zeros(len(owners), linear.in_features)
+    scale, ones = config.alpha / config.rank, max(linear.experts, 1)
+    down = tensors[linear.key("down")].float().view(ones, linear.projections, config.rank, -1)
+    up = tensors[linear.key("up")].float().view(ones, -1, config.rank)  # adapted rows in order
+    delta = torch.zeros(ones, len(owners), linear.in_features)
     adapted = owners[owners >= 0]
-    for index in range(len(linear.targets)):
-        delta[owners == index] = scale * (up[adapted == index] @ down[index])
-    return delta
+    for index in range(linear.projections):
+        delta[:, owners == index] = scale * (up[:, adapted == index] @ down[:, index])
+    return delta if linear.experts else delta[0]

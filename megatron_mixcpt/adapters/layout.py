@@ -12,12 +12,15 @@ Whole tensors of the adapter of one linear layer (P targeted projections in it, 
     attention_in    [P, 3 * r, r]          ALoRA: queries, keys, values of the attention over z = A x
     attention_out   [P, r, r]              ALoRA: its output projection
 
+Of a layer's experts each has matrices of its own, which lie one behind the other: `[experts, ...]`.
+
 Needs no megatron-core.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,13 +29,20 @@ from torch import Tensor
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
-from megatron_mixcpt.architecture.layout import whole_shapes
+from megatron_mixcpt.architecture.layout import Place, is_of_experts, whole_shapes
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, part_rows
+from megatron_mixcpt.huggingface.names import hf_names, part_rows
 
-LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.experts.linear_fc1",
+    "mlp.experts.linear_fc2",
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,11 @@ class AdaptedLinear:
 
     Attributes:
         linear: name of the layer, numbered over the whole model: `decoder.layers.3.mlp.linear_fc1`.
-        targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`.
+        targets: the Hugging Face layers in it that are adapted: `model.layers.3.mlp.gate_proj`; of experts those of
+            each after those of the one before.
         rows: for each part of it (queries, keys, values; gate, up), whether adapted or not, (its rows a group, the
-            index in `targets` of the Hugging Face layer that it is of, or None). linear_qkv repeats them `groups`
-            times.
+            index among the `projections` of the one that it is of, or None). linear_qkv repeats them `groups` times.
+        experts: how many have such a layer each; 0: it is no expert's.
     """
 
     linear: str
@@ -53,6 +64,7 @@ class AdaptedLinear:
     groups: int
     in_features: int
     config: AdapterConfig
+    experts: int = 0
 
     @property
     def row_parallel(self) -> bool:
@@ -62,9 +74,14 @@ class AdaptedLinear:
     def gated(self) -> bool:
         return self.linear.endswith("linear_fc1")
 
+    @property
+    def projections(self) -> int:
+        """Targeted ones: of the layer, or of one expert's."""
+        return len(self.targets) // max(self.experts, 1)
+
     def tensors(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """`{name: (whole shape, axis that tensor ranks share or None where each has all of it)}`."""
-        count, rank = len(self.targets), self.config.rank
+        count, rank = self.projections, self.config.rank
         adapted = sum(rows for rows, target in self.rows if target is not None) * self.groups
         up: tuple[tuple[int, ...], int | None]
         if self.gated:
@@ -79,14 +96,35 @@ class AdaptedLinear:
         if self.config.method == "alora":
             tensors["attention_in"] = ((count, 3 * rank, rank), None)
             tensors["attention_out"] = ((count, rank, rank), None)
+        if self.experts:
+            tensors = {
+                name: ((self.experts, *shape), None if axis is None else axis + 1)
+                for name, (shape, axis) in tensors.items()
+            }
         return tensors
+
+    def local_shape(self, name: str, place: Place) -> tuple[int, ...]:
+        """Of a rank's part of a whole tensor."""
+        shape, axis = self.tensors()[name]
+        local = [length // place.tensors if index == axis else length for index, length in enumerate(shape)]
+        if self.experts:
+            local[0] //= place.experts
+        return tuple(local)
+
+    def shard(self, name: str, whole: Tensor, place: Place) -> Tensor:
+        """A rank's part of a whole tensor."""
+        axis = self.tensors()[name][1]
+        if self.experts:
+            whole = whole.chunk(place.experts)[place.expert]
+        return whole if axis is None else whole.chunk(place.tensors, dim=axis)[place.tensor]
 
     def key(self, name: str) -> str:
         """Name of a whole tensor in checkpoints."""
         return f"adapter.{self.linear}.{name}"
 
     def row_targets(self) -> Tensor:
-        """For each row of the whole linear layer the index in `targets` that adapts it, or -1: int64 `[rows]`."""
+        """For each row of the whole linear layer, or of one expert's, the index of the projection that adapts it, or
+        -1: int64 `[rows]`."""
         group = [-1 if target is None else target for rows, target in self.rows for _ in range(rows)]
         return torch.tensor(group).repeat(self.groups)
 
@@ -103,53 +141,102 @@ class AdaptedLinear:
 def adapted_linears(arch: Architecture, config: AdapterConfig) -> list[AdaptedLinear]:
     """The adapters of the whole model, layer by layer.
 
-    Raises ConfigError, naming what there is, where a target matches nothing, or experts.
+    Raises ConfigError, naming what there is, where a target matches nothing, a router, or a part of a layer's experts.
     """
-    _refuse_experts(arch, config)
-    shapes, wholes = hf_shapes(arch), whole_shapes(arch)
+    wholes = whole_shapes(arch)
     unmatched = set(config.targets)
     linears, known = [], set()
     for layer in range(arch.num_layers):
+        _refuse_routers(arch, config, layer)
         for short in LINEARS:
             linear = f"decoder.layers.{layer}.{short}"
             if f"{linear}.weight" not in wholes:
                 continue
             targets: list[str] = []
-            for part in (name.removesuffix(".weight") for name in hf_names(f"{linear}.weight", arch)):
+            for part in _layers_of(linear, arch):
                 known.add(part.rsplit(".", 1)[1])
                 matching = {pattern for pattern in config.targets if _matches(part, pattern)}
                 unmatched -= matching
                 if matching:
                     targets.append(part)
             if targets:
-                groups = arch.num_query_groups if short.endswith("linear_qkv") else 1
-                index = {f"{target}.weight": number for number, target in enumerate(targets)}
-                parts = part_rows(f"{linear}.weight", wholes[f"{linear}.weight"][0], arch)
-                rows = tuple((count // groups, index.get(name)) for name, count in parts)
-                width = shapes[f"{targets[0]}.weight"][1]
-                linears.append(AdaptedLinear(linear, tuple(targets), rows, groups, width, config))
+                linears.append(_adapted(linear, targets, wholes[f"{linear}.weight"], arch, config))
     if unmatched:
         raise ConfigError(
             f"adapter.targets: {', '.join(sorted(unmatched))} matches no layer; a target is a pattern of the last part "
             f"({', '.join(sorted(known))}) or of the whole name (model.layers.0.self_attn.q_proj)"
         )
+    _refuse_parts_of_experts(arch, config, linears)
     return linears
 
 
-def _refuse_experts(arch: Architecture, config: AdapterConfig) -> None:
-    if not arch.num_expert_layers:
+def linear_layers(arch: Architecture) -> list[str]:
+    """All Hugging Face layers that can have an adapter."""
+    wholes = whole_shapes(arch)
+    linears = (f"decoder.layers.{layer}.{short}" for layer in range(arch.num_layers) for short in LINEARS)
+    return [part for linear in linears if f"{linear}.weight" in wholes for part in _layers_of(linear, arch)]
+
+
+def _layers_of(linear: str, arch: Architecture) -> list[str]:
+    """The Hugging Face layers in one of LINEARS, or in a router."""
+    return [name.removesuffix(".weight") for name in hf_names(f"{linear}.weight", arch)]
+
+
+def _adapted(
+    linear: str, targets: list[str], whole: tuple[int, ...], arch: Architecture, config: AdapterConfig
+) -> AdaptedLinear:
+    """`whole`: the shape of the layer's weight."""
+    experts = whole[0] if is_of_experts(linear) else 0
+    groups = arch.num_query_groups if linear.endswith("linear_qkv") else 1
+    parts = part_rows(f"{linear}.weight", max(experts, 1) * whole[-2], arch)
+    parts = parts[: len(parts) // max(experts, 1)]  # of the first expert, as of all
+    index = {f"{target}.weight": number for number, target in enumerate(targets)}
+    rows = tuple((count // groups, index.get(name)) for name, count in parts)
+    return AdaptedLinear(linear, tuple(targets), rows, groups, whole[-1], config, experts)
+
+
+def _refuse_routers(arch: Architecture, config: AdapterConfig, layer: int) -> None:
+    if not arch.has_experts(layer):
         return
-    layer = next(layer for layer in range(arch.num_layers) if arch.has_experts(layer))
-    for short in ("mlp.router", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"):
-        part = hf_names(f"decoder.layers.{layer}.{short}.weight", arch)[0].removesuffix(".weight")
-        for pattern in config.targets:
-            if _matches(part, pattern):
+    (router,) = _layers_of(f"decoder.layers.{layer}.mlp.router", arch)
+    for pattern in config.targets:
+        if _matches(router, pattern):
+            raise ConfigError(
+                f"adapter.targets: {pattern} is also of a router ({router}), which takes no adapter: it has one row an "
+                "expert, hardly more than an adapter of it, and stays as it is, so that tokens go to the experts that "
+                "the base model sends them to until what comes before it has changed. Name linear layers, for example "
+                f"adapter.targets: {_example(arch, layer)}; train.router=trained trains it, without an adapter section"
+            )
+
+
+def _example(arch: Architecture, layer: int) -> str:
+    names = (_layers_of(f"decoder.layers.{layer}.mlp.experts.{short}", arch) for short in ("linear_fc1", "linear_fc2"))
+    experts = dict.fromkeys(part.rsplit(".", 1)[1] for parts in names for part in parts)
+    return f"[q_proj, k_proj, v_proj, o_proj, {', '.join(experts)}]"
+
+
+def _refuse_parts_of_experts(arch: Architecture, config: AdapterConfig, linears: list[AdaptedLinear]) -> None:
+    adapted = {linear.linear: linear.targets for linear in linears if linear.experts}
+    for layer in sorted({int(linear.split(".")[2]) for linear in adapted}):
+        for short in ("linear_fc1", "linear_fc2"):
+            linear = f"decoder.layers.{layer}.mlp.experts.{short}"
+            there = set(adapted.get(linear, ()))
+            missing = [part for part in _layers_of(linear, arch) if part not in there]
+            if missing:
                 raise ConfigError(
-                    f"adapter.targets: {pattern} is also of experts ({part}), which take no adapters: name those of "
-                    "attention, adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+                    f"adapter.targets names some layers of the experts of layer {layer} and not {missing[0]}: all of "
+                    "them are adapted or none, in each expert, since transformers has them in one piece and PEFT reads "
+                    f"no part of it. Set adapter.targets: {_example(arch, layer)}, or name those of attention alone"
                 )
+    if adapted and config.method == "alora":
+        raise ConfigError(
+            f"adapter.method=alora: {next(iter(adapted.values()))[0]} is an expert's, which sees the tokens that its "
+            "router sends it and not those before them, which ALoRA's attention takes in: set adapter.method=lora, or "
+            "name the layers of attention alone, adapter.targets: [q_proj, k_proj, v_proj, o_proj]"
+        )
 
 
+@functools.lru_cache(maxsize=2**16)
 def _matches(layer: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer.rsplit(".", 1)[1], pattern)
 
@@ -178,11 +265,6 @@ def check_adapter_layout(arch: Architecture, config: AdapterConfig, tensor: int,
             f"parallel.tensor={tensor} cuts through the model's {arch.num_query_groups} query groups: there "
             "adapter.targets must name all of q_proj, k_proj and v_proj or none; or lower parallel.tensor"
         )
-
-
-def shard(whole: Tensor, axis: int | None, tensor_rank: int, tensor_size: int) -> Tensor:
-    """This tensor rank's part of a whole adapter tensor."""
-    return whole if axis is None else whole.chunk(tensor_size, dim=axis)[tensor_rank]
 
 
 def num_parameters(arch: Architecture, config: AdapterConfig) -> int:

@@ -1,4 +1,4 @@
-"""Adapters in distributed checkpoints, readable in any tensor x pipeline x data layout."""
+"""Adapters in distributed checkpoints, readable in any layout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from megatron_mixcpt.adapters.layers import Adapter
+from megatron_mixcpt.adapters.adapter import Adapter
 from megatron_mixcpt.adapters.layout import AdaptedLinear
+from megatron_mixcpt.architecture.layout import Place
 from megatron_mixcpt.errors import VerificationError
 
 PREFIX = "adapter."  # of all their keys
@@ -24,11 +25,21 @@ def adapter_sharded_state(adapters: Iterable[Adapter]) -> dict[str, ShardedTenso
     for adapter in adapters:
         for name, (_, axis) in adapter.layout.tensors().items():
             key, parameter = adapter.layout.key(name), adapter.get_parameter(name)
-            if axis is None:
+            if adapter.layout.experts:
+                state[key] = _of_experts(key, parameter, axis, adapter.place)
+            elif axis is None:
                 state[key] = make_sharded_tensor_for_checkpoint(parameter, key)
             else:
                 state[key] = make_tp_sharded_tensor_for_checkpoint(parameter, key, tp_axis=axis)
     return state
+
+
+def _of_experts(key: str, parameter: Tensor, axis: int | None, place: Place) -> ShardedTensor:
+    parts = [(0, place.expert, place.experts)]
+    if axis is not None:
+        parts.append((axis, place.tensor, place.tensors))
+    replica = (0, place.tensor if axis is None else 0, parallel_state.get_expert_data_parallel_rank())
+    return ShardedTensor.from_rank_offsets(key, parameter, *parts, replica_id=replica)
 
 
 @torch.no_grad()

@@ -102,9 +102,10 @@ def not_mergeable(adapter: AdapterConfig) -> str:
 @torch.no_grad()
 def _merge(stage: StageModel, trained: AdapterConfig, checkpoint: Path) -> None:
     """Add a checkpoint's LoRA to the weights, in fp32."""
-    from megatron_mixcpt.adapters.layers import Adapter
+    from megatron_mixcpt.adapters.layers import new_adapter
     from megatron_mixcpt.adapters.layout import adapted_linears
     from megatron_mixcpt.adapters.state import load_adapters
+    from megatron_mixcpt.model.place import place_here
 
     layers: dict[int, Any] = {}
     for part in stage.parts:
@@ -113,7 +114,8 @@ def _merge(stage: StageModel, trained: AdapterConfig, checkpoint: Path) -> None:
     for layout in adapted_linears(stage.arch, trained):
         _, _, number, rest = layout.linear.split(".", 3)
         if int(number) in layers:
-            beside.append((layers[int(number)].get_submodule(rest).weight, Adapter(layout, stage.config)))
+            weight = layers[int(number)].get_submodule(rest).weight
+            beside.append((weight, new_adapter(layout, stage.config, place_here())))
     load_adapters([adapter for _, adapter in beside], checkpoint)
     for weight, adapter in beside:
         weight.copy_(weight.float() + adapter.merged_delta())

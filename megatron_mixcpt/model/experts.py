@@ -26,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mixcpt.adapters.experts import ExpertAdapter
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.model.dispatch import Dispatch
 from megatron_mixcpt.model.routing import Routing, choices_of
@@ -58,7 +59,8 @@ class Router(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """One linear layer of every expert: `weight [e, out, in]`, a part of `out` or `in` on each tensor rank."""
+    """One linear layer of every expert: `weight [e, out, in]`, a part of `out` or `in` on each tensor rank. With room
+    for an adapter."""
 
     def __init__(self, config: TransformerConfig, *shape: int, axis: int) -> None:
         """`axis`: of the shape, which tensor ranks share."""
@@ -68,13 +70,23 @@ class StackedLinear(nn.Module):
         over_ranks = parallel_state.get_expert_model_parallel_world_size() > 1
         self.weight.allreduce = not over_ranks  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.weight, True, axis, 1)
+        self.adapter: ExpertAdapter | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x `[rows, in]`, the rows of one expert after those of another; counts int64 `[e]` -> `[rows, out/tp]`."""
-        aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.weight.shape[1:])
-        if x.device.type != "cpu" and x.dtype == torch.bfloat16 and aligned and len(x):
-            return grouped_linear(x, self.weight, counts)
-        return sequential_linear(x, self.weight, counts)
+        output = stacked_linear(x, self.weight, counts)
+        if self.adapter is None or not self.adapter.enabled:
+            return output
+        return output + self.adapter(x, counts, stacked_linear)
+
+
+def stacked_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x `[rows, in]`, the rows of one expert after those of another, weight `[e, out, in]`, counts int64 `[e]` ->
+    `[rows, out]`."""
+    aligned = all(size % GROUPED_MULTIPLE == 0 for size in weight.shape[1:])
+    if x.device.type != "cpu" and x.dtype == torch.bfloat16 and aligned and len(x):
+        return grouped_linear(x, weight, counts)
+    return sequential_linear(x, weight, counts)
 
 
 def sequential_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

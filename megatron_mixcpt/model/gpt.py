@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_mixcpt.adapters.layers import Adapter, adapters_of, attach
+from megatron_mixcpt.adapters.adapter import Adapter
+from megatron_mixcpt.adapters.layers import adapters_of, attach
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import PREFIX, adapter_sharded_state, load_adapter_state
 from megatron_mixcpt.architecture.architecture import Architecture
@@ -21,6 +22,7 @@ from megatron_mixcpt.architecture.layout import EMBEDDING, OUTPUT, Slot, slots
 from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.model.place import place_here
 from megatron_mixcpt.model.rope import Rotary
 from megatron_mixcpt.model.routing import Routing
 from megatron_mixcpt.model.specs import block_spec
@@ -75,7 +77,7 @@ class MixGPTModel(GPTModel):
         self.rotary = Rotary(arch)
         self.adapter = adapter
         if adapter is not None:
-            attach(self, adapted_linears(arch, adapter), self.first_layer, arch.sliding_window)
+            attach(self, adapted_linears(arch, adapter), self.first_layer, place_here(), arch.sliding_window)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args: Any, packed_seq_params: Documents, **kwargs: Any

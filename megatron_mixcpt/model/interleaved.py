@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_mixcpt.adapters.layers import Adapter
+from megatron_mixcpt.adapters.adapter import Adapter
 from megatron_mixcpt.architecture.layout import Slot
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.model.gpt import MixGPTModel

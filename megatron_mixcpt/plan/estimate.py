@@ -125,7 +125,8 @@ def _stage(
     if train.router == "frozen":
         trained -= sum(map(arch.has_experts, cut.layers_of(index))) * arch.num_experts * arch.hidden_size
     if config.adapter is not None:
-        trained, of_experts = _adapter_parameters(arch, config.adapter, tensor, cut, index), 0
+        other, of_experts = _adapter_parameters(arch, config, cut, index)
+        trained = other + of_experts
         count += trained
     state_size = FP32 * (2 if train.dtype == "fp32" else 3)  # of the optimizer, for each parameter
     replicas = data_size * grid.context
@@ -214,14 +215,18 @@ def _other_parameters(arch: Architecture, tensor: int, cut: Stages, index: int) 
     return count
 
 
-def _adapter_parameters(arch: Architecture, adapter: AdapterConfig, tensor: int, cut: Stages, index: int) -> int:
-    layers = cut.layers_of(index)
-    return sum(
-        math.prod(shape) // (1 if axis is None else tensor)
-        for linear in adapted_linears(arch, adapter)
-        if int(linear.linear.split(".")[2]) in layers
-        for shape, axis in linear.tensors().values()
-    )
+def _adapter_parameters(arch: Architecture, config: Config, cut: Stages, index: int) -> tuple[int, int]:
+    """Of a rank's adapters: those beside its experts after all others."""
+    assert config.adapter is not None
+    layers, counts = cut.layers_of(index), [0, 0]
+    for linear in adapted_linears(arch, config.adapter):
+        if int(linear.linear.split(".")[2]) in layers:
+            ranks = config.parallel.expert if linear.experts else 1
+            counts[linear.experts > 0] += sum(
+                math.prod(shape) // (ranks * (1 if axis is None else config.parallel.tensor))
+                for shape, axis in linear.tensors().values()
+            )
+    return counts[0], counts[1]
 
 
 def _adapter_bytes(arch: Architecture, config: Config, module: str) -> int:
@@ -230,7 +235,8 @@ def _adapter_bytes(arch: Architecture, config: Config, module: str) -> int:
     if config.adapter is None:
         return 0
     linears = [linear for linear in adapted_linears(arch, config.adapter) if f".{module}." in linear.linear]
-    width = config.adapter.rank * sum(len(linear.targets) for linear in linears) // arch.num_layers
+    passes = sum(linear.projections * (arch.experts_per_token if linear.experts else 1) for linear in linears)
+    width = config.adapter.rank * passes // arch.num_layers
     tensors = 2 if config.adapter.method == "lora" else 6
     return tensors * width * DTYPE_BYTES[config.train.dtype]
 

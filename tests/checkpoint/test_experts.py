@@ -47,23 +47,29 @@ def pass_on(rank, world_size, runs, source):
             source = save_checkpoint(target, 1, parts.model, parts.optimizer)
 
 
+LORA = {"adapter": {"method": "lora", "rank": 3, "targets": ["o_proj", "w?"]}, "teacher": {"source": "adapter_off"}}
+
+
 @pytest.mark.distributed
-def test_every_bit_goes_from_any_layout_into_any_other(tmp_path):
+@pytest.mark.parametrize(
+    ("trained", "layouts"), [({}, LAYOUTS), (LORA, LAYOUTS[:4])], ids=["all weights", "lora on experts"]
+)
+def test_every_bit_goes_from_any_layout_into_any_other(tmp_path, trained, layouts):
     make("mixtral", tmp_path / "model", vocab_size=256, num_hidden_layers=2)
     mix = write_mix(tmp_path / "data")
 
     def values(**sections):
         train = {"dtype": "bf16"} | sections.pop("train", {})
         model = {"preset": None, "hf": str(tmp_path / "model")}
-        return settings(mix, tmp_path / "run", model=model, train=train, **sections)
+        return settings(mix, tmp_path / "run", model=model, train=train, **trained, **sections)
 
     run_distributed(write, 1, values(), tmp_path / "one")
     (source,) = list_checkpoints(tmp_path / "one")
     expected = saved_tensors(source)
     assert any("exp_avg_sq" in key and "experts.linear_fc1" in key for key in expected)
-    runs = [(free_port(), values(**sections), tmp_path / str(i)) for i, sections in enumerate(LAYOUTS)]
+    runs = [(free_port(), values(**sections), tmp_path / str(i)) for i, sections in enumerate(layouts)]
     run_distributed(pass_on, 4, runs, source)
-    for number, sections in enumerate(LAYOUTS):
+    for number, sections in enumerate(layouts):
         (checkpoint,) = list_checkpoints(tmp_path / str(number))
         found = saved_tensors(checkpoint)
         assert found.keys() == expected.keys()

@@ -44,6 +44,10 @@ EXPERTS = {
     "experts over ranks": (2, {"parallel": {"expert": 2}}),
     "experts over ranks, recompute": (4, {"parallel": {"expert": 4}, "train": {"recompute": "full"} | SHARDED}),
     "experts, recompute": (1, {"train": {"recompute": "mlp"}} | NO_TEACHER),
+    "experts over ranks, lora": (
+        2,
+        {"adapter": {"method": "lora", "rank": 64}, "teacher": {"source": "adapter_off"}, "parallel": {"expert": 2}},
+    ),
 }
 EXAMPLES = {"llama3-8b-8gpu": 8, "llama3-70b-64gpu": 64}
 

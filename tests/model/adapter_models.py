@@ -12,6 +12,13 @@ METHODS = {
     "alora on some": AdapterConfig(method="alora", rank=4, targets=["k_proj", "gate_proj", "down_proj"]),
 }
 
+OF_MIXTURES = {
+    "lora": METHODS["lora"],
+    "lora, Mixtral's names": AdapterConfig(method="lora", rank=4, targets=["q_proj", "w1", "w2", "w3"]),
+    "lora on a dense layer": AdapterConfig(method="lora", rank=4, targets=["o_proj", "model.layers.1.mlp.*"]),
+    "lora on some experts": AdapterConfig(method="lora", rank=4, targets=["model.layers.2.mlp.experts.*"]),
+}
+
 
 def random_tensors(arch, adapter, seed=3, scale=0.2):
     """Whole tensors by key, none of them zero."""

@@ -17,14 +17,17 @@ from megatron_mixcpt.hf_alora import load_alora
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.corpus import write_mix
-from tests.model.adapter_models import METHODS, fill, random_tensors
-from tests.model.families import make, make_tokenizer, read_all
+from tests.model.adapter_models import METHODS, OF_MIXTURES, fill, random_tensors
+from tests.model.families import OLDER, make, make_tokenizer, read_all
 
 TOKENS = torch.randint(3, 301, (2, 13), generator=torch.Generator().manual_seed(5))
 FAMILIES = ["llama-untied", "qwen3-multi-query", "mistral-window"]
 WITH_LORA = [
     *((family, method) for family in FAMILIES for method in ("lora", "lora on some")),
     *((family, "lora") for family in ("olmo3", "phi4-mini", "gemma3")),
+    *(("qwen3-experts", method) for method in ("lora", "lora on a dense layer", "lora on some experts")),
+    ("mixtral", "lora, Mixtral's names"),
+    ("olmoe", "lora"),
 ]
 
 
@@ -53,9 +56,10 @@ def bases(tmp_path_factory):
 def written(folder, base, method, scale=0.05):
     """(its directory, its whole tensors) of an adapter with random values."""
     arch = architecture_from_hf(base)
-    tensors = random_tensors(arch, METHODS[method], scale=scale)
+    adapter = (METHODS | OF_MIXTURES)[method]
+    tensors = random_tensors(arch, adapter, scale=scale)
     folder.mkdir()
-    write_directory(folder, arch, METHODS[method], tensors, str(base))
+    write_directory(folder, arch, adapter, tensors, str(base))
     return folder, tensors
 
 
@@ -66,8 +70,11 @@ def test_peft_gives_our_logits(bases, tmp_path, family, method):
     before = base(TOKENS).logits
     model = peft.PeftModel.from_pretrained(base, folder).eval()
     found = model(TOKENS).logits
-    expected = our_logits(bases / family, METHODS[method], tensors)
+    adapter = (METHODS | OF_MIXTURES)[method]
+    expected = our_logits(bases / family, adapter, tensors)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    back = read_directory(folder, architecture_from_hf(bases / family), adapter)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
     assert (found - before).abs().max() > 100 * 1e-5 * expected.abs().max()
 
 
@@ -93,6 +100,38 @@ def test_what_peft_wrote_comes_in_and_goes_out_bit_for_bit(bases, tmp_path):
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+
+
+@pytest.mark.skipif(OLDER, reason="transformers had a layer for each expert before 5")
+def test_what_peft_trained_of_all_experts_together_comes_in(bases, tmp_path):
+    base = bases / "qwen3-experts"
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["q_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05)
+    model.eval().save_pretrained(tmp_path / "peft")
+    adapter = METHODS["lora"].model_copy(
+        update={"rank": 4, "alpha": 6.0, "targets": ["q_proj", "model.layers.*.mlp.experts.*"]}
+    )
+    arch = architecture_from_hf(base)
+    expected = model(TOKENS).logits
+    found = our_logits(base, adapter, read_directory(tmp_path / "peft", arch, adapter))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    with pytest.raises(Exception, match=r"experts.* is \(24, 48\), this model takes \(36, 48\)"):
+        other = adapter.model_copy(update={"rank": 6})
+        settings = tmp_path / "peft/adapter_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"r": 6}))
+        read_directory(tmp_path / "peft", arch, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

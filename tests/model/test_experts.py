@@ -76,14 +76,24 @@ def test_choices_are_compared_with_the_bases_of_the_same_tokens():
     assert base.changed(1, torch.tensor([[4, 5]])) == (0, 0)
 
 
-@pytest.mark.parametrize("target", ["*_proj", "gate_proj", "model.layers.0.mlp.experts.3.up_proj", "gate"])
-def test_adapters_on_experts_are_refused_by_name(target):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ["gate"]}, r"gate is also of a router \(model.layers.0.mlp.gate\), which takes no adapter"),
+        ({"targets": ["model.layers.1.mlp.*"]}, "is also of a router"),
+        ({"targets": ["gate_proj"]}, r"and not model.layers.0.mlp.experts.0.up_proj: all of them are adapted or none"),
+        ({"targets": ["q_proj", "up_proj", "gate_proj"]}, r"not model.layers.0.mlp.experts.0.down_proj"),
+        ({"targets": ["model.layers.3.mlp.experts.1.*"]}, "of layer 3 and not model.layers.3.mlp.experts.0.gate_proj"),
+        ({"method": "alora"}, "which ALoRA's attention takes in: set adapter.method=lora"),
+    ],
+)
+def test_adapters_that_experts_cannot_have_are_refused_by_name(changes, message):
     arch = dataclasses.replace(EXPERTS, model_type="qwen3_moe", qk_norm=True)
-    with pytest.raises(ConfigError, match=r"is also of experts|matches no layer"):
-        adapted_linears(arch, AdapterConfig(method="lora", rank=2, targets=[target]))
+    with pytest.raises(ConfigError, match=message):
+        adapted_linears(arch, AdapterConfig(**{"method": "lora", "rank": 2} | changes))
 
 
-def test_adapters_on_attention_are_not():
+def test_adapters_on_attention_alone_are_no_experts():
     arch = dataclasses.replace(EXPERTS, model_type="qwen3_moe", qk_norm=True)
     linears = adapted_linears(arch, AdapterConfig(method="lora", rank=2, targets=["q_proj", "o_proj"]))
     assert len(linears) == 2 * arch.num_layers

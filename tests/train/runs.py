@@ -64,24 +64,29 @@ def whole_tensors(components, state, value):
 
 
 def _whole_adapters(stage, state, value):
-    local = {
-        adapter.layout.key(name): (axis, value(adapter.get_parameter(name)).detach().clone())
-        for adapter in stage.adapters()
-        for name, (_, axis) in adapter.layout.tensors().items()
-    }
+    local = {}
+    for adapter in stage.adapters():
+        expert_rank = state.expert_rank if adapter.layout.experts else 0
+        for name, (_, axis) in adapter.layout.tensors().items():
+            tensor = value(adapter.get_parameter(name)).detach().clone()
+            local[adapter.layout.key(name)] = (axis, expert_rank, tensor)
     gathered = [None] * state.world_size
-    replica = state.data_rank * state.context_size + state.context_rank
-    torch.distributed.all_gather_object(gathered, (state.pipeline_rank, replica, state.tensor_rank, local))
+    torch.distributed.all_gather_object(gathered, (state.tensor_rank, local))
     shards = {}
-    for _, data_rank, _, tensors in sorted(gathered, key=lambda entry: entry[:3]):
-        for key, (axis, tensor) in tensors.items() if data_rank == 0 else ():
-            shards.setdefault(key, (axis, []))[1].append(tensor)
-    for key, (axis, copies) in shards.items():
-        if axis is None:
-            assert all(torch.equal(copy, copies[0]) for copy in copies), f"{key}: copies differ"
-    return {
-        key: (copies[0] if axis is None else torch.cat(copies, axis)).numpy() for key, (axis, copies) in shards.items()
-    }
+    for tensor_rank, tensors in gathered:
+        for key, (axis, expert_rank, tensor) in tensors.items():
+            place = expert_rank, 0 if axis is None else tensor_rank
+            known = shards.setdefault(key, (axis, {}))[1].setdefault(place, tensor)
+            assert torch.equal(known, tensor), f"{key}: copies differ"
+    return {key: _joined(axis, of).numpy() for key, (axis, of) in shards.items()}
+
+
+def _joined(axis, parts):
+    """`parts`: by (expert rank, tensor rank)."""
+    by_expert = {}
+    for place in sorted(parts):
+        by_expert.setdefault(place[0], []).append(parts[place])
+    return torch.cat([of[0] if axis is None else torch.cat(of, axis) for of in by_expert.values()])
 
 
 def grid_of(config):

@@ -3,15 +3,21 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 
+from megatron_mixcpt.adapters.files import write_directory
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.observe.names import documented
 from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
+from tests.model.adapter_models import random_tensors
 from tests.model.families import make, read_all
 from tests.train.runs import losses, run_all, settings
 
@@ -20,14 +26,21 @@ ADAPTERS = {
     "adapter": {"method": "lora", "rank": 2, "targets": ["q_proj", "o_proj"]},
     "teacher": {"source": "adapter_off"},
 }
-ONE = {"trained": {"train": TRAINED}, "frozen": {"train": {"distributed_optimizer": True}}, "adapters": ADAPTERS}
+# On experts too; they start from random values.
+LORA = {"adapter": {"method": "lora", "rank": 2, "alpha": 2.0}, "teacher": {"source": "adapter_off"}}
+ONE = {
+    "trained": {"train": TRAINED},
+    "frozen": {"train": {"distributed_optimizer": True}},
+    "adapters": ADAPTERS,
+    "lora": LORA,
+}
 TWO = {
     "trained TP2+SP": {"train": TRAINED, "parallel": {"tensor": 2, "sequence": True}},
     "trained PP2": {"train": TRAINED, "parallel": {"pipeline": 2}},
     "trained CP2": {"train": TRAINED, "parallel": {"context": 2}},
     "frozen DP2 distributed optimizer": {"train": {"distributed_optimizer": True}},
     "trained EP2": {"train": TRAINED | {"overlap_grad_reduce": True}, "parallel": {"expert": 2}},
-    "adapters EP2": ADAPTERS | {"parallel": {"expert": 2}},
+    "lora TP2": LORA | {"parallel": {"tensor": 2}},
     "trained CP2 EP2": {"train": TRAINED, "parallel": {"context": 2, "expert": 2}},
 }
 FOUR = {
@@ -37,20 +50,28 @@ FOUR = {
     },
     "trained EP2 PP2": {"train": TRAINED | {"recompute": "full"}, "parallel": {"pipeline": 2, "expert": 2}},
     "frozen DP4 EP2 distributed optimizer": {"train": {"distributed_optimizer": True}, "parallel": {"expert": 2}},
+    "lora TP2+SP EP2": LORA | {"train": {"recompute": "mlp"}, "parallel": {"tensor": 2, "sequence": True, "expert": 2}},
+    "lora CP2 EP2 PP2": LORA | {"train": {"recompute": "full"}, "parallel": {"context": 2, "expert": 2, "pipeline": 2}},
+    "lora DP4 EP2 distributed optimizer": LORA | {"train": {"distributed_optimizer": True}, "parallel": {"expert": 2}},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a small Qwen3-MoE, `model`, and data for it."""
+    """Of a small Qwen3-MoE, `model`, data for it, and an adapter of it, `lora`."""
     folder = tmp_path_factory.mktemp("experts")
     make("qwen3-experts", folder / "model", vocab_size=256, initializer_range=0.05, num_hidden_layers=2)
     write_mix(folder / "data")
+    arch, adapter = architecture_from_hf(folder / "model"), AdapterConfig(**LORA["adapter"])
+    (folder / "lora").mkdir()
+    write_directory(folder / "lora", arch, adapter, random_tensors(arch, adapter, scale=0.1), None)
     return folder
 
 
 def configuration(folder, name, **sections):
     train = {"adam_eps": 1e-5, "lr": 3e-4} | sections.pop("train", {})
+    if str(name).startswith("lora"):
+        sections["adapter"] = sections["adapter"] | {"init": str(folder / "lora")}
     model = {"preset": None, "hf": str(folder / "model")}
     return settings(folder / "data/mix.json", folder / name, model=model, train=train, **sections)
 
@@ -92,12 +113,41 @@ def test_a_router_learns_only_where_it_is_asked_to(folder, results):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("run", ONE)
+@pytest.mark.parametrize("run", [run for run in ONE if run != "lora"])
 def test_routing_is_compared_with_that_of_the_teacher_which_is_the_base(results, run):
     first, *_, last = ([row[-4:-2] for row in step] for step in results[run]["routed"])
     for layer, (changed, compared) in enumerate(first):
         assert changed == 0 and (compared > 0) == (layer == 0)  # the other layer is dense
     assert 0 < last[0][0] < 0.5 * last[0][1]
+
+
+@pytest.mark.distributed
+def test_lora_of_a_run_is_merged_by_export_in_peft_and_where_another_run_starts(folder, tmp_path):
+    def train(name, values, *ranks):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        assert main(["train", str(tmp_path / f"{name}.yaml"), "--nproc", "2", *ranks]) == 0
+
+    run = configuration(folder, tmp_path / "run", train={"steps": 2, "lr": 1e-2}, **LORA)
+    train("run", run, "parallel.expert=2")
+    # All weights, by next to nothing.
+    alone = {"loss": {"target": "none", "by_kind": {}}, "teacher": {"source": "none"}}
+    full = configuration(folder, tmp_path / "full", train={"steps": 2, "lr": 1e-9}, **alone)
+    train("full", full | {"model": {"checkpoint": str(tmp_path / "run")}}, "parallel.tensor=2")
+    for name, arguments in (("run", []), ("run", ["--adapter"]), ("full", [])):
+        out = tmp_path / "-".join(["out", name, *arguments])
+        assert main(["export", str(tmp_path / name), *arguments, "--out", str(out)]) == 0
+    base, merged, full = (read_all(where) for where in (folder / "model", tmp_path / "out-run", tmp_path / "out-full"))
+    for key, tensor in merged.items():
+        torch.testing.assert_close(full[key], tensor, rtol=0, atol=1e-6)
+        adapted = "_proj" in key
+        assert (not torch.equal(tensor, base[key])) == adapted, key
+    tokens = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        beside = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out-run---adapter"
+        )(tokens).logits
+        expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out-run")(tokens).logits
+    torch.testing.assert_close(beside, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.distributed
