@@ -46,6 +46,7 @@ def validation_perplexity(
     from megatron_mixcpt.config import LossConfig
     from megatron_mixcpt.data.batch import Batch, collate
     from megatron_mixcpt.data.dataset import valid_datasets
+    from megatron_mixcpt.data_prep.format import PAD
     from megatron_mixcpt.huggingface.weights import DTYPES
     from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
     from megatron_mixcpt.objectives.packed_text import validation_metrics
@@ -79,7 +80,9 @@ def validation_perplexity(
         with Progress(f"{path.name}: held-out text", total, "sequences") as progress:
 
             def told(batch: list[dict]) -> Batch:
-                progress.advance(len(batch))
+                progress.advance(
+                    sum(not (sample["flags"] == PAD).all() for sample in batch)
+                )  # what fills it up is padding
                 return collate(batch)
 
             metrics, _ = validate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -46,6 +47,15 @@ FORGETTING = (
     Curve("Distillation weight", "that the budget asks for", "forget/kd_weight", smooth=False),
     Curve("Learning rate factor", "that the budget asks for", "forget/lr_factor", smooth=False),
 )
+ROUTING = (
+    Curve(
+        "Routing changed", "% of the choices of experts that the base model does not make", "moe/changed", scale=100.0
+    ),
+    Curve("Largest load", "of an expert, in equal shares", "moe/load_max"),
+    Curve("Idle experts", "% that no token of the step went through", "moe/idle", scale=100.0),
+    Curve("Balance", "load times mean probability, summed; 1 where all experts are in equal use", "moe/balance"),
+    Curve("Routers' z", "mean square of the log-sum-exp of their scores", "moe/z"),
+)
 OPTIMIZATION = (
     Curve("Learning rate", "", "optim/lr", smooth=False),
     Curve("Gradient norm", "before clipping", "optim/grad_norm"),
@@ -56,10 +66,11 @@ SPEED = (
     Curve("Waiting for data", "% of the step", "speed/data_pct"),
     Curve("Memory", "GiB, most that rank 0 has held", "mem/peak_gib", smooth=False),
 )
+EXTREMES = {"load_max": "largest", "load_min": "smallest"}
 # Shown elsewhere, or of no use as a curve.
 NOT_CURVES = (
     "train/tokens", "train/ce/", "train/kl_base/", "optim/skipped", "speed/step_seconds", "mix/", "time/", "ckpt/",
-    "forget/", "run/", "data/pairs",
+    "forget/", "run/", "data/pairs", "moe/",
 )  # fmt: skip
 
 
@@ -88,6 +99,7 @@ def page(runs: Sequence[Run]) -> str:
     aligned = any(run.aligned_by == "dpo" for run in runs)
     result.figures("Training", draw.charts(PREFERENCE * aligned + TRAINING) + draw.by_source())
     result.section("", *_events(runs))
+    result.figures("Which experts tokens go to", draw.charts(ROUTING) + draw.by_layer())
     result.figures("More measurements", draw.charts([Curve(name, "", name) for name in rest]))
     result.section("The mixture", *run_tables.mixture(runs))
     result.figures("Optimization", draw.charts(OPTIMIZATION))
@@ -249,6 +261,24 @@ class _Charts:
         figures = self._family("Accuracy on held-out pairs", preferred, "val/", "/accuracy", apart=False)
         what = "reward of chosen minus rejected"
         return figures + self._family("Margin on held-out pairs", what, "val/", "/margin", apart=False)
+
+    def by_layer(self) -> list[Figure]:
+        """What the routers of a mixture of experts do, layer by layer, at the end of the runs."""
+        changed = self._layers("Routing changed, by layer", "% of the choices, lately", {"changed": ""}, 100.0)
+        return changed + self._layers("Load, by layer", "largest and smallest, lately", EXTREMES, 1.0)
+
+    def _layers(self, title: str, what: str, metrics: dict[str, str], scale: float) -> list[Figure]:
+        series = []
+        for i, (run, (metric, short)) in enumerate(itertools.product(self._runs, metrics.items())):
+            values = {int(layer): _recent(run, f"moe/{metric}/{layer}") for layer in run.sources(f"moe/{metric}/", "")}
+            points = [(layer, value * scale) for layer, value in sorted(values.items()) if value is not None]
+            shown = ", ".join([run.name] * (len(self._runs) > 1 or not short) + [short] * bool(short))
+            if points:
+                series.append(Series(shown, points, i % 8))
+        if not series:
+            return []
+        names = legend((one.name, one.colour) for one in series) if len(series) > 1 else ""
+        return [Figure(line_chart(title, series, "layer"), title, what, names)]
 
     def by_source(self) -> list[Figure]:
         return self._family("Cross-entropy by source", "nats a target token", "train/ce/", "", smooth=True, apart=False)

@@ -1,5 +1,6 @@
 """The report page: self-contained, without errors in a real browser, for any run however far it got."""
 
+import html
 import json
 import math
 import re
@@ -136,6 +137,38 @@ def test_held_out_preference_pairs_are_shown_before_and_now(tmp_path):
     assert "What it learned" not in text and "val/pairs" not in text
     both = page([read_run(folder), read_run(write_run(tmp_path / "stage1"))])
     assert "Accuracy on held-out pairs: pairs" in both and "Perplexity: facts" in both
+
+
+def test_the_routing_of_a_mixture_of_experts_is_drawn_over_time_and_by_layer(tmp_path):
+    def write(name):
+        rows = []
+        for step in range(1, 31):
+            row = {"step": step, "train/tokens": 900 * step, "train/loss": 2.0, "moe/balance": 1.1, "moe/z": 4.0}
+            row |= {"moe/load_max": 3.0, "moe/idle": 0.25, "moe/changed": step / 300}
+            for layer in range(12):
+                row |= {f"moe/load_max/{layer}": 2.0 + layer / 11, f"moe/load_min/{layer}": 0.5}
+                row |= {f"moe/changed/{layer}": step / 300 * (1 + layer / 11)}
+            rows.append(row)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_run(tmp_path / name)
+
+    def charts(svg_page):
+        data = re.findall(r'aria-label="([^"]*)" data-chart="([^"]*)"', svg_page)
+        return {label: json.loads(html.unescape(chart)) for label, chart in data}
+
+    one = charts(page([write("one")]))
+    assert {"Routing changed", "Largest load", "Idle experts", "Balance"} <= one.keys()
+    assert not any("moe/" in label for label in one), "no chart a layer"
+    largest, smallest = one["Load, by layer"]["series"]
+    assert largest["points"] == [[layer, pytest.approx(2.0 + layer / 11)] for layer in range(12)]
+    assert (largest["name"], smallest["name"]) == ("largest", "smallest")
+    (changed,) = one["Routing changed, by layer"]["series"]
+    assert changed["points"][11][1] == pytest.approx(100 * 2 * 29 / 300)  # mean of the last three steps
+    both = charts(page([write("a"), write("b")]))
+    assert [series["name"] for series in both["Load, by layer"]["series"]] == [
+        "a, largest", "a, smallest", "b, largest", "b, smallest",
+    ]  # fmt: skip
 
 
 def test_names_are_text_not_markup(compared):
