@@ -53,9 +53,14 @@ def record_provenance(folder: Path) -> None:
 
 @cache
 def _packages() -> list[str]:
-    """What is installed, as pip writes it; read once a process, for it takes half a second."""
-    found = (package.metadata for package in metadata.distributions())
-    return sorted({f"{about['Name']}=={about['Version']}" for about in found})
+    """What is installed, as pip writes it; read once a process, for it takes half a second.
+
+    Of a package that is there twice the version that is imported: the one that comes first on Python's path.
+    """
+    versions: dict[str, str] = {}
+    for package in metadata.distributions():
+        versions.setdefault(package.metadata["Name"], package.metadata["Version"])
+    return sorted(f"{name}=={version}" for name, version in versions.items())
 
 
 def _code() -> tuple[dict[str, Any], str]:

@@ -35,7 +35,9 @@ def test_convert_and_export_keep_every_bit(name, tmp_path, capsys):
     assert main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
     assert_same_bits(tmp_path / "in", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "in", "out"]  # nothing half-made is left
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
     assert not any(info.values()) and model.dtype == torch.bfloat16
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import megatron_mixcpt
-from megatron_mixcpt.observe.provenance import record_provenance
+from megatron_mixcpt.observe.provenance import _packages, record_provenance
 
 
 @pytest.fixture
@@ -56,3 +56,17 @@ def test_an_installed_package_has_its_version_alone(tmp_path, monkeypatch):
     record_provenance(tmp_path / "provenance")
     code = json.loads((tmp_path / "provenance" / "start_0001.json").read_text())["code"]
     assert code == {"version": megatron_mixcpt.__version__, "path": str(tmp_path / "site" / "megatron_mixcpt")}
+
+
+def test_of_a_library_that_is_there_twice_the_imported_one_is_named(checkout, tmp_path, monkeypatch):
+    about = tmp_path / "earlier" / "torch-0.0.1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(about.parent)
+    _packages.cache_clear()
+    try:
+        record_provenance(tmp_path / "provenance")
+    finally:
+        _packages.cache_clear()
+    packages = json.loads((tmp_path / "provenance" / "start_0001.json").read_text())["packages"]
+    assert [package for package in packages if package.startswith("torch==")] == ["torch==0.0.1"]
