@@ -5,6 +5,7 @@ Triton decides that when it is first imported, and megatron-core, which many tes
 After collection: which tests one worker of `pytest -n` takes, and in which order.
 """
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,6 +44,14 @@ def pytest_collection_modifyitems(items):
     order = {folder: place for place, folder in enumerate(FIRST)}
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: order.get(_folder(item.nodeid), len(FIRST)))  # stable: files stay whole
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the libraries stay; each grid of one rank that ends collects what it left
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # which pytest without xdist does not know

@@ -155,8 +155,6 @@ def parallel_context(
     check_grid(world_size, tensor, pipeline, context, expert)
     timeout = timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
-        gc.freeze()  # no collection looks through the loaded libraries, which takes half a second, nor does the last:
-        stack.callback(gc.unfreeze)
         stack.callback(gc.collect)  # of a model's cycles, which keep the groups and their threads
         store = _store(launch is not None, timeout)
         device = agree_on_device(store, rank, world_size, local_rank) if launch else take_device(local_rank)
