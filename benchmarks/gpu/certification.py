@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.gpu.findings import Findings, LeftOut
+from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.processes import run_within
 from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
 from megatron_mixcpt.convert.certificate import read_certificate
@@ -72,8 +71,6 @@ def run(findings: Findings, *, small: bool) -> None:
 def _try(findings: Findings, name: str, mix: Path, parent: Path) -> None:
     with findings.tried(name) as values:
         arch, sections = CASES[name]
-        if "optimizer" in sections and importlib.util.find_spec("deepspeed") is None:
-            raise LeftOut("deepspeed is not installed")
         folder = parent / name.replace(" ", "_")
         torch.manual_seed(0)
         write_model(arch, folder / "model", torch.float32, lambda name, shape: 0.02 * torch.randn(shape))

@@ -105,7 +105,7 @@ def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
                 state = single.optimizer.state[main]
                 if "step" in state:
                     # A tensor of its own for each parameter: torch's Adam adds to it in place.
-                    state["step"] = step if isinstance(state["step"], int) else torch.tensor(float(step))
+                    state["step"] = torch.tensor(float(step))
 
 
 def common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class OptimizerSection(Section):
     """Where the optimizer's state is kept; what it computes is in `train`."""
 
     offload: Literal["none", "cpu"] = "none"
-    """cpu: moments and fp32 master weights in host memory, updated there by DeepSpeed's CPU Adam."""
+    """cpu: moments and fp32 master weights in host memory, updated there by torch's fused AdamW."""
 
 
 class EvalConfig(Section):

@@ -1,4 +1,4 @@
-"""Adam in host memory: moments and fp32 master weights leave the device, DeepSpeed's CPU Adam updates them.
+"""Adam in host memory: moments and fp32 master weights leave the device, torch's fused AdamW for the CPU updates them.
 
 Megatron's optimizers stay as they are (gradients, norm, clipping, sharding, parameter groups); only what they update
 with is replaced. On the device a master weight is an empty shell that gradients can be attached to; it stands for the
@@ -18,7 +18,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
 from megatron_mixcpt.checkpoint.optimizer_state import singles
-from megatron_mixcpt.errors import ConfigError
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 class HostAdam(torch.optim.Optimizer):
@@ -31,27 +32,17 @@ class HostAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], masters: list[Tensor], *, copies: bool) -> None:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
         super().__init__([nn.Parameter(torch.empty(0))], {})  # which would refuse slices of parameters as its own
         self.param_groups = groups
         self._copies = copies
         self._master_ids = {id(master) for master in masters}
         self._host = {id(p): nn.Parameter(self._to_host(p), requires_grad=False) for p in self._parameters()}
-        host_groups = [{**group, "params": [self._host[id(p)] for p in group["params"]]} for group in self.param_groups]
-        try:
-            self._adam = DeepSpeedCPUAdam(host_groups, adamw_mode=True)
-        except (RuntimeError, OSError, ImportError) as error:
-            cause = str(error.__cause__ or error).strip().splitlines()
-            raise ConfigError(
-                "optimizer.offload cpu: DeepSpeed cannot build its CPU Adam "
-                f"({cause[-1] if cause else type(error).__name__}): install a C++ compiler (g++) and ninja, or set "
-                "optimizer.offload=none"
-            ) from error
+        host_groups = [{"params": [self._host[id(p)] for p in group["params"]]} for group in self.param_groups]
+        self._adam = torch.optim.AdamW(host_groups, fused=True)
         for p in self._parameters():
             host = self._host[id(p)]
             moments = {name: torch.zeros_like(host.data) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[p] = self._adam.state[host] = {"step": 0, **moments}
+            self.state[p] = self._adam.state[host] = {"step": torch.tensor(0.0), **moments}
             if copies and id(p) in self._master_ids:
                 p.data = p.data.new_empty(()).expand(p.shape)  # the shell
 
@@ -62,7 +53,7 @@ class HostAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         for group, host_group in zip(self.param_groups, self._adam.param_groups):
-            host_group.update({key: value for key, value in group.items() if key != "params"})
+            host_group.update({name: group[name] for name in HYPERPARAMETERS})
             for p in group["params"]:
                 self._host[id(p)].grad = None if p.grad is None else self._gradient(p)
                 if self._copies and id(p) not in self._master_ids:
@@ -104,8 +95,6 @@ def offload(optimizer: MegatronOptimizer, model: DistributedDataParallel, *, cop
 
     Args:
         copies: as in HostAdam; None tells by the device.
-
-    Raises ConfigError where DeepSpeed cannot build its Adam.
     """
     if copies is None:
         copies = next(model.parameters()).device.type != "cpu"

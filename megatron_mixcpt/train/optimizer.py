@@ -29,8 +29,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW with decoupled weight decay; norms and biases are not decayed (Megatron's grouping).
 
-    Raises ConfigError where `placement` asks for an offload that cannot be built here, and where megatron-core has
-    taken up another library's optimizer.
+    Raises ConfigError where megatron-core has taken up another library's optimizer.
     """
     if not USING_PYTORCH_OPTIMIZER:
         raise ConfigError(

@@ -9,7 +9,6 @@ import torch
 
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train import host_adam, optimizer
@@ -133,18 +132,6 @@ def test_checkpoints_are_interchangeable_both_ways(mix, tmp_path, dtype):
         steps = sorted(found)[-2:]
         assert steps == [3, 4]
         np.testing.assert_allclose([found[s] for s in steps], [expected[s] for s in steps], rtol=TOLERANCE[dtype])
-
-
-def test_without_a_compiler_the_message_says_what_to_install(mix, tmp_path, monkeypatch):
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    def fails(self, verbose=True):
-        raise RuntimeError("Error building extension: g++: not found")
-
-    monkeypatch.setattr(CPUAdamBuilder, "load", fails)
-    config = validate(Config, settings(mix, tmp_path / "run", **OFFLOAD), "test")
-    with parallel_context() as state, pytest.raises(ConfigError, match=r"g\+\+: not found.*install a C\+\+ compiler"):
-        build(config, state)
 
 
 def test_the_plan_shows_what_leaves_the_device(mix, tmp_path):
