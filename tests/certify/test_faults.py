@@ -4,24 +4,13 @@ import dataclasses
 
 import pytest
 
-from megatron_mixcpt.architecture.architecture import Architecture, RopeScaling
+from megatron_mixcpt.architecture.architecture import RopeScaling
 from megatron_mixcpt.certify.axes import DATA, ONE, blamed, variants, whole_run
 from megatron_mixcpt.certify.trial import judged
-from tests.helpers.certifying import computed, posed
+from tests.helpers.certifying import ARCH, EXPERTS, computed, posed
 from tests.helpers.corpus import add_pairs, write_mix
 
 ANYWHERE = "there in one process too"  # no matter of the layout
-ARCH = Architecture(
-    num_layers=4,
-    hidden_size=96,
-    ffn_hidden_size=192,
-    num_attention_heads=6,
-    num_query_groups=2,
-    head_dim=16,
-    vocab_size=250,
-    model_type="qwen2",
-    qkv_bias=True,
-)
 MISTRAL = dataclasses.replace(ARCH, model_type="mistral", qkv_bias=False, sliding_window=16)
 TIED = dataclasses.replace(
     ARCH,
@@ -29,16 +18,6 @@ TIED = dataclasses.replace(
     qkv_bias=False,
     tie_word_embeddings=True,
     rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64),
-)
-EXPERTS = dataclasses.replace(
-    ARCH,
-    model_type="qwen3_moe",
-    qkv_bias=False,
-    qk_norm=True,
-    num_experts=8,
-    experts_per_token=4,
-    expert_ffn_size=48,
-    normalize_routing=True,
 )
 ROUTED = {"router": "trained", "router_balance": 0.1, "router_z": 0.01}
 SMALL = {"train": {"micro_batch_size": 1, "global_batch_size": 4}}

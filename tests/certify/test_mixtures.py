@@ -7,7 +7,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.certify.axes import DATA, ONE, blamed, variants, whole_run
 from megatron_mixcpt.certify.documents import Document
 from megatron_mixcpt.certify.mixture import parameters_of
@@ -20,26 +19,11 @@ from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.convert.certificate import Certificate, current_versions, features_of, settings_of
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.rehearse.scale import small_architecture, write_model, write_random_model
-from tests.helpers.certifying import computed, posed
+from tests.helpers.certifying import EXPERTS, computed, posed
 from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
 
-QWEN3 = Architecture(
-    num_layers=4,
-    hidden_size=96,
-    ffn_hidden_size=192,
-    num_attention_heads=6,
-    num_query_groups=2,
-    head_dim=16,
-    vocab_size=250,
-    model_type="qwen3_moe",
-    qk_norm=True,
-    num_experts=8,
-    experts_per_token=4,
-    expert_ffn_size=48,
-    normalize_routing=True,
-    dense_layers=(1,),
-)
+QWEN3 = dataclasses.replace(EXPERTS, dense_layers=(1,))
 MIXTRAL = dataclasses.replace(
     QWEN3, model_type="mixtral", qk_norm=False, sliding_window=16, dense_layers=(), ffn_hidden_size=48
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.certify.axes import variants, whole_run
 from megatron_mixcpt.certify.problem import START, STUDENT, pose
 from megatron_mixcpt.certify.trial import compute
@@ -18,6 +19,28 @@ from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.spawn import run_distributed
 from tests.teacher.runs import fill
 from tests.train.runs import settings
+
+ARCH = Architecture(
+    num_layers=4,
+    hidden_size=96,
+    ffn_hidden_size=192,
+    num_attention_heads=6,
+    num_query_groups=2,
+    head_dim=16,
+    vocab_size=250,
+    model_type="qwen2",
+    qkv_bias=True,
+)
+EXPERTS = dataclasses.replace(
+    ARCH,
+    model_type="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    num_experts=8,
+    experts_per_token=4,
+    expert_ffn_size=48,
+    normalize_routing=True,
+)
 
 
 def posed(folder, mix, arch=None, data=1, **sections):

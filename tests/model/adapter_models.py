@@ -3,6 +3,7 @@
 import torch
 
 from megatron_mixcpt.config import AdapterConfig
+from tests.model.grid import cross_entropy
 
 METHODS = {
     "lora": AdapterConfig(method="lora", rank=6, alpha=9.0),
@@ -36,6 +37,19 @@ def fill(model, tensors):
     for adapter in model.adapters():
         for name in adapter.layout.tensors():
             adapter.fill(name, tensors[adapter.layout.key(name)])
+
+
+def build(arch, adapter=None, tensors=None, **options):
+    """A model, within `parallel_context`, whose adapters hold `tensors`, else their starting values."""
+    from megatron_mixcpt.model.build import build_gpt
+
+    model = build_gpt(arch, adapter=adapter, **options)
+    for module in model.adapters():
+        module.initialize(1)
+    if tensors is not None:
+        fill(model, tensors)
+    model.loss = cross_entropy(model)
+    return model
 
 
 def adapted_output(linear, tensors, weight, x, doc_start):

@@ -10,8 +10,8 @@ from megatron_mixcpt.architecture.stages import Stages
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
-from tests.model.adapter_models import METHODS, adapted_output, fill, random_tensors
-from tests.model.grid import TIED, TINY, cross_entropy, microbatch
+from tests.model.adapter_models import METHODS, adapted_output, build, random_tensors
+from tests.model.grid import TIED, TINY, microbatch
 
 ARCHITECTURES = {"untied": TINY, "tied": TIED}
 
@@ -20,18 +20,6 @@ ARCHITECTURES = {"untied": TINY, "tied": TIED}
 def grid():
     with parallel_context():
         yield
-
-
-def build(arch, adapter=None, tensors=None, **options):
-    from megatron_mixcpt.model.build import build_gpt
-
-    model = build_gpt(arch, adapter=adapter, **options)
-    for module in model.adapters():
-        module.initialize(1)
-    if tensors is not None:
-        fill(model, tensors)
-    model.loss = cross_entropy(model)
-    return model
 
 
 def packed(arch, index=1):

@@ -10,8 +10,8 @@ from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
 from megatron_mixcpt.architecture.layout import Place, whole_shapes
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.runtime.parallel import parallel_context
-from tests.model.adapter_models import fill, random_tensors
-from tests.model.grid import EXPERTS, cross_entropy, microbatch
+from tests.model.adapter_models import build, fill, random_tensors
+from tests.model.grid import EXPERTS, microbatch
 
 ARCH = dataclasses.replace(EXPERTS, model_type="qwen3_moe", qk_norm=True)
 LORA = AdapterConfig(method="lora", rank=6, alpha=9.0)
@@ -24,18 +24,6 @@ def grid():
         yield
 
 
-def build(adapter=None, tensors=None, **options):
-    from megatron_mixcpt.model.build import build_gpt
-
-    model = build_gpt(ARCH, adapter=adapter, **options)
-    for module in model.adapters():
-        module.initialize(1)
-    if tensors is not None:
-        fill(model, tensors)
-    model.loss = cross_entropy(model)
-    return model
-
-
 def losses(model):
     from megatron_mixcpt.attention.documents import Documents
 
@@ -45,7 +33,7 @@ def losses(model):
 
 
 def test_every_expert_computes_what_fp64_row_by_row_does():
-    model = build(LORA, TENSORS)
+    model = build(ARCH, LORA, TENSORS)
     seen = {}
 
     def keep(module, args, output):
@@ -73,13 +61,13 @@ def test_every_expert_computes_what_fp64_row_by_row_does():
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 def test_gradient_reaches_all_adapters_and_nothing_else(recompute):
-    model = build(LORA, TENSORS, recompute=recompute)
+    model = build(ARCH, LORA, TENSORS, recompute=recompute)
     losses(model).sum().backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained.keys() == {name for name, _ in model.named_parameters() if ".adapter." in name}
     assert sum(parameter.numel() for parameter in trained.values()) == num_parameters(ARCH, LORA)
     assert all(parameter.grad.flatten(1).abs().amax(1).gt(0).any() for parameter in trained.values())
-    plain = build(LORA, TENSORS)
+    plain = build(ARCH, LORA, TENSORS)
     losses(plain).sum().backward()
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
@@ -88,8 +76,8 @@ def test_gradient_reaches_all_adapters_and_nothing_else(recompute):
 def test_fresh_or_switched_off_they_are_the_base_model_bit_for_bit():
     from megatron_mixcpt.adapters.layers import adapters_off
 
-    base, model = losses(build()), build(LORA, TENSORS)
-    assert torch.equal(losses(build(LORA)), base)
+    base, model = losses(build(ARCH)), build(ARCH, LORA, TENSORS)
+    assert torch.equal(losses(build(ARCH, LORA)), base)
     before = losses(model)
     with adapters_off(model):
         assert torch.equal(losses(model), base)
@@ -97,7 +85,7 @@ def test_fresh_or_switched_off_they_are_the_base_model_bit_for_bit():
 
 
 def test_merged_into_the_weights_they_are_the_same_model():
-    model, merged = build(LORA, TENSORS), build()
+    model, merged = build(ARCH, LORA, TENSORS), build(ARCH)
     for linear in adapted_linears(ARCH, LORA):
         delta = whole_delta(linear, TENSORS)
         torch.testing.assert_close(model.get_submodule(linear.linear).adapter.merged_delta(), delta)
@@ -133,9 +121,9 @@ def build_of(arch, adapter):
 
 
 def test_dropout_acts_in_training_alone():
-    dropping = build(LORA.model_copy(update={"dropout": 0.5}), TENSORS)
+    dropping = build(ARCH, LORA.model_copy(update={"dropout": 0.5}), TENSORS)
     assert not torch.equal(losses(dropping), losses(dropping))
-    assert torch.equal(losses(dropping.eval()), losses(build(LORA, TENSORS)))
+    assert torch.equal(losses(dropping.eval()), losses(build(ARCH, LORA, TENSORS)))
 
 
 def test_ranks_parts_make_up_the_whole():
