@@ -37,7 +37,7 @@ GAINS = {
     "facts": "questions whose fact is right, %",
     "both": "questions with fact and skill right, %",
 }
-FORGOTTEN = "rise of the loss on all other sources, nats a token"
+FORGOTTEN = "largest rise of the loss on any other source, nats a token"
 
 
 def write_report(now: Standing) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,13 @@ def measured(domain, general, accuracy):
         "sources": [SourcePerplexity("facts", "domain", domain), SourcePerplexity("tasks", "instruction", general)],
         "tasks": [TaskScore("t", "acc", accuracy, None, True)],
     }
+
+
+def test_a_source_that_improved_hides_no_other_that_was_lost():
+    both = {"base": measured(20.0, 10.0, 0.5), "model": measured(10.0, 11.0, 0.4)}
+    for parts, value in zip(both.values(), (30.0, 5.0), strict=True):
+        parts["sources"].append(SourcePerplexity("pairs", "preference", value))
+    assert change(both)["general_forgetting"] == pytest.approx(math.log(1.1))
 
 
 def test_change_has_the_stated_signs(tmp_path):
