@@ -4,18 +4,19 @@ One quantity, the *pressure*, is all that it moves. Up to a bound it is the loga
 weight, of a teacher that holds on to what the base model knew; beyond, that factor stays and the learning rate falls.
 Dual ascent: the pressure rises while more is forgotten than is aimed at and falls while less is, so that it settles at
 the least pressure that keeps the budget, which is where most is learned. That alone comes too late: forgetting adds up
-what each step does, so that a pressure which adds up how much was forgotten swings beyond its aim. So the pressure also
-follows at once what is forgotten itself, as the penalty of an augmented Lagrangian does. Where even the highest does
-not keep the budget, training ends.
+what each step does, so that a pressure which adds up how much was forgotten swings beyond its aim. So a second part of
+the pressure follows at once what is forgotten itself, as the penalty of an augmented Lagrangian does. Where even the
+highest does not keep the budget, training ends.
 
 Held-out losses are measured now and then, the divergence from the base model at every step. What is forgotten grows
-with that divergence (arXiv 2509.04259), so that it tells between two measurements what the next one would find.
+with that divergence (arXiv 2509.04259), so that it tells between two measurements what the next one would find. Small
+batches differ by chance; how much is learned from step to step, and only what is beyond it counts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
@@ -27,6 +28,7 @@ REACTION = math.log(256.0)  # what the pressure rises by as soon as another budg
 ASCENT = math.log(4.0)  # what it rises by in the time between two measurements in which twice the budget is forgotten
 SMOOTHING = 0.25  # of the time between two measurements: over what the divergence is averaged
 SHORTEST_AVERAGE = 2  # steps, however short that time: single batches differ
+UNSEEN = 2.0  # standard errors by which that average must have moved: what is below is the batches' chance
 LARGEST_DEADBAND = 0.25  # of the budget: more noise cannot resolve it, and it is kept all the same
 PATIENCE = 2  # measurements beyond the budget under the highest pressure, after which training ends
 USUAL_RATIO = 0.5  # of what is forgotten to the divergence, as if it had been seen once,
@@ -46,8 +48,11 @@ class _State:
     step: int = 0  # of the last measurement
     steps: int = 0  # that were taken since
     pace: float = 0.0  # change of what is forgotten in the time between two measurements, at the last one
-    answered: float = 0.0  # what was forgotten, as far as the pressure has followed it
+    dual: float = 0.0  # the part of the pressure that dual ascent moves; the rest follows what is forgotten
     divergence: float | None = None  # averaged over the last steps
+    divergence_last: float | None = None  # of the last step alone,
+    divergence_change: float | None = None  # and since the one before it
+    variance: float = 0.0  # of a single step's divergence about what it would be over many batches
     divergence_measured: float = 0.0  # as it was at the last measurement
     products: float = 0.0  # running sums over the changes between two measurements, of forgotten x divergence
     squares: float = 0.0  # and divergence x divergence
@@ -70,8 +75,7 @@ class BudgetController:
     def __init__(self, budget: float, every: int, state: dict[str, Any] | None = None, *, holds: bool = True) -> None:
         self.budget, self.every = budget, every
         self._turn = math.log(WEIGHT_RANGE[1]) if holds else 0.0  # the pressure from which on the learning rate falls
-        known = {name.name for name in fields(_State)}  # an earlier version kept other things as well
-        self._state = _State(**{name: value for name, value in (state or {}).items() if name in known})
+        self._state = _State(**(state or {}))
 
     @property
     def weight_factor(self) -> float:
@@ -90,7 +94,7 @@ class BudgetController:
         So far as the divergence has moved since the last one, and for the rest of the time at the pace before it.
         """
         state = self._state
-        moved = self._ratio() * ((state.divergence or 0.0) - state.divergence_measured)
+        moved = self._ratio() * self._moved()
         return state.forgotten + moved + state.pace * max(1.0 - state.steps / self.every, 0.0)
 
     @property
@@ -107,10 +111,10 @@ class BudgetController:
         """After a step that was taken: its tokens' divergence from the base model. What there is to tell, or ''."""
         state = self._state
         if math.isfinite(divergence):
-            share = 1.0 / max(SMOOTHING * self.every, SHORTEST_AVERAGE)
             if state.divergence is None:
                 state.divergence = state.divergence_measured = divergence
-            state.divergence += share * (divergence - state.divergence)
+            state.divergence += self._share * (divergence - state.divergence)
+            self._learn_chance(divergence)
         state.steps += 1
         self._move(1.0 / self.every)
         if abs(state.pressure - state.told) < TOLD:
@@ -133,7 +137,7 @@ class BudgetController:
         between = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
         state.pace = (max(forgotten, 0.0) - max(state.forgotten, 0.0)) * self.every / between
         if forgotten > max(noise, state.forgotten):  # that general text is learned at first says nothing of later
-            moved = max((state.divergence or 0.0) - state.divergence_measured, 0.0)
+            moved = max(self._moved(), 0.0)
             state.products = 0.5 * state.products + (forgotten - max(state.forgotten, 0.0)) * moved
             state.squares = 0.5 * state.squares + moved**2
         state.step, state.steps, state.forgotten, state.noise = step, 0, forgotten, noise
@@ -156,7 +160,8 @@ class BudgetController:
     def mixture_changed(self) -> None:
         """Another mixture has another divergence: it says nothing until it is measured against."""
         state = self._state
-        state.divergence, state.divergence_measured = None, 0.0
+        state.divergence, state.divergence_measured, state.variance = None, 0.0, 0.0
+        state.divergence_last = state.divergence_change = None
         state.products = state.squares = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -169,15 +174,40 @@ class BudgetController:
     def _move(self, share: float) -> None:
         """Move the pressure for `share` of the time between two measurements."""
         state = self._state
-        seen = max(self.expected, 0.0)
+        penalty = REACTION * max(self.expected, 0.0) / self.budget
         beyond = self.expected - AIM * self.budget
         deadband = min(state.noise, LARGEST_DEADBAND * self.budget)
         ascent = ASCENT * share * math.copysign(max(abs(beyond) - deadband, 0.0), beyond) / self.budget
-        step = REACTION * (seen - state.answered) / self.budget + min(ascent, ASCENT * share)
-        state.answered = seen
         # What was forgotten hardly comes back: beyond the budget, that no more is, is no reason to let go.
         lowest = state.pressure if self.expected > self.budget else math.log(WEIGHT_RANGE[0])
-        state.pressure = min(max(state.pressure + step, lowest), self._highest())
+        # Each by itself within its bounds: what the penalty could not add at one bound it must not take at the other.
+        state.dual += min(ascent, ASCENT * share)
+        state.dual = min(max(state.dual, math.log(WEIGHT_RANGE[0]) - penalty), self._highest())
+        state.pressure = min(max(state.dual + penalty, lowest), self._highest())
+
+    @property
+    def _share(self) -> float:
+        """Of the newest step in the average of the divergence."""
+        return 1.0 / max(SMOOTHING * self.every, SHORTEST_AVERAGE)
+
+    def _learn_chance(self, divergence: float) -> None:
+        """By how much steps differ that should be alike: what grows evenly is no chance."""
+        state = self._state
+        change = None if state.divergence_last is None else divergence - state.divergence_last
+        if change is not None and state.divergence_change is not None:
+            single = (change - state.divergence_change) ** 2 / 6.0  # a second difference has six variances
+            state.variance += self._share * (single - state.variance)
+        state.divergence_last, state.divergence_change = divergence, change
+
+    def _moved(self) -> float:
+        """How far the divergence has moved since the last measurement, beyond what other batches would have done.
+
+        Of two averages with the share s, each has the variance s / (2 - s) of a single step.
+        """
+        state = self._state
+        moved = (state.divergence or 0.0) - state.divergence_measured
+        chance = UNSEEN * math.sqrt(2.0 * state.variance * self._share / (2.0 - self._share))
+        return math.copysign(max(abs(moved) - chance, 0.0), moved)
 
     def _ratio(self) -> float:
         """What is forgotten for each nat that the divergence grows."""
