@@ -129,7 +129,8 @@ class ForgetConfig(Section):
     every: Positive = 50
     """Steps between two measurements; one is also made before a checkpoint, and at the end."""
     average: bool = False
-    """At the end, measure averages of the weights with those at the start, and take the best within the budget."""
+    """Training may forget six times the budget, for the end is averaged with the start: the best average, or checkpoint,
+    within the budget is the result."""
 
 
 class AlignSettings(Section):

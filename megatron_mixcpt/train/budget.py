@@ -70,10 +70,19 @@ class BudgetController:
         holds: whether more distillation means less forgetting. Without, the weight is never raised: a swapped teacher
             demotes the base model's choice at every token that it had wrong.
         state: what `state()` returned in the run that is resumed.
+        allowance: how often the budget training may forget, where averaging gives back what is beyond it.
     """
 
-    def __init__(self, budget: float, every: int, state: dict[str, Any] | None = None, *, holds: bool = True) -> None:
-        self.budget, self.every = budget, every
+    def __init__(
+        self,
+        budget: float,
+        every: int,
+        state: dict[str, Any] | None = None,
+        *,
+        holds: bool = True,
+        allowance: float = 1.0,
+    ) -> None:
+        self._kept, self.budget, self.every = budget, allowance * budget, every
         self._turn = math.log(WEIGHT_RANGE[1]) if holds else 0.0  # the pressure from which on the learning rate falls
         self._state = _State(**(state or {}))
 
@@ -145,9 +154,11 @@ class BudgetController:
         state.divergence_measured = state.divergence or 0.0
         over = forgotten - noise > self.budget and state.pace >= 0.0 and state.pressure >= self._highest()
         state.beyond = state.beyond + 1 if over else 0
-        if candidate and forgotten <= self.budget and gain > state.best_gain:
+        if candidate and forgotten <= self._kept and gain > state.best_gain:
             state.best_step, state.best_gain = step, gain
         text = f"forgotten {forgotten:.4f} +- {noise:.4f} of {self.budget:g} nats a token"
+        if self.budget != self._kept:
+            text += " before averaging"
         if self.exhausted:
             return self._tell(f"{text}: the end, for no distillation weight and no learning rate keeps it")
         return self._tell(text)

@@ -93,6 +93,20 @@ def test_what_would_take_budgets_between_two_measurements_takes_hardly_more_than
     assert max(forgotten) < 1.5 * budget and free[EVERY - 1] > 3 * budget
 
 
+def test_where_averages_follow_training_may_forget_more_and_its_best_step_may_not():
+    plant, controller = Plant(0.003, noise=0.0005), BudgetController(0.02, EVERY, allowance=6.0)
+    forgotten = {}
+    for step in range(1, STEPS + 1):
+        plant.step(controller.weight_factor, controller.rate_factor)
+        controller.observed(plant.divergence())
+        if step % EVERY == 0:
+            forgotten[step] = plant.measure()
+            controller.measured(step, forgotten[step], plant.noise, plant.learned)
+    assert 0.05 < max(forgotten.values()) < 0.125
+    assert controller.best is not None
+    assert controller.best[0] == max(step for step, value in forgotten.items() if value <= 0.02)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_more_budget_learns_more(seed):
     learned = []

@@ -268,7 +268,7 @@ def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
     assert {name for name in METRICS if name.startswith("forget/") and "<" not in name} <= names
 
 
-@pytest.mark.parametrize(("kept", "budget", "every", "lr"), [(True, 0.008, EVERY, 2e-3), (False, 0.005, 12, 3e-3)])
+@pytest.mark.parametrize(("kept", "budget", "every", "lr"), [(True, 0.02, EVERY, 2e-3), (False, 0.012, 12, 3e-3)])
 def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_budget(
     mix, tmp_path, kept, budget, every, lr
 ):
@@ -276,6 +276,7 @@ def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_bud
     forget = {"budget": budget, "every": every, "average": True}
     rows = train(mix, tmp_path / "run", forget=forget, train={"steps": 12, "lr": lr})
     assert last(rows, "forget/forgotten") > budget
+    assert f"of {6 * budget:g} nats a token before averaging" in last(rows, "forget/decision")
     assert any(row["forget/forgotten"] <= budget for row in measured(rows)) == kept
     result = result_of(tmp_path / "run" / "checkpoints")
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
