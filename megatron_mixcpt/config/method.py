@@ -129,8 +129,8 @@ class ForgetConfig(Section):
     every: Positive = 50
     """Steps between two measurements; one is also made before a checkpoint, and at the end."""
     average: bool = False
-    """Training may forget six times the budget, for the end is averaged with the start: the best average, or checkpoint,
-    within the budget is the result."""
+    """Training may forget six times the budget, for its end is averaged with the start: the best average, or
+    checkpoint, within the budget is the result."""
 
 
 class AlignSettings(Section):

@@ -13,8 +13,8 @@ from megatron_mixcpt.evaluate.stored import from_rows
 from megatron_mixcpt.study.config import ChooseConfig
 
 Outcome = dict[str, float]
-"""What could be measured of: `domain` (fall of the loss on domain sources) and `forgetting` (largest rise on any other),
-nats a token; `tasks`, change of the mean accuracy; `facts` and `both`, shares of the questions."""
+"""What could be measured of: `domain` (fall of the loss on domain sources) and `forgetting` (largest rise on any
+other), nats a token; `tasks`, change of the mean accuracy; `facts` and `both`, shares of the questions."""
 
 NAMES = {"domain_gain": "domain", "general_forgetting": "forgetting", "task_change": "tasks"}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, 1 to 9.
