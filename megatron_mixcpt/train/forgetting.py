@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,10 +66,9 @@ class Forgetting:
         return self.controller.rate_factor if self._settings else 1.0
 
     @property
-    def best_gain(self) -> float:
-        """What the best checkpoint within the budget learned."""
-        best = self.controller.best
-        return best.gain if best else -math.inf
+    def best(self) -> Best | None:
+        """The checkpoint that would be the result now; it must not be removed."""
+        return self.controller.best if self._settings else None
 
     @property
     def exhausted(self) -> bool:
@@ -142,9 +140,7 @@ class Forgetting:
 
     @property
     def best_step(self) -> int | None:
-        """Of the checkpoint that would be the result now; it must not be removed."""
-        best = self.controller.best if self._settings else None
-        return best.step if best else None
+        return self.best.step if self.best else None
 
     def mixture_changed(self) -> None:
         """The run goes on with other data, or other shares of it."""

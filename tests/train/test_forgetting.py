@@ -10,9 +10,11 @@ import pytest
 
 from megatron_mixcpt.architecture.architecture import PRESETS
 from megatron_mixcpt.checkpoint import read_info
+from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of, step_of
 from megatron_mixcpt.checkpoint.verify import find_checkpoint
 from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.runtime.stop import StopRequest
@@ -281,7 +283,12 @@ def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
     result = result_of(parent)
     assert step_of(result) == best["step"] and find_checkpoint(tmp_path / "run") == result
     assert {step_of(path) for path in list_checkpoints(parent)} == {best["step"], STEPS}
-    assert json.loads((parent / "latest.json").read_text())["result"]["within"]
+    chosen = json.loads((parent / "latest.json").read_text())["result"]
+    assert (
+        chosen["within"] and chosen["forgotten"] == best["forget/forgotten"] and chosen["gain"] == best["forget/gain"]
+    )
+    assert f"measured: {chosen['forgotten']:.4f} nats" in model_card(find_origin(tmp_path / "run"))
+    assert "measured:" not in model_card(find_origin(list_checkpoints(parent)[0]))  # no result, and so another
     names = {name for row in rows for name in row} - {"step"}
     assert all(documented(name) for name in names)
     assert {name for name in METRICS if name.startswith("forget/") and "<" not in name} <= names
@@ -300,6 +307,10 @@ def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_bud
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
     assert 0 < latest["result"]["alpha"] < 1 and latest["result"]["within"]
     assert find_checkpoint(tmp_path / "run") == result and read_info(result).optimizer_step is None
+    card, found = model_card(find_origin(tmp_path / "run")), latest["result"]
+    assert f"averaged: {found['alpha']:g} x step 12 + {1 - found['alpha']:g} x the starting weights" in card
+    assert f"measured: {found['forgotten']:.4f} nats a token forgotten, {found['gain']:.4f} learned" in card
+    assert found["forgotten"] <= budget and "Perplexity" not in card  # which was measured of the end alone
     assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == 12  # training goes on from its end
 
 
