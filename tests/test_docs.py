@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixcpt.cli import COMMANDS
+from megatron_mixcpt.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -43,3 +44,12 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["adapters", "forgetting", "teachers"])
+def test_the_example_of_a_page_is_read_as_a_file_of_mixcpt_train(page, tmp_path):
+    example = re.search("```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.S)[1]
+    missing = {"model": "{preset: tiny}", "data": "{mix: mix.json}", "train": "{steps: 1, lr: 1e-3}", "run_dir": "run"}
+    added = "".join(f"{key}: {value}\n" for key, value in missing.items() if not re.search(f"^{key}:", example, re.M))
+    (tmp_path / "train.yaml").write_text(added + example)
+    load_config(Config, tmp_path / "train.yaml")

@@ -73,6 +73,11 @@ def result_of(parent: Path) -> Path | None:
     return chosen if chosen is not None and is_checkpoint(chosen) else None
 
 
+def result_described(parent: Path) -> dict[str, Any]:
+    """What `choose_result` was told of the result; empty where there is none."""
+    return json.loads((parent / LATEST).read_text())["result"] if result_of(parent) else {}
+
+
 def _name_latest(parent: Path, content: dict[str, Any]) -> None:
     write_json(parent / LATEST, content)
     sync(parent)

@@ -8,10 +8,10 @@ from pathlib import Path
 from megatron_mixcpt.commands.options import add_allow_older
 
 NAME = "export"
-HELP = """Write a training run (its newest checkpoint), one of its checkpoints, or a converted checkpoint as a
-Hugging Face directory that transformers loads: weights, configuration, tokenizer and a model card. LoRA is merged into
-the weights it was trained beside; --adapter writes the adapter alone, LoRA in PEFT's format, ALoRA for
-megatron_mixcpt.hf_alora."""
+HELP = """Write a training run (its newest checkpoint, or the result of its forgetting budget), one of its checkpoints,
+or a converted checkpoint as a Hugging Face directory that transformers loads: weights, configuration, tokenizer and a
+model card. LoRA is merged into the weights it was trained beside; --adapter writes the adapter alone, LoRA in PEFT's
+format, ALoRA for megatron_mixcpt.hf_alora."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

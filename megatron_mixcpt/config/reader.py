@@ -81,6 +81,7 @@ def read_document(path: str | Path, overrides: Sequence[str] | None = None, *, l
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected `key: value` lines, found {_described(node)}")
         _collect_lines(node, (), lines, str(path))
+        text = _with_words_as_keys(text, node)
         if literal:
             values = yaml.safe_load(text)
         else:
@@ -136,6 +137,21 @@ def _read(path: Path) -> str:
 
 def _described(node: yaml.Node | None) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a single value" if node else "nothing"
+
+
+def _with_words_as_keys(text: str, node: yaml.Node) -> str:
+    """`text` with those keys in quotes that YAML 1.1 takes for truth values, as the `on` of `forget`."""
+    keys, nodes = {}, [node]
+    while nodes:
+        inner = nodes.pop()
+        if isinstance(inner, yaml.MappingNode):
+            keys |= {key.start_mark.index: key for key, _ in inner.value if key.tag == "tag:yaml.org,2002:bool"}
+            nodes += [value for _, value in inner.value]
+        elif isinstance(inner, yaml.SequenceNode):
+            nodes += inner.value
+    for start, key in sorted(keys.items(), reverse=True):
+        text = f'{text[:start]}"{key.value}"{text[key.end_mark.index :]}'
+    return text
 
 
 def _collect_lines(node: yaml.Node, location: Location, lines: dict[Location, int], path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mixcpt import __version__
 from megatron_mixcpt.adapters.layout import describe_adapter
 from megatron_mixcpt.checkpoint.origin import Origin
+from megatron_mixcpt.checkpoint.store import result_described, result_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.config.history import told
 from megatron_mixcpt.convert.certificate import read_certificate, recorded_versions
@@ -70,9 +71,36 @@ def _training(origin: Origin, config: Config) -> list[str]:
         *([f"- trained: {describe_adapter(origin.arch, origin.adapter)}"] if origin.adapter else []),
         f"- {origin.info.step} of {train.steps} steps of {train.global_batch_size} sequences, "
         f"learning rate {train.lr} ({train.schedule}), {train.dtype}, seed {train.seed}",
+        *_budget(origin, config),
         *(f"- {change}" for change in (told(origin.run_dir) if origin.run_dir else [])),
         "",
     ]
+
+
+def _result(origin: Origin) -> dict[str, Any]:
+    """What is known of the checkpoint where a forgetting budget chose it; empty where not."""
+    parent = origin.run_dir / "checkpoints" if origin.run_dir else None
+    chosen = result_of(parent) if parent else None
+    if parent is None or chosen is None or chosen.resolve() != origin.checkpoint.resolve():
+        return {}
+    return result_described(parent)
+
+
+def _budget(origin: Origin, config: Config) -> list[str]:
+    if config.forget is None:
+        return []
+    on = ", ".join(config.forget.on) or "all held-out text but the domain's"
+    lines = [
+        f"- forgetting budget: {config.forget.budget:g} nats a token on {on}; the weight of KL and the learning rate "
+        "followed it"
+    ]
+    result = _result(origin)
+    if "alpha" in result:
+        share = result["alpha"]
+        lines.append(f"- averaged: {share:g} x step {origin.info.step} + {1 - share:g} x the starting weights")
+    if "forgotten" in result:
+        lines.append(f"- measured: {result['forgotten']:.4f} nats a token forgotten, {result['gain']:.4f} learned")
+    return lines
 
 
 def _certified(origin: Origin, config: Config) -> list[str]:
@@ -139,6 +167,8 @@ def not_measured(sources: Sequence[str]) -> list[str]:
 
 
 def _measured(origin: Origin, config: Config) -> list[str]:
+    if "alpha" in _result(origin):
+        return []  # the run's validations are of the weights before they were averaged
     pairs = config.kind == "dpo"
     metric, table = ("accuracy", _pair_table) if pairs else ("ppl", _perplexity_table)
     history = validation_history(origin)

@@ -226,6 +226,8 @@ def _problem(check: Any) -> str | None:
         if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
             return "answer_for maps facts to answers, all of them text"
         options = check.get("options")
+        if options is not None and len(set(options)) < 2:
+            return "options are the answers to choose from, two or more"
         wrong = next((v for v in value.values() if v not in options), None) if options else None
         if wrong is not None:
             return f"answer {wrong!r} is none of the options"

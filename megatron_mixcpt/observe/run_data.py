@@ -98,9 +98,9 @@ class Run:
         return [point.value for point in self.series.get(name, []) if point.value is not None]
 
     def sources(self, prefix: str, suffix: str) -> list[str]:
-        """Names that stand between `prefix` and `suffix` in the metrics, as in val/<source>/loss."""
+        """Names without a slash that stand between `prefix` and `suffix` in the metrics, as in val/<source>/loss."""
         names = (name for name in self.series if name.startswith(prefix) and name.endswith(suffix))
-        return [name[len(prefix) : len(name) - len(suffix)] for name in names]
+        return [name for whole in names if "/" not in (name := whole[len(prefix) : len(whole) - len(suffix)])]
 
 
 def read_run(path: Path) -> Run:

@@ -27,6 +27,7 @@ class Curve(NamedTuple):
     metric: str
     smooth: bool = True
     scale: float = 1.0
+    bound: str = ""  # metric that it must not rise above
 
 
 TRAINING = (
@@ -42,7 +43,14 @@ PREFERENCE = (
     Curve("Distance from the start", "mean log-ratio to the reference a token", "rewards/kl"),
 )
 FORGETTING = (
-    Curve("Forgotten", "rise of the worst held-out loss in forget.on, nats a token", "forget/forgotten", smooth=False),
+    Curve(
+        "Forgotten",
+        "rise of the worst loss in forget.on, nats a token",
+        "forget/forgotten",
+        False,
+        1.0,
+        "forget/budget",
+    ),
     Curve("Expected", "what it will be when it is measured next", "forget/expected", smooth=False),
     Curve("Distillation weight", "that the budget asks for", "forget/kd_weight", smooth=False),
     Curve("Learning rate factor", "that the budget asks for", "forget/lr_factor", smooth=False),
@@ -231,6 +239,7 @@ class _Charts:
         self._label = "target tokens" if by_tokens else "step"
         self._kinds = {source: kind for run in runs for source, kind in run.kinds.items()}
         self._order = list(dict.fromkeys(s for run in runs for s in [*run.sources("val/", "/loss"), *run.shares]))
+        self._order += dict.fromkeys(kind for kind in self._kinds.values() if kind not in self._order)
         self._marks = [
             (self._x(point), f"{run.name}: interrupted and resumed at step {point.step}")
             for run in runs
@@ -246,6 +255,8 @@ class _Charts:
                 for i, run in enumerate(self._runs)
                 if run.values(curve.metric)
             ]
+            bounded = [(i, run) for i, run in enumerate(self._runs) if curve.bound and run.values(curve.bound)]
+            series += [self._series(run, curve.bound, f"budget, {run.name}", i + len(self._runs)) for i, run in bounded]
             if series:
                 figures.append(self._figure(curve.title, curve.what, series, smooth=curve.smooth))
         return figures
@@ -281,7 +292,9 @@ class _Charts:
         return [Figure(line_chart(title, series, "layer"), title, what, names)]
 
     def by_source(self) -> list[Figure]:
-        return self._family("Cross-entropy by source", "nats a target token", "train/ce/", "", smooth=True, apart=False)
+        what = "nats a target token"
+        kinds = self._family("Distance from the base by kind", what, "train/kl_base/", "", smooth=True, apart=False)
+        return self._family("Cross-entropy by source", what, "train/ce/", "", smooth=True, apart=False) + kinds
 
     def _family(
         self,

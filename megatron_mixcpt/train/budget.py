@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 AIM = 0.8  # share of the budget that is aimed at: what is left is for what cannot be foreseen
 # Factors on the configured distillation weight: with more of it a model of 135M forgot the domain again and no less of
@@ -59,6 +59,15 @@ class _State:
     beyond: int = 0  # measurements in a row that were beyond the budget under the highest pressure
     best_step: int | None = None
     best_gain: float = -math.inf
+    best_forgotten: float = 0.0
+
+
+class Best(NamedTuple):
+    """A checkpoint, and what was measured of it."""
+
+    step: int
+    gain: float
+    forgotten: float
 
 
 class BudgetController:
@@ -112,9 +121,12 @@ class BudgetController:
         return self._state.beyond >= PATIENCE
 
     @property
-    def best(self) -> tuple[int, float] | None:
-        """(step, gain) of the checkpoint that learned most within the budget."""
-        return None if self._state.best_step is None else (self._state.best_step, self._state.best_gain)
+    def best(self) -> Best | None:
+        """Of the checkpoint that learned most within the budget."""
+        state = self._state
+        if state.best_step is None:
+            return None
+        return Best(state.best_step, state.best_gain, state.best_forgotten)
 
     def observed(self, divergence: float) -> str:
         """After a step that was taken: its tokens' divergence from the base model. What there is to tell, or ''."""
@@ -155,7 +167,7 @@ class BudgetController:
         over = forgotten - noise > self.budget and state.pace >= 0.0 and state.pressure >= self._highest()
         state.beyond = state.beyond + 1 if over else 0
         if candidate and forgotten <= self._kept and gain > state.best_gain:
-            state.best_step, state.best_gain = step, gain
+            self._choose(Best(step, gain, forgotten))
         text = f"forgotten {forgotten:.4f} +- {noise:.4f} of {self.budget:g} nats a token"
         if self.budget != self._kept:
             text += " before averaging"
@@ -163,10 +175,19 @@ class BudgetController:
             return self._tell(f"{text}: the end, for no distillation weight and no learning rate keeps it")
         return self._tell(text)
 
-    def unsaved(self, step: int, before: tuple[int, float] | None) -> None:
+    def unsaved(self, step: int, before: Best | None) -> None:
         """The checkpoint of `step` could not be written: the best one is that of `before`."""
         if self._state.best_step == step:
-            self._state.best_step, self._state.best_gain = before or (None, -math.inf)
+            self._choose(before)
+
+    def asked_anew(self, *, measured_alike: bool) -> None:
+        """The run goes on under another budget or learning rate, or unless `measured_alike` on other held-out text.
+
+        It gets another chance, and its best checkpoint stays so only where it is within this budget too.
+        """
+        self._state.beyond = 0
+        if not measured_alike or self._state.best_forgotten > self._kept:
+            self._choose(None)
 
     def mixture_changed(self) -> None:
         """Another mixture has another divergence: it says nothing until it is measured against."""
@@ -181,6 +202,10 @@ class BudgetController:
         if state["best_step"] is None:
             state.pop("best_gain")  # JSON has no infinity
         return state
+
+    def _choose(self, best: Best | None) -> None:
+        state = self._state
+        state.best_step, state.best_gain, state.best_forgotten = best or (None, -math.inf, 0.0)
 
     def _move(self, share: float) -> None:
         """Move the pressure for `share` of the time between two measurements."""

@@ -43,15 +43,17 @@ def conclude(
     kept = [path for path in existing if step_of(path) == forgetting.best_step]
     result = kept[0] if kept else existing[0]
     described: dict[str, Any] = {"budget": config.forget.budget, "within": bool(kept)}
+    if kept and forgetting.best:
+        described |= {"forgotten": forgetting.best.forgotten, "gain": forgetting.best.gain}
     text = f"step {step_of(result)}, which learned most within the budget of {config.forget.budget:g}"
     if not kept:
         text = f"step {step_of(result)}, the newest: no checkpoint kept the budget of {config.forget.budget:g}"
     if config.forget.average:
-        alpha = _best_average(config, components, bookkeeping, forgetting, evaluate, within=bool(kept))
-        if alpha < 1.0:
-            end = step_of(existing[0])
+        measured = _best_average(config, components, bookkeeping, forgetting, evaluate, within=bool(kept))
+        if measured is not None:
+            alpha, end = measured["alpha"], step_of(existing[0])
             text = f"{alpha:g} x step {end} + {1 - alpha:g} x the starting weights"
-            described |= {"alpha": alpha, "within": True}
+            described |= measured | {"within": True}
             result = _save_average(parent, components, bookkeeping, end)
     from_first(lambda: choose_result(parent, result, described))
     bookkeeping.concluded(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
@@ -65,14 +67,15 @@ def _best_average(
     evaluate: RunValidation,
     *,
     within: bool,
-) -> float:
-    """The share of the end in what learned most within the budget, 1 where none beats the best checkpoint; the model,
-    which is at the end of its training, then holds that average."""
+) -> dict[str, float] | None:
+    """The average that learned most within the budget: alpha, its share of the end, and what was measured of it. None
+    where none beats the best checkpoint. The model, which is at the end of its training, then holds that average."""
     assert config.forget is not None
     stage = unwrap_model(components.model)
     start = build_stage(config, components.arch).model
     ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
-    best, most = 1.0, forgetting.best_gain if within else -math.inf
+    best: dict[str, float] | None = None
+    most = forgetting.best.gain if within and forgetting.best else -math.inf
     for alpha in ALPHAS:
         _mix(ends, alpha)
         _, items, stopping = evaluate.measure(f"the average with {alpha:g} of the end")
@@ -81,8 +84,8 @@ def _best_average(
         forgotten, gain = forgetting.compared(items)
         bookkeeping.message(f"average with {alpha:g} of the end: forgotten {forgotten:.4f}, learned {gain:.4f}")
         if forgotten <= config.forget.budget and gain > most:
-            best, most = alpha, gain
-    _mix(ends, best)
+            best, most = {"alpha": alpha, "forgotten": forgotten, "gain": gain}, gain
+    _mix(ends, best["alpha"] if best else 1.0)
     return best
 
 

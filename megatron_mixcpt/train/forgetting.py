@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.objectives.mixcpt import MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT, Objective
 from megatron_mixcpt.train.agreement import StepTotals
-from megatron_mixcpt.train.budget import BudgetController
+from megatron_mixcpt.train.budget import Best, BudgetController
 from megatron_mixcpt.train.paired import Rise, rise
 
 # Times the budget that training may forget with forget.average: half-way from the start SmolLM2-135M had 0.008, 0.12
@@ -38,7 +37,7 @@ class Forgetting:
     def __init__(self, config: Config, mix: Mix, objective: Objective, saved: TrainingState | None) -> None:
         self._settings, self._config, self._objective = config.forget, config, objective
         self._before: dict[str, list[list[float]]] = {}  # by source: each item's tokens and loss before training
-        self._best_before: tuple[int, float] | None = None
+        self._best_before: Best | None = None
         if config.forget is None:
             return
         assert isinstance(objective, MixCPTLoss), "no other has a distillation: the configuration is refused"
@@ -54,8 +53,15 @@ class Forgetting:
             holds=config.loss.target != "swap",
             allowance=AVERAGED if config.forget.average else 1.0,
         )
+        self._asked = {
+            **config.forget.model_dump(include={"budget", "average"}),
+            "held": self._held,
+            "lr": config.train.lr,
+        }
         if state:
             self._before = state["before"]
+            if state["asked"] != self._asked:
+                self.controller.asked_anew(measured_alike=state["asked"]["held"] == self._held)
         kinds = {source.name: source.kind for source in mix.train_sources}
         domain = [name for name, kind in kinds.items() if kind == DOMAIN]
         self._sensed = [name in domain or not domain for name in kinds]  # of the rows of statistics
@@ -67,10 +73,9 @@ class Forgetting:
         return self.controller.rate_factor if self._settings else 1.0
 
     @property
-    def best_gain(self) -> float:
-        """What the best checkpoint within the budget learned."""
-        best = self.controller.best
-        return best[1] if best else -math.inf
+    def best(self) -> Best | None:
+        """The checkpoint that would be the result now; it must not be removed."""
+        return self.controller.best if self._settings else None
 
     @property
     def exhausted(self) -> bool:
@@ -142,9 +147,7 @@ class Forgetting:
 
     @property
     def best_step(self) -> int | None:
-        """Of the checkpoint that would be the result now; it must not be removed."""
-        best = self.controller.best if self._settings else None
-        return best[0] if best else None
+        return self.best.step if self.best else None
 
     def mixture_changed(self) -> None:
         """The run goes on with other data, or other shares of it."""
@@ -160,7 +163,12 @@ class Forgetting:
         """JSON types, for `checkpoint.json`."""
         if self._settings is None:
             return None
-        return {"controller": self.controller.state(), "before": self._before, "content": self._content}
+        return {
+            "controller": self.controller.state(),
+            "before": self._before,
+            "content": self._content,
+            "asked": self._asked,
+        }
 
     def _apply(self) -> None:
         self._weigh(self._config.loss.kd_weight * self.controller.weight_factor)

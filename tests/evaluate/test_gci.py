@@ -125,6 +125,7 @@ def test_files_round_trip_and_mistakes_are_named_with_their_line(tmp_path):
         ({"domain": {"some": ["x"]}}, "exactly one of the keys"),
         ({"general": {"answer_for": {"*": "seven"}}}, "answers are numbers"),
         ({"general": {"answer_for": {"*": "maybe"}, "options": ["yes", "no"]}}, "none of the options"),
+        ({"general": {"answer_for": {"*": "yes"}, "options": ["yes", "yes"]}}, "two or more"),
         ({"general": {"sorted": ["x"]}}, "count"),
         ({"extra": 1}, "exactly the keys"),
     ]:

@@ -78,6 +78,20 @@ def compared(runs):
     return out
 
 
+def test_the_page_draws_the_budget_beside_what_was_forgotten_and_the_distance_by_kind(tmp_path):
+    run = write_run(tmp_path / "kept", steps=3)
+    rows = [{"step": 2, "forget/forgotten": 0.01, "forget/budget": 0.05}, {"step": 3, "forget/forgotten": 0.02}]
+    rows[1] |= {"forget/budget": 0.05, "train/kl_base/domain": 0.1, "train/kl_base/source/facts": 0.2}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    forgotten = text[text.index("rise of the worst loss") :]
+    assert "budget, kept" in forgotten[: forgotten.index("</svg>")]
+    by_kind = text[text.index("Distance from the base by kind") :]
+    assert "domain" in by_kind and "source/facts" not in text
+
+
 def test_the_page_needs_nothing_from_elsewhere(compared):
     text = compared.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "@import" not in text and "url(#" in text

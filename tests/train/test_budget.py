@@ -240,10 +240,11 @@ def test_the_best_step_is_the_one_that_learned_most_within_the_budget():
     assert controller.best is None
     for step, forgotten, gain in ((10, 0.01, 1.0), (20, 0.019, 2.0), (30, 0.021, 9.0), (40, 0.005, 1.5)):
         controller.measured(step, forgotten, 0.0, gain)
-    assert controller.best == (20, 2.0)
+    assert controller.best == (20, 2.0, 0.019)
+    best = controller.best
     controller.measured(50, 0.01, 0.0, 3.0)
-    controller.unsaved(50, (20, 2.0))
-    assert controller.best == (20, 2.0)
+    controller.unsaved(50, best)
+    assert controller.best == best
 
 
 def test_divergences_that_are_not_finite_are_no_divergences():

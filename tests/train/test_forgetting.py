@@ -10,9 +10,11 @@ import pytest
 
 from megatron_mixcpt.architecture.architecture import PRESETS
 from megatron_mixcpt.checkpoint import read_info
+from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of, step_of
 from megatron_mixcpt.checkpoint.verify import find_checkpoint
 from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.runtime.stop import StopRequest
@@ -216,6 +218,25 @@ def test_on_another_mixture_the_divergence_is_measured_anew_and_other_held_out_t
         train(mix, tmp_path / "run", forget={"budget": 0.05}, train={"steps": 10}, eval={"max_samples": 9})
 
 
+def test_a_run_that_goes_on_under_another_budget_is_held_to_that_one(mix, tmp_path):
+    """The best checkpoint until then is no result where it is beyond the new budget."""
+    rows = train(mix, tmp_path / "run", forget={"budget": 0.1}, train={"steps": 8})
+    (parent, saved), first = (tmp_path / "run" / "checkpoints", 8), last(rows, "forget/forgotten")
+    assert step_of(result_of(parent)) == saved and first > 0.02
+    train(mix, tmp_path / "run", forget={"budget": 0.9 * first}, train={"steps": 9, "lr": 1e-6})
+    chosen = json.loads((parent / "latest.json").read_text())
+    found = {row["step"]: row["forget/forgotten"] for row in measured(rows_of(tmp_path / "run"))}
+    assert chosen["result"]["within"] == (found[chosen["step"]] <= 0.9 * first)
+
+
+def test_a_run_that_ended_because_no_pressure_kept_its_budget_goes_on_under_another(mix, tmp_path):
+    chosen = {"forget": {"budget": 1e-4, "every": 2}, "train": {"steps": 30, "lr": 2e-2}}
+    ended = train(mix, tmp_path / "run", **chosen)[-1]["step"]
+    assert ended < 30 and train(mix, tmp_path / "run", **chosen)[-1]["step"] == ended
+    rows = train(mix, tmp_path / "run", forget={"budget": 5.0, "every": 2}, train={"steps": 30, "lr": 1e-4})
+    assert rows[-1]["step"] == 30
+
+
 KINDS = {
     "LoRA": {"adapter": {"method": "lora", "rank": 8}, "teacher": {"source": "adapter_off"}, "train": {"lr": 2e-2}},
     "SFT": {"align": {"method": "sft"}},
@@ -283,6 +304,10 @@ def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_bud
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
     assert 0 < latest["result"]["alpha"] < 1 and latest["result"]["within"]
     assert find_checkpoint(tmp_path / "run") == result and read_info(result).optimizer_step is None
+    card, found = model_card(find_origin(tmp_path / "run")), latest["result"]
+    assert f"averaged: {found['alpha']:g} x step 12 + {1 - found['alpha']:g} x the starting weights" in card
+    assert f"measured: {found['forgotten']:.4f} nats a token forgotten, {found['gain']:.4f} learned" in card
+    assert found["forgotten"] <= budget and "Perplexity" not in card  # which was measured of the end alone
     assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == 12  # training goes on from its end
 
 
