@@ -141,7 +141,8 @@ def _described(node: yaml.Node | None) -> str:
 
 def _with_words_as_keys(text: str, node: yaml.Node) -> str:
     """`text` with those keys in quotes that YAML 1.1 takes for truth values, as the `on` of `forget`."""
-    keys, nodes = {}, [node]
+    keys: dict[int, yaml.Node] = {}
+    nodes = [node]
     while nodes:
         inner = nodes.pop()
         if isinstance(inner, yaml.MappingNode):
