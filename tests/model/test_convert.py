@@ -239,7 +239,6 @@ REFUSALS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), 2, "no config.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), 2, "cannot read"),
     "unknown family": (damage_config(model_type="gpt2"), 2, "'gpt2' is not supported; these are: gemma3_text, llama"),
-    "experts of another family": (damage_config(model_type="qwen2_moe"), 2, "'qwen2_moe' is not supported"),
     "experts in a dense family": (
         damage_config(num_local_experts=8),
         2,
