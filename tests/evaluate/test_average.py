@@ -45,7 +45,7 @@ def test_every_tensor_is_the_fp32_average_in_the_tuned_type(pair, tmp_path, alph
             assert torch.equal(value, second[name])
     import transformers
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16
 
 
