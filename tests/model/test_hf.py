@@ -208,9 +208,24 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_from_no_directory_exports(models, name, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
-    if name == "phi4-mini" and OLDER:
-        pytest.skip("transformers before 5 refuses a config.json of Phi-3 that says the attention factor")
-    source, reference = models[name]
+    check_export_from_no_directory(*models[name], tmp_path)
+
+
+def test_longrope_of_phi_is_written_as_both_generations_of_transformers_read_it(tmp_path):
+    """4 refuses any entry beyond three, 5 prefers these to `rope_parameters`."""
+    rope = dict(FAMILIES["phi4-mini"][1]["rope_parameters"])
+    del rope["attention_factor"]
+    reference = make("phi4-mini", tmp_path / "in", **({} if OLDER else {"rope_parameters": rope}))
+    check_export_from_no_directory(tmp_path / "in", reference, tmp_path)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_scaling"] == {
+        "type": "longrope",
+        "short_factor": rope["short_factor"],
+        "long_factor": rope["long_factor"],
+    }
+
+
+def check_export_from_no_directory(source, reference, tmp_path):
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
