@@ -61,8 +61,9 @@ def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) ->
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"{path}: cannot read it: {error}") from error
-        if isinstance(values, dict) and "model_type" in values:
-            _check_family(values["model_type"], str(hf_dir))  # before transformers, which may not know it
+        if isinstance(values, dict) and "model_type" in values and not trust_remote_code:
+            # Before transformers, which may not know it; code that is trusted may say another.
+            _check_family(values["model_type"], str(hf_dir))
     return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
 
 

@@ -178,7 +178,7 @@ def test_code_in_the_directory_runs_only_when_asked(source, tmp_path, capsys):
     damage_config(model_type="custom")(folder)
     (tmp_path / "ran").unlink()
     assert main(["convert", "--hf", str(folder), "--out", str(tmp_path / "ckpt3")]) == 2
-    assert "trust_remote_code" in capsys.readouterr().err
+    assert "'custom' is not supported" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
