@@ -8,6 +8,7 @@ import pytest
 
 from megatron_mixcpt.cli import COMMANDS
 from megatron_mixcpt.config import Config, load_config
+from megatron_mixcpt.huggingface.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -30,6 +31,12 @@ def test_the_configuration_page_is_made_from_the_classes():
 def test_every_command_is_documented():
     page = (ROOT / "docs" / "commands.md").read_text()
     assert [command for command in COMMANDS if f"`mixcpt {command}" not in page] == []
+
+
+def test_every_family_of_models_is_in_the_table():
+    page = (ROOT / "docs" / "models.md").read_text()
+    types = re.findall(r"^\| [^|]+ \| ([^|]+) \| [^|]+ \|$", page, flags=re.M)
+    assert set(re.findall(r"`([a-z0-9_]+)`", " ".join(types))) == {*FAMILIES, "model_type"}
 
 
 def test_make_targets_named_in_the_documentation_exist():

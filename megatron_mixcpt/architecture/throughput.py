@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
@@ -18,24 +20,28 @@ PEAK_BF16 = {
 }
 
 
-def flops_per_token(arch: Architecture, seq_length: int, *, with_teacher: bool, frozen: bool = False) -> float:
+def flops_per_token(
+    arch: Architecture, lengths: Mapping[int, float], *, with_teacher: bool, frozen: bool = False
+) -> float:
     """Model FLOPs to train on one token: three forward passes (one forward, two for the gradients) and the teacher's.
 
     Counts what the mathematics needs (PaLM, arXiv 2204.02311, appendix B): no recomputation, no padding of the
-    vocabulary, causal attention as half a square; packed documents are counted as one document, an upper bound.
+    vocabulary, and of attention the pairs of query and key that see each other: causal, within a document and within
+    the window of layers that have one.
 
     Args:
+        lengths: of documents, each with the share of all tokens that are in such documents.
         frozen: adapters are trained, the weights' own gradients not computed. What the adapters themselves take, a
             percent or so, is not counted.
     """
     matrices = 2.0 * (arch.num_layers * layer_weights(arch) + arch.vocab_size * arch.hidden_size)
-    forward = matrices + 0.5 * _attention(arch, seq_length)
+    forward = matrices + _attention(arch, lengths, causal=True)
     return forward * (4.0 if with_teacher else 3.0) - (matrices if frozen else 0.0)
 
 
 def executed_flops_per_token(
     arch: Architecture,
-    document_length: float,
+    lengths: Mapping[int, float],
     *,
     with_teacher: bool,
     recompute: str = "none",
@@ -46,16 +52,17 @@ def executed_flops_per_token(
     """FLOPs of all matrix products that training on one token runs, over all ranks of a replica.
 
     Beyond `flops_per_token`: layers computed again in backward, heads computed twice by the fused loss, rows that pad
-    the vocabulary, and attention as the full square of each document.
+    the vocabulary, and attention without a causal saving: each query meets as many keys as its document has, or the
+    window of the layer.
 
     Args:
-        document_length: of the document that a token is in, on average over the tokens.
+        lengths: as in `flops_per_token`.
         recompute: `train.recompute`.
         fuse_lm_head: `loss.fuse_lm_head`.
         tensor: tensor-parallel ranks, which decide on the padding.
         frozen: as in `flops_per_token`.
     """
-    attention = _attention(arch, document_length)
+    attention = _attention(arch, lengths, causal=False)
     layers = 2.0 * arch.num_layers * layer_weights(arch) + attention
     again = recomputed_weights(arch, recompute) * 2.0 * arch.num_layers
     again += attention if recompute in ("attention", "full") else 0.0
@@ -95,9 +102,15 @@ def mlp_weights(arch: Architecture) -> float:
     return (1 - share) * dense + share * experts
 
 
-def _attention(arch: Architecture, seq_length: float) -> float:
-    """FLOPs a token of one forward pass for q k^T and a v without a causal saving."""
-    return 4.0 * arch.num_layers * arch.num_attention_heads * arch.head_dim * seq_length
+def _attention(arch: Architecture, lengths: Mapping[int, float], *, causal: bool) -> float:
+    """FLOPs a token of one forward pass for q k^T and a v, with or without a causal saving."""
+    keys = 0.0  # that a token's queries meet, over all layers
+    for window, layers in Counter(map(arch.window, range(arch.num_layers))).items():
+        for length, share in lengths.items():
+            most = length if window is None else min(length, window)
+            fewer = most * (most - 1) / (2 * length) if causal else 0.0  # the first ones of a document see fewer
+            keys += layers * share * (most - fewer)
+    return 4.0 * arch.num_attention_heads * arch.head_dim * keys
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

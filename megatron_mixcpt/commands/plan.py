@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.architecture.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
     from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.plan.documents import document_length
+    from megatron_mixcpt.plan.documents import document_lengths
     from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
     from megatron_mixcpt.plan.fitting import device, verdict
     from megatron_mixcpt.train.setup import existing_parent
@@ -108,10 +108,12 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = plan.tokens(train.steps)
     frozen = config.adapter is not None
-    flops = flops_per_token(arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen)
+    # Of unprepared text each row is one document, an upper bound.
+    lengths = document_lengths(mix) if args.tokens is None else {mix.seq_length: 1.0}
+    flops = flops_per_token(arch, lengths, with_teacher=config.runs_teacher, frozen=frozen)
     executed = executed_flops_per_token(
         arch,
-        document_length(mix) if args.tokens is None else mix.seq_length,  # of unprepared text an upper bound
+        lengths,
         with_teacher=config.runs_teacher,
         recompute=train.recompute,
         fuse_lm_head=config.fuses_lm_head,
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"            {line}")
     print(
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
-        "with recomputation, padding and attention within documents"
+        "with recomputation, padding and attention without a causal saving"
     )
     if train.dtype == "fp32" and not args.peak_tflops:
         print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")

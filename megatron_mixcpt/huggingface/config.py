@@ -1,5 +1,6 @@
 """Hugging Face config.json <-> Architecture, saying what is not supported before anything is read."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +12,12 @@ from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option
 from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, theirs
+REFUSED_KEYS = {
+    "attention_bias": "a bias on the output projection",
+    "mlp_bias": "a bias on the MLP's projections",
+    "n_shared_experts": "experts that every token goes through",
+    "shared_expert_intermediate_size": "experts that every token goes through",
+}
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -47,6 +54,16 @@ def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) ->
     Raises:
         ConfigError: there is none, or it is of a family or uses a feature that is not implemented.
     """
+    check_directory(hf_dir)
+    path = Path(hf_dir) / "config.json"
+    if path.exists():
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path}: cannot read it: {error}") from error
+        if isinstance(values, dict) and "model_type" in values and not trust_remote_code:
+            # Before transformers, which may not know it; code that is trusted may say another.
+            _check_family(values["model_type"], str(hf_dir))
     return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
 
 
@@ -60,8 +77,7 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     def refuse(what: str) -> NoReturn:
         raise ConfigError(f"{where}: {what}")
 
-    if config.model_type not in FAMILIES:
-        refuse(f"model_type {config.model_type!r} is not supported; these are: {', '.join(sorted(FAMILIES))}")
+    _check_family(config.model_type, where)
     family = FAMILIES[config.model_type]
     if getattr(config, "quantization_config", None):
         refuse("its weights are quantised; training needs the original 16- or 32-bit weights")
@@ -69,9 +85,9 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     expected = ACTIVATIONS[family.features.get("activation", "silu")]
     if activation != expected:
         refuse(f"hidden_act {activation!r} is not supported, only {expected}")
-    for key in ("attention_bias", "mlp_bias"):
+    for key, meaning in REFUSED_KEYS.items():
         if getattr(config, key, False):
-            refuse(f"{key} is not supported (a bias on the output or MLP projections)")
+            refuse(f"{key} is not supported ({meaning})")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
@@ -99,6 +115,13 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         **family.features,
         **own,
     )
+
+
+def _check_family(model_type: Any, where: str) -> None:
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+        )
 
 
 def _windows(config: Any) -> dict[str, Any]:

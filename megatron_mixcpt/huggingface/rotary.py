@@ -75,6 +75,13 @@ def _attention_factor(kind: str, factor: float, original: int, params: dict[str,
     return of(mscale) / of(of_all) if mscale and of_all else of(1.0)
 
 
+def follows_from_contexts(scaling: RopeScaling, max_position_embeddings: int) -> bool:
+    """Whether longrope's factors are what transformers takes where config.json names none."""
+    original = scaling.original_max_position_embeddings
+    factor = max_position_embeddings / original
+    return (scaling.factor, scaling.attention_factor) == (factor, _attention_factor("longrope", factor, original, {}))
+
+
 def rotary_entries(arch: Architecture) -> dict[str, Any]:
     """Entries of config.json; both generations of transformers find theirs."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}

@@ -20,6 +20,7 @@ from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
+from megatron_mixcpt.plan.documents import document_lengths
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
@@ -40,7 +41,7 @@ class PackedTextTask:
         self.row_length = mix.seq_length
         frozen = config.adapter is not None
         self.flops_per_token: float | None = flops_per_token(
-            arch, mix.seq_length, with_teacher=config.runs_teacher, frozen=frozen
+            arch, document_lengths(mix), with_teacher=config.runs_teacher, frozen=frozen
         )
 
     def train_dataset(self, seed: int, cache_dir: Path) -> Mixture:

@@ -11,17 +11,17 @@ from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
 SAMPLES = 64  # sequences of each source
 
 
-def document_length(mix: Mix) -> float:
-    """Length of the document that a token is in, as far as it lies in the token's row, on average over the tokens."""
-    lengths = 0.0
+def document_lengths(mix: Mix) -> dict[int, float]:
+    """Lengths of documents, as far as they lie in one row, each with the share of all tokens that are in such."""
+    shares: dict[int, float] = {}
     for source, share in zip(mix.train_sources, mix.sample_shares()):
         assert source.train is not None
         flags = open_indexed(flags_prefix(source.train.prefix))
         chosen = np.unique(np.linspace(0, len(flags) - 1, SAMPLES).astype(np.int64))
-        found = [_documents(flags[number]) for number in chosen.tolist()]
-        sizes = np.concatenate(found).astype(np.float64)
-        lengths += share * float((sizes**2).sum() / sizes.sum())
-    return lengths
+        found = np.concatenate([_documents(flags[number]) for number in chosen.tolist()])
+        for length, count in zip(*np.unique(found, return_counts=True)):
+            shares[int(length)] = shares.get(int(length), 0.0) + share * float(length * count / found.sum())
+    return shares
 
 
 def _documents(flags: np.ndarray) -> np.ndarray:

@@ -15,10 +15,10 @@ from tests.model.families import make
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("average")
-    make("qwen2", folder / "base", shard_size="40KB")  # tied, several shards
-    model = make("qwen2", folder / "tuned", dtype=torch.bfloat16)
+def pair(request, tmp_path_factory):
+    folder, family = tmp_path_factory.mktemp("average"), getattr(request, "param", "qwen2")
+    make(family, folder / "base", shard_size="40KB")  # several shards
+    model = make(family, folder / "tuned", dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -30,6 +30,7 @@ def tensors(folder):
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+@pytest.mark.parametrize("pair", ["qwen2", "qwen3-experts"], indirect=True)  # tied; a mixture
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_every_tensor_is_the_fp32_average_in_the_tuned_type(pair, tmp_path, alpha):
     base, tuned = pair
@@ -45,7 +46,7 @@ def test_every_tensor_is_the_fp32_average_in_the_tuned_type(pair, tmp_path, alph
             assert torch.equal(value, second[name])
     import transformers
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,21 +12,11 @@ import transformers
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.exporting import export_model
 from tests.helpers.spawn import run_distributed
-from tests.model.families import FAMILIES, OLDER, absent, assert_same_bits, make
+from tests.model.conversion import our_logits, round_trip, tokens_of
+from tests.model.families import BASE, FAMILIES, OLDER, absent, assert_same_bits, make, read_all
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 EXPERTS = ("qwen3-experts", "mixtral", "olmoe")
-
-
-def round_trip(source, out, tensor, pipeline, dtype, expert=1):
-    with parallel_context(tensor=tensor, pipeline=pipeline, expert=expert):
-        from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import load_hf
-
-        model = build_gpt(architecture_from_hf(source), params_dtype=dtype, seed=None)
-        load_hf(model, source)
-        export_model(model, out, source)
 
 
 def round_trips(rank, world_size, jobs):
@@ -83,13 +75,24 @@ def test_odd_heads_keep_every_bit_and_every_logit(name, heads, groups, head_dim,
         changes["hidden_size"] = heads * head_dim
     else:
         changes["head_dim"] = head_dim
-    reference = make(family, tmp_path / "in", **changes)
-    round_trip(tmp_path / "in", tmp_path / "out", 1, 1, torch.float32)
-    assert_same_bits(tmp_path / "in", tmp_path / "out")
+    check_bits_and_logits(make(family, tmp_path / "in", **changes), tmp_path)
+
+
+@pytest.mark.parametrize("step, without, mixed", [(2, [3], {1}), (2, [], {1, 3}), (3, [0], {2})])
+def test_dense_layers_between_experts_are_those_that_config_json_names(step, without, mixed, tmp_path):
+    changes = {"decoder_sparse_step": step, "mlp_only_layers": without}
+    check_bits_and_logits(make("qwen3-experts", tmp_path / "in", **changes), tmp_path)
+    routers = {name for name in read_all(tmp_path / "out") if name.endswith("mlp.gate.weight")}
+    assert routers == {f"model.layers.{layer}.mlp.gate.weight" for layer in mixed}
+
+
+def check_bits_and_logits(reference, folder):
+    round_trip(folder / "in", folder / "out", 1, 1, torch.float32)
+    assert_same_bits(folder / "in", folder / "out")
     tokens = tokens_of(reference)
     with torch.no_grad():
         expected = reference(tokens).logits
-    actual = our_logits(tmp_path / "in", tokens, torch.zeros(tokens.shape, dtype=torch.bool))
+    actual = our_logits(folder / "in", tokens, torch.zeros(tokens.shape, dtype=torch.bool))
     assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
@@ -122,29 +125,6 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     assert_same_bits(tmp_path / "in", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-
-
-def tokens_of(model, rows=2, length=20):
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-def our_logits(source, tokens, doc_start):
-    with parallel_context():
-        from megatron_mixcpt.attention.documents import Documents
-        from megatron_mixcpt.huggingface.config import architecture_from_hf
-        from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import load_hf
-
-        arch = architecture_from_hf(source)
-        model = build_gpt(arch, seed=None)
-        load_hf(model, source)
-        packing = Documents.of(doc_start)
-        with torch.no_grad():
-            logits = model(tokens, packing.position_ids(), packing)
-            hidden = model.hidden(tokens, packing.position_ids(), packing)
-            torch.testing.assert_close(model.output_logits(hidden).transpose(0, 1), logits)
-        assert logits[..., arch.vocab_size :].eq(0).all()  # padding rows
-        return logits[..., : arch.vocab_size]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -192,9 +172,24 @@ def test_export_loads_in_transformers_without_complaint(models, name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_from_no_directory_exports(models, name, tmp_path):
     """A preset has no config.json to carry over; the one written must describe the same architecture."""
-    if name == "phi4-mini" and OLDER:
-        pytest.skip("transformers before 5 refuses a config.json of Phi-3 that says the attention factor")
-    source, reference = models[name]
+    check_export_from_no_directory(*models[name], tmp_path)
+
+
+def test_longrope_of_phi_is_written_as_both_generations_of_transformers_read_it(tmp_path):
+    """4 refuses any entry beyond three, 5 prefers these to `rope_parameters`."""
+    rope = dict(FAMILIES["phi4-mini"][1]["rope_parameters"])
+    del rope["attention_factor"]
+    reference = make("phi4-mini", tmp_path / "in", **({} if OLDER else {"rope_parameters": rope}))
+    check_export_from_no_directory(tmp_path / "in", reference, tmp_path)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_scaling"] == {
+        "type": "longrope",
+        "short_factor": rope["short_factor"],
+        "long_factor": rope["long_factor"],
+    }
+
+
+def check_export_from_no_directory(source, reference, tmp_path):
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
@@ -223,3 +218,23 @@ def test_generation_is_that_of_transformers(models, name):
         logits[:, reference.config.eos_token_id] = -torch.inf
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(tokens, expected)
+
+
+def test_the_text_part_of_gemma_3_is_taken_out_as_the_page_says(tmp_path, monkeypatch):
+    """From a model with a vision part, whose own logits of text are those of what is taken out."""
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    text = {key: value for key, value in BASE.items() if key != "pad_token_id"} | {"head_dim": 8, "sliding_window": 5}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    torch.manual_seed(0)
+    reference = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    monkeypatch.chdir(tmp_path)
+    reference.save_pretrained("models/gemma-3-4b")
+    exec(code, {"transformers": transformers})
+    tokens = tokens_of(reference.model.language_model)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    actual = our_logits(Path("models/gemma-3-4b-text"), tokens, torch.zeros(tokens.shape, dtype=torch.bool))
+    assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

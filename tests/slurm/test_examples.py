@@ -31,6 +31,7 @@ EXAMPLES = {  # ranks, GiB of a device
     "llama3-70b-64gpu": (64, 80),
     "qwen3-30b-a3b-64gpu": (64, 80),
 }
+README = FOLDER.parent / "README.md"
 CONTEXT_GIB = 4  # of CUDA, NCCL and fragmentation, which the plan does not count
 
 
@@ -68,7 +69,9 @@ def test_plan_accepts_the_example_and_it_fits_its_devices(surroundings, capsys, 
     assert float(re.search(r"model +([0-9.]+) M parameters", shown)[1]) == pytest.approx(PARAMETERS[model], abs=0.1)
     config = load_config(Config, path)
     plan = make_plan(config, *check_settings(config, ranks), ranks)
-    assert max(stage.total for stage in plan.stages) / 2**30 < device - CONTEXT_GIB, shown
+    fullest = max(stage.total for stage in plan.stages) / 2**30
+    assert fullest < device - CONTEXT_GIB, shown
+    assert re.search(rf"\(configs/{name}\.yaml\).* \| {fullest:.1f} \|$", README.read_text(), re.MULTILINE), fullest
     if config.train.dtype == "fp32":
         assert "H100" not in shown and "--peak-tflops" in shown
     else:

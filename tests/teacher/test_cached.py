@@ -21,7 +21,8 @@ from megatron_mixcpt.train.loop import train
 from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
-from tests.teacher.runs import VOCABULARY, fill
+from tests.model.families import make
+from tests.teacher.runs import VOCABULARY, fill, records
 from tests.train.runs import run_steps, settings
 
 GRIDS = {
@@ -43,17 +44,6 @@ def files(cache):
         for path in sorted(cache.rglob("*"))
         if path.is_file() and "index" not in path.parts
     }
-
-
-def records(cache):
-    """Everything kept, by name of the column, in the order of the shards."""
-    manifest = json.loads((cache / "cache.json").read_text())
-    identity = manifest["identity"]
-    dtype = cache_format.record_dtype(
-        identity["seq_length"], identity["top_k"], identity["vocab_size"], identity["bits"]
-    )
-    parts = [np.fromfile(shard.path(cache), dtype) for shard in cache_format.shards_of(identity)]
-    return np.concatenate(parts)
 
 
 def _cache_and_train(rank, world_size, jobs):
@@ -101,6 +91,22 @@ def test_every_grid_fills_the_same_cache(world, grid):
     one, other = records(folder / "cache one"), records(folder / f"cache {grid}")
     assert len(one) == 26 and np.array_equal(one["content"], other["content"])
     np.testing.assert_allclose(one["gold"], other["gold"], atol=1e-5)
+    np.testing.assert_allclose(one["logp"], other["logp"], atol=1e-5)
+
+
+def _fill_whole(rank, world_size, values):
+    fill(values)
+
+
+@pytest.mark.distributed
+def test_experts_over_ranks_fill_the_same_cache(tmp_path):
+    make("qwen3-experts", tmp_path / "model", vocab_size=VOCABULARY)
+    mix, model = write_mix(tmp_path / "data", vocab_size=VOCABULARY), {"preset": None, "hf": str(tmp_path / "model")}
+    for ranks in (1, 2):
+        values = cached(mix, tmp_path / "run", tmp_path / str(ranks), model=model, parallel={"expert": ranks})
+        run_distributed(_fill_whole, ranks, values)
+    one, other = records(tmp_path / "1"), records(tmp_path / "2")
+    assert np.array_equal(one["content"], other["content"])
     np.testing.assert_allclose(one["logp"], other["logp"], atol=1e-5)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.huggingface.families.family import Family, Names
+from megatron_mixcpt.huggingface.rotary import follows_from_contexts
 
 NAMES: dict[str, Names] = {
     "self_attention.linear_qkv.weight": ("self_attn.qkv_proj.weight",) * 3,
@@ -14,8 +15,13 @@ NAMES: dict[str, Names] = {
 
 def _write(arch: Architecture) -> dict[str, Any]:
     entries: dict[str, Any] = {"sliding_window": arch.sliding_window, "pad_token_id": None}
-    if arch.rope_scaling is not None:
-        entries["original_max_position_embeddings"] = arch.rope_scaling.original_max_position_embeddings
+    scaling = arch.rope_scaling
+    if scaling is not None:
+        entries["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        if follows_from_contexts(scaling, arch.max_position_embeddings):
+            # All that transformers 4 admits; with an attention factor of the model's own it must refuse, not ignore it.
+            factors = {"short_factor": scaling.short_factor, "long_factor": scaling.long_factor}
+            entries["rope_scaling"] = {"type": "longrope", **factors}
     return entries
 
 
