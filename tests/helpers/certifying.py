@@ -96,7 +96,7 @@ def computed(problem, faults, folder, choose=lambda fault, others: others):
 def _observe(rank, world_size, queue):
     from megatron_mixcpt.certify.subject import observe_all
     from megatron_mixcpt.runtime import parallel
-    from tests.helpers import planted_experts, planted_ranks  # noqa: F401 - which register theirs
+    from tests.helpers import planted_adapters, planted_experts, planted_ranks  # noqa: F401 - which register theirs
     from tests.helpers.planted import FAULTS
 
     for number, (fault, folder) in enumerate(queue):
