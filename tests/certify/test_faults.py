@@ -188,8 +188,6 @@ def runs(tmp_path_factory, mix):
         if name not in known:
             folder = tmp_path_factory.mktemp(name)
             sections, faults = PROBLEMS[name]
-            if "teacher" in sections and "cache" in sections["teacher"]:
-                sections = sections | {"teacher": sections["teacher"] | {"cache": str(folder / "cache")}}
             problem = posed(folder / "posed", mix[name == "preferences"], **sections)
             known[name] = computed(problem, list(faults), folder / "faults", chosen(faults))
         return known[name]

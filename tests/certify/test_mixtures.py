@@ -56,6 +56,13 @@ RIGHT = {
         "teacher": {"source": "cached", "cache": "cache"},
         "train": FROZEN,
     },
+    "deepspeed, experts over replicas": {
+        "arch": QWEN3,
+        "data": 2,
+        "parallel": {"expert": 2},
+        "teacher": {"source": "deepspeed", "hf": "teacher"},
+        "train": FROZEN,
+    },
     "adapters on all layers, tensor and sequence": {
         "arch": QWEN3,
         "parallel": {"tensor": 2, "sequence": True},
@@ -99,10 +106,7 @@ def mix(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_within_its_bounds_in_fp32_and_bf16(tmp_path, mix, name):
-    sections = dict(RIGHT[name])
-    if "cache" in sections.get("teacher", {}):
-        sections["teacher"] = sections["teacher"] | {"cache": str(tmp_path / "cache")}
-    problem = posed(tmp_path / "posed", mix, **sections)
+    problem = posed(tmp_path / "posed", mix, **RIGHT[name])
     (problem,) = computed(problem, ["nothing"], tmp_path / "ranks").values()
     for dtype in ("fp32", "bf16"):
         deviations = judged(problem, whole_run(problem, dtype))
