@@ -37,12 +37,13 @@ demo: install ## adapt a real model on this CPU and report what it learned and f
 	@$(BIN)/python -m megatron_mixcpt.demo --model $(MODEL) --out $(OUT) $(if $(ARM),--arm $(ARM))
 
 study: DOMAIN = facts
+study: STUDY = $(if $(QUICK),quick,$(DOMAIN))
 study: JOBS = 1
-study: install ## the study of docs/study.md, for hours, resumable (GENERAL=text of any kind; DOMAIN=medquad MEDQUAD=articles.jsonl; QUICK=1)
+study: install ## the study of docs/study.md, for hours, resumable (GENERAL=text of any kind; DOMAIN=medquad MEDQUAD=articles.jsonl; STUDY=budget; QUICK=1)
 	@test -n "$(GENERAL)$(QUICK)" || { echo "usage: make study GENERAL=FILE (general text, JSONL or plain), or make study QUICK=1"; exit 2; }
 	@$(BIN)/python -m pip install --quiet --editable ".[eval]"
 	@$(BIN)/python -m benchmarks.study.prepare $(DOMAIN) $(if $(GENERAL),--general $(GENERAL)) $(if $(MEDQUAD),--medquad $(MEDQUAD))
-	@$(BIN)/mixcpt study benchmarks/study/$(if $(QUICK),quick,$(DOMAIN)).yaml --jobs $(JOBS)
+	@$(BIN)/mixcpt study benchmarks/study/$(STUDY).yaml --jobs $(JOBS)
 
 test: install ## run all tests that need no GPU (WORKERS=2 ARGS='-k layouts -x')
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -1,7 +1,9 @@
-"""Finished runs of a study, kept with the project, without weights: `python -m benchmarks.study.kept DOMAIN`.
+"""Finished runs of a study, kept with the project, without weights: `python -m benchmarks.study.kept STUDY`.
 
-    benchmarks/results/study/DOMAIN/study.md, study.json, study.html
-    benchmarks/results/study/DOMAIN/runs.tar.xz     measurements, metrics and settings of every finished run
+STUDY is a file beside this one.
+
+    benchmarks/results/study/STUDY/study.md, study.json, study.html
+    benchmarks/results/study/STUDY/runs.tar.xz      measurements, metrics and settings of every finished run
 
 `make study` puts them back before it starts, and so computes nothing twice: the name of a run's folder follows from its
 settings, data and model, and where they are others nobody looks at it.
@@ -24,6 +26,7 @@ from megatron_mixcpt.study.cells import Cells
 from megatron_mixcpt.study.config import Study
 from megatron_mixcpt.study.progress import standing
 
+STUDIES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 PAGES = ("study.md", "study.json", "study.html")
 ARCHIVE = "runs.tar.xz"
@@ -68,14 +71,14 @@ def put_back(results: Path, out: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("domain", choices=("facts", "medquad"))
+    parser.add_argument("study", choices=STUDIES)
     args = parser.parse_args(argv)
     try:
-        count = keep(Path(__file__).with_name(f"{args.domain}.yaml"), RESULTS / args.domain)
+        count = keep(STUDIES[args.study], RESULTS / args.study)
     except MixcptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{count} finished runs: {RESULTS / args.domain}")
+    print(f"{count} finished runs: {RESULTS / args.study}")
     return 0
 
 

@@ -9,7 +9,8 @@
     RUNS/DOMAIN/questions.jsonl       of the invented facts
 
 DOMAIN is `facts`, people who exist nowhere (the demo's), or `medquad`, articles of a JSONL file (its key `text`).
-Finished runs of the project's own (kept.py) go into RUNS/DOMAIN/study. Run again, it makes what is missing or changed.
+Finished runs of the project's own studies of DOMAIN (kept.py) go where those go on. Run again, it makes what is missing
+or changed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.study.kept import RESULTS, put_back
+from benchmarks.study.kept import RESULTS, STUDIES, put_back
 from megatron_mixcpt.demo import general
 from megatron_mixcpt.demo.base_model import save_smollm2
 from megatron_mixcpt.demo.configs import recall_yaml
@@ -176,8 +177,10 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
         "run_dir": str(folder / "run"),
     }
     (folder / "train.yaml").write_text(yaml.safe_dump(train, sort_keys=False))
-    if put_back(RESULTS / domain, folder / "study"):
-        print(f"finished runs that are kept with the project: {folder / 'study'}")
+    for name, path in STUDIES.items():
+        study = yaml.safe_load(path.read_text())
+        if Path(study["base"]).parent.name == domain and put_back(RESULTS / name, folder / Path(study["out"]).name):
+            print(f"finished runs that are kept with the project: {folder / Path(study['out']).name}")
 
 
 def source(name: str, kind: str, texts: Path, weight: float | None) -> dict[str, Any]:

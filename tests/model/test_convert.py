@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.runtime.parallel import parallel_context
+from tests.helpers.exporting import export_model
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, assert_same_bits, make, make_tokenizer, read_all
 from tests.model.grid import TIED, TINY
@@ -76,35 +77,22 @@ def test_a_converted_checkpoint_loads_into_any_layout(tmp_path):
     assert run_distributed(load_wholes, 2, cases) == [[True] * len(cases)] * 2
 
 
-def save_random(rank, world_size, parent, archs, tensor, pipeline):
+def export_random(rank, world_size, archs, folder, tensor, pipeline):
     with parallel_context(tensor=tensor, pipeline=pipeline):
-        from megatron_mixcpt.checkpoint import save_checkpoint
         from megatron_mixcpt.model.build import build_gpt
 
         for number, arch in enumerate(archs):
-            save_checkpoint(parent, number + 1, build_gpt(arch))
+            export_model(build_gpt(arch), folder / str(number))
 
 
 @pytest.mark.distributed
 def test_a_checkpoint_of_any_layout_exports_the_same(tmp_path):
     """Random weights are the same on every grid, so one process's export tells what four processes' must be."""
-    with parallel_context():
-        from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import save_hf
-
-        archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]
-        for number, arch in enumerate(archs):
-            save_hf(build_gpt(arch), arch, tmp_path / f"expected{number + 1}")
-    parent = tmp_path / "run/checkpoints"
-    run_distributed(save_random, 4, parent, archs, 2, 2)
-    (tmp_path / "run/config.yaml").write_text(
-        "model: {preset: tiny}\ndata: {mix: gone.json}\nloss: {target: none}\n"
-        "train: {steps: 2, global_batch_size: 1, lr: 1.0, schedule: constant, dtype: fp32, seed: 0}\nrun_dir: unused\n"
-    )
-    for number in (1, 2):
-        checkpoint = parent / f"step_{number:08d}"
-        assert main(["export", str(checkpoint), "--out", str(tmp_path / f"out{number}")]) == 0
-        assert_same_bits(tmp_path / f"expected{number}", tmp_path / f"out{number}")
+    archs = [dataclasses.replace(TIED, qk_norm=False, model_type="qwen2"), TINY]
+    export_random(0, 1, archs, tmp_path / "one", 1, 1)
+    run_distributed(export_random, 4, archs, tmp_path / "four", 2, 2)
+    for number in range(len(archs)):
+        assert_same_bits(tmp_path / f"one/{number}", tmp_path / f"four/{number}")
 
 
 def test_metadata_is_carried_over(source, tmp_path):

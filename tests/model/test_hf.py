@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.parallel import parallel_context
+from tests.helpers.exporting import export_model
 from tests.helpers.spawn import run_distributed
 from tests.model.families import FAMILIES, OLDER, absent, assert_same_bits, make
 
@@ -20,31 +20,16 @@ def round_trip(source, out, tensor, pipeline, dtype, expert=1):
     with parallel_context(tensor=tensor, pipeline=pipeline, expert=expert):
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import load_hf, save_hf
+        from megatron_mixcpt.model.load import load_hf
 
-        arch = architecture_from_hf(source)
-        model = build_gpt(arch, params_dtype=dtype, seed=None)
+        model = build_gpt(architecture_from_hf(source), params_dtype=dtype, seed=None)
         load_hf(model, source)
-        save_hf(model, arch, out, source_dir=source)
+        export_model(model, out, source)
 
 
 def round_trips(rank, world_size, jobs):
     for job in jobs:
         round_trip(*job)
-
-
-def export_to_a_full_directory(rank, world_size, source, out):
-    try:
-        round_trip(source, out, world_size, 1, torch.float32)
-    except ConfigError as error:
-        return str(error)
-
-
-@pytest.mark.distributed
-def test_every_rank_learns_that_the_output_is_refused(models, tmp_path):
-    (tmp_path / "mine").write_text("keep")
-    messages = run_distributed(export_to_a_full_directory, 2, models["qwen2"][0], tmp_path)
-    assert all("not empty" in message for message in messages)
 
 
 class Made(dict):
@@ -129,12 +114,11 @@ def test_sixteen_bit_weights_survive(tmp_path, dtype):
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import load_hf, save_hf
+        from megatron_mixcpt.model.load import load_hf
 
-        arch = architecture_from_hf(tmp_path / "in")
-        model = build_gpt(arch, params_dtype=dtype, seed=None)
+        model = build_gpt(architecture_from_hf(tmp_path / "in"), params_dtype=dtype, seed=None)
         load_hf(model, tmp_path / "in")
-        save_hf(model, arch, tmp_path / "out", dtype=torch.bfloat16, source_dir=tmp_path / "in")
+        export_model(model, tmp_path / "out", tmp_path / "in", "bf16")
     assert_same_bits(tmp_path / "in", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -214,12 +198,12 @@ def test_a_model_from_no_directory_exports(models, name, tmp_path):
     with parallel_context():
         from megatron_mixcpt.huggingface.config import architecture_from_hf
         from megatron_mixcpt.model.build import build_gpt
-        from megatron_mixcpt.model.load import load_hf, save_hf
+        from megatron_mixcpt.model.load import load_hf
 
         arch = architecture_from_hf(source)
         model = build_gpt(arch, seed=None)
         load_hf(model, source)
-        save_hf(model, arch, tmp_path / "out")
+        export_model(model, tmp_path / "out")
         assert architecture_from_hf(tmp_path / "out") == arch
     tokens = tokens_of(reference)
     with torch.no_grad():
