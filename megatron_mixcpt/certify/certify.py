@@ -43,10 +43,10 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
     data_size = data_parallel_size(config, nproc)
     ranks = config.parallel.replica * data_size
     arch, mix = check_settings(config, nproc or ranks)
-    refuse_what_cannot_be_certified(config, arch)
+    refuse_what_cannot_be_certified(config)
     layout = config.parallel
     small = small_architecture(arch, layout.tensor, small_parts(config), SEQ_LENGTH)
-    grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))
+    grid = fitting_grid(config, arch, data_size, small, dataclasses.replace(mix, seq_length=SEQ_LENGTH))
     expert = expert_ranks(config, grid)
     chosen = _device(device, grid.world_size)
     print(

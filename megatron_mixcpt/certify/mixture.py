@@ -1,4 +1,5 @@
-"""What the oracle knows of mixtures of experts: how transformers holds them, what their routers say, their losses.
+"""What the oracle knows of mixtures of experts: how transformers holds them, adapters on them, what their routers say,
+their losses.
 
 Shapes: t tokens, e experts, k experts of a token.
 """
@@ -47,6 +48,22 @@ def parameters_of(weights: Mapping[str, Tensor], names: Collection[str]) -> dict
             layer = name.removesuffix("gate_proj")
             known[f"{layer}gate_up_proj"] = torch.cat([gate, stacked[f"{layer}up_proj"]], 1)
     return {name: known[name] for name in names}
+
+
+def is_expert(layer: str) -> bool:
+    """Whether a layer, by its name in files, is one expert's."""
+    return _EXPERT.fullmatch(f"{layer}.weight") is not None
+
+
+def adapted_experts(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """`weights`, and of each expert's layer that has an adapter W + `scale` B A; names as in files."""
+    adapted = dict(weights)
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if is_expert(layer) and f"{layer}.lora_A.weight" in adapter:
+            down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
+            adapted[name] = weight + scale * (up @ down)
+    return adapted
 
 
 class Routers:

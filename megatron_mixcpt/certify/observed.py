@@ -118,11 +118,14 @@ class _Assembly:
         for linear in adapted_linears(self._arch, self._config.adapter):
             tensors = {}
             for name, (_, axis) in linear.tensors().items():
-                parts = shards[linear.key(name)]
-                pieces = [parts[at] for at in sorted(parts)]
-                if axis is None:
-                    _compare_copies(f"{what[:-1]} of {linear.key(name)}", pieces, copies)
-                tensors[linear.key(name)] = pieces[0] if axis is None else torch.cat(pieces, axis)
+                key, of_each = linear.key(name), []
+                parts = shards[key]
+                for expert in sorted({expert for expert, _ in parts}):
+                    pieces = [parts[at] for at in sorted(parts) if at[0] == expert]
+                    if axis is None:
+                        _compare_copies(f"{what[:-1]} of {key}", pieces, copies)
+                    of_each.append(pieces[0] if axis is None else torch.cat(pieces, axis))
+                tensors[key] = torch.cat(of_each)
             whole |= to_hf(linear, tensors)
         return whole
 

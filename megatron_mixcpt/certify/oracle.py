@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_mixcpt.certify.documents import Document
 from megatron_mixcpt.certify.formulas import cross_entropy, distillation_target, divergence, preference
-from megatron_mixcpt.certify.mixture import Routers, parameters_of
+from megatron_mixcpt.certify.mixture import Routers, adapted_experts, is_expert, parameters_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 
@@ -69,7 +69,7 @@ class Oracle:
         if adapter is not None:
             self._adapter_start = {name: tensor.to(dtype) for name, tensor in read_adapter(adapter).items()}
             for name, module in self._model.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and not is_expert(name):
                     module.register_forward_hook(self._beside(name))
 
     def step(
@@ -122,6 +122,8 @@ class Oracle:
     def _weights(self, weights: Mapping[str, Tensor], adapter: dict[str, Tensor] | None) -> Iterator[None]:
         """The model with these weights, named as in files, as long as the context is open."""
         parameters = dict(self._model.named_parameters())
+        if adapter is not None:
+            weights = adapted_experts(weights, adapter, self._scale)
         weights = parameters_of(weights, parameters)
         owners = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in parameters}
         tied = self._model.get_output_embeddings() if self._model.config.tie_word_embeddings else None
@@ -239,6 +241,11 @@ class Oracle:
         follow = document.targets.nonzero().squeeze(1)
         return -cross_entropy(logits[follow - 1], document.tokens[follow]).sum()
 
+    @property
+    def _scale(self) -> float:
+        assert self.config.adapter is not None
+        return self.config.adapter.alpha / self.config.adapter.rank
+
     def _beside(self, name: str) -> Callable[..., Tensor]:
         """What an adapter adds to the layer `name`: LoRA's alpha / r B A x; ALoRA's attention before B."""
 
@@ -254,7 +261,7 @@ class Oracle:
             else:
                 z, up = inputs[0] @ part["alora_A"].T, part["alora_B"]
                 a = self._attended(z, part, config.num_heads) + (z if config.residual else 0.0)
-            return output + (config.alpha / config.rank) * (a @ up.T)
+            return output + self._scale * (a @ up.T)
 
         return hook
 

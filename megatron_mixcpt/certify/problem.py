@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_mixcpt.adapters.layout import linear_layers
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import named_generator
 from megatron_mixcpt.certify.routes import Weight, clearly_routed, router_names
@@ -80,7 +81,7 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     layout = config.parallel
     step = 4 * layout.context * layout.tensor  # rows cut into parts, of several pieces each
     seq_length = math.ceil(SEQ_LENGTH / step) * step
-    values = small_run(config, data_size, grid, folder / START, folder / "data" / "mix.json", folder / "run")
+    values = small_run(config, arch, data_size, grid, folder / START, folder / "data" / "mix.json", folder / "run")
     rows = 2 * STEPS * values["train"]["global_batch_size"]
     sources = _of_kind(mix, config)
     sample = write_sample(sources, arch, layout.tensor, seq_length, rows, folder / "data")
@@ -168,8 +169,7 @@ def write_adapter(folder: Path, arch: Architecture, config: AdapterConfig, seed:
     """An adapter that adds something everywhere, in the format that `adapter.init` names."""
     folder.mkdir()
     shapes = hf_shapes(arch)
-    targets = [name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")]
-    targets = [name for name in targets if any(_matches(name, pattern) for pattern in config.targets)]
+    targets = [name for name in linear_layers(arch) if any(_matches(name, pattern) for pattern in config.targets)]
     tensors = {}
     for target in targets:
         rows, width = shapes[f"{target}.weight"]

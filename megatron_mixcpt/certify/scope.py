@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_mixcpt.adapters.layout import adapted_linears
-from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
 
@@ -11,21 +9,13 @@ PRESSED = (2.0, 0.5)
 """Factors on distillation weight and learning rate that a forgetting budget is made to set after the first step."""
 
 
-def refuse_what_cannot_be_certified(config: Config, arch: Architecture) -> None:
+def refuse_what_cannot_be_certified(config: Config) -> None:
     """Raise ConfigError for settings whose result no oracle can foretell, naming what to switch off."""
     if config.adapter is not None and config.adapter.dropout > 0.0:
         raise ConfigError(
             f"adapter.dropout {config.adapter.dropout:g}: an oracle that shares no code drops other inputs: certify "
             "with adapter.dropout=0, which tries everything else of the run"
         )
-    if config.adapter is not None:
-        targets = (target for linear in adapted_linears(arch, config.adapter) for target in linear.targets)
-        on_experts = next((target for target in targets if ".experts." in target), None)
-        if on_experts is not None:
-            raise ConfigError(
-                f"adapter.targets: certify: the oracle has no adapters on experts ({on_experts}) yet: certify with "
-                "adapter.targets=[q_proj,k_proj,v_proj,o_proj], which tries everything else of the run"
-            )
 
 
 def left_out(config: Config) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.slurm.jobs import certify_job, command_jobs, study_job
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
-    from megatron_mixcpt.train.setup import check, read_model_and_mix
+    from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
     kind = describes(args.config)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if args.certify:
             from megatron_mixcpt.certify.scope import refuse_what_cannot_be_certified
 
-            refuse_what_cannot_be_certified(config, read_model_and_mix(config)[0])
+            refuse_what_cannot_be_certified(config)
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size)
     if args.dry_run:

@@ -28,13 +28,15 @@ def data_parallel_size(config: Config, nproc: int | None) -> int:
     return more if train.global_batch_size % (more * train.micro_batch_size) == 0 else fewest
 
 
-def fitting_grid(config: Config, data_size: int, small: Architecture, mix: Mix) -> Grid:
-    """The grid of the small run `small` on `mix`. Raises ConfigError where one replica does not fit this machine."""
+def fitting_grid(config: Config, arch: Architecture, data_size: int, small: Architecture, mix: Mix) -> Grid:
+    """The grid of the run of `small`, in place of `arch`, on `mix`. Raises ConfigError where one replica does not fit
+    this machine."""
     tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
     free, gib = psutil.virtual_memory().available / 2**30, 0.0
     for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
         grid = Grid(tensor, pipeline, data, context)
-        run = validate(Config, small_run(config, data_size, grid, Path("model"), mix.path, Path("run")), "rehearsal")
+        values = small_run(config, arch, data_size, grid, Path("model"), mix.path, Path("run"))
+        run = validate(Config, values, "rehearsal")
         stages = make_plan(run, small, mix, grid.world_size, gpu=False).stages
         gib = LIBRARIES_GIB + max(stage.total + stage.snapshot for stage in stages) / 2**30
         if grid.world_size * gib <= free:

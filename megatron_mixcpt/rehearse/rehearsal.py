@@ -39,7 +39,7 @@ def rehearse(config: Config, nproc: int | None) -> int:
     seq_length = min(mix.seq_length, SEQ_LENGTH)
     parts = config.parallel.pipeline * config.parallel.interleave
     small = small_architecture(arch, config.parallel.tensor, parts, seq_length)
-    grid = fitting_grid(config, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
+    grid = fitting_grid(config, arch, data_size, small, dataclasses.replace(mix, seq_length=seq_length))
     for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
         print(line, flush=True)
 
@@ -47,7 +47,7 @@ def rehearse(config: Config, nproc: int | None) -> int:
         folder = Path(name)
         write_random_model(small, folder / "model", DTYPES[config.train.dtype], config.train.seed)
         excerpt = write_excerpt(mix, folder / "data", seq_length)
-        values = small_run(config, data_size, grid, folder / "model", excerpt, folder / "run")
+        values = small_run(config, arch, data_size, grid, folder / "model", excerpt, folder / "run")
         path = folder / "rehearsal.yaml"
         path.write_text(yaml.safe_dump(values))
         rows: list[str] = []

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.config import Config
+from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
@@ -94,10 +96,13 @@ def write_model(
             writer.write(name, weight(name, shape).to(dtype))
 
 
-def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path, run_dir: Path) -> dict[str, Any]:
+def small_run(
+    config: Config, arch: Architecture, data_size: int, grid: Grid, model: Path, mix: Path, run_dir: Path
+) -> dict[str, Any]:
     """Values of a configuration of STEPS steps with the settings of `config`, as far as they do not name sizes.
 
     Args:
+        arch: of the real model.
         data_size: data-parallel size of the real run, which decides its number of micro-batches.
     """
     train = config.train
@@ -124,11 +129,16 @@ def small_run(config: Config, data_size: int, grid: Grid, model: Path, mix: Path
     if config.forget is not None:
         values["forget"] |= {"every": STEPS // 2}
     if config.adapter is not None:
-        values["adapter"] |= {
-            "init": None,
-            "targets": [t for t in config.adapter.targets if "." not in t] or ["*_proj"],
-        }
+        values["adapter"] |= {"init": None, "targets": _small_targets(config.adapter, arch)}
     return values
+
+
+def _small_targets(config: AdapterConfig, arch: Architecture) -> list[str]:
+    """Patterns for a model of few layers and experts; where numbers of them are named, of the same kinds of layers."""
+    if all("." not in pattern for pattern in config.targets):
+        return list(config.targets)
+    targets = (target for linear in adapted_linears(arch, config) for target in linear.targets)
+    return sorted({re.sub(r"\.\d+\.", ".*.", target) for target in targets})
 
 
 def expert_ranks(config: Config, grid: Grid) -> int:

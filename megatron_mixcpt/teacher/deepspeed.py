@@ -28,6 +28,8 @@ from megatron_mixcpt.kernels.collectives import all_gather
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher.interface import DenseTarget
 
+SHARED_MEMORY = "deepspeed_shm_comm"  # as DeepSpeed calls it
+
 
 def check_hf_teacher(config: TeacherConfig, mix: Mix) -> None:
     """Raise ConfigError or VerificationError unless `config.hf` is a model with the tokenizer of the data."""
@@ -132,6 +134,8 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     from megatron_mixcpt.teacher.hf_parts import ATTENTION
 
     logger.setLevel("ERROR")
+    # On CPUs it would compile collectives of its own, for minutes at the first start; gloo's do.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     os.environ.setdefault("LOCAL_RANK", str(state.local_rank))  # deepspeed asks for it, one process or many
     if not deepspeed.comm.is_initialized():
         backend = "nccl" if state.device.type == "cuda" else "gloo"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import yaml
@@ -16,9 +15,7 @@ from megatron_mixcpt.certify.sample import small_vocabulary
 from megatron_mixcpt.certify.trial import judged
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.certificate import FILE_NAME, read_certificate
-from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
 from megatron_mixcpt.errors import MixcptError
-from megatron_mixcpt.huggingface.config import config_dict
 from tests.helpers.certifying import computed, posed, with_fault
 from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
@@ -106,26 +103,10 @@ def mix(tmp_path_factory):
     return path
 
 
-def with_teacher(mix, folder):
-    """A copy of the mixture in `folder`, and beside it `teacher`, a model with its tokenizer; returns both."""
-    shutil.copytree(mix.parent, folder)
-    for name in ("tokenizer", "teacher"):
-        save_tiny_tokenizer(["the heron waits"], folder / name)
-    (folder / "teacher" / "config.json").write_text(json.dumps(config_dict(QWEN2)))
-    return folder / mix.name, folder / "teacher"
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_is_within_its_bounds_in_fp32_and_bf16(tmp_path, mix, name):
-    sections = dict(RIGHT[name])
-    teacher = sections.get("teacher", {})
-    if "hf" in teacher:
-        mix, folder = with_teacher(mix, tmp_path / "data")
-        sections["teacher"] = teacher | {"hf": str(folder)}
-    elif "cache" in teacher:
-        sections["teacher"] = teacher | {"cache": str(tmp_path / "cache")}
-    problem = posed(tmp_path / "posed", mix, **sections)
+    problem = posed(tmp_path / "posed", mix, **RIGHT[name])
     (problem,) = computed(problem, ["nothing"], tmp_path / "ranks").values()
     for dtype in ("fp32", "bf16"):
         deviations = judged(problem, whole_run(problem, dtype))

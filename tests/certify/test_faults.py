@@ -19,6 +19,7 @@ TIED = dataclasses.replace(
     tie_word_embeddings=True,
     rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64),
 )
+ON_EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 ROUTED = {"router": "trained", "router_balance": 0.1, "router_z": 0.01}
 SMALL = {"train": {"micro_batch_size": 1, "global_batch_size": 4}}
 BF16 = {"train": {**SMALL["train"], "dtype": "bf16"}}
@@ -136,6 +137,35 @@ PROBLEMS = {
             "gradients of what experts take are not summed over the tensor ranks": "with parallel.sequence",
         },
     ),
+    "adapters on experts in parts": (
+        {
+            "arch": EXPERTS,
+            "parallel": {"tensor": 2, "sequence": True},
+            "adapter": {"method": "lora", "rank": 4, "targets": ON_EXPERTS},
+            "loss": {"target": "none"},
+            "train": {"micro_batch_size": 1, "global_batch_size": 2},
+        },
+        {
+            "the scale of an expert s adapter grows with the tensor ranks": "with parallel.tensor and adapter",
+            "gradients of whole matrices beside an expert s part are not summed": "with parallel.tensor and adapter",
+            "an expert takes the adapter of the one after it": "with adapter",
+        },
+    ),
+    "adapters on experts over ranks": (
+        {
+            "arch": EXPERTS,
+            "data": 2,
+            "parallel": {"expert": 2},
+            "adapter": {"method": "lora", "rank": 4, "targets": ON_EXPERTS},
+            "teacher": {"source": "adapter_off"},
+            "train": {"micro_batch_size": 1, "global_batch_size": 2},
+        },
+        {
+            "the adapters of two ranks experts are exchanged": "with parallel.expert and adapter",
+            "gradients of adapters are summed over ranks that have other experts": "with parallel.expert and adapter",
+            "the adapters of experts stay on in the teacher": "with adapter and the teacher",
+        },
+    ),
 }
 PLANTED = [(problem, fault) for problem, (_, faults) in PROBLEMS.items() for fault in faults]
 
@@ -158,8 +188,6 @@ def runs(tmp_path_factory, mix):
         if name not in known:
             folder = tmp_path_factory.mktemp(name)
             sections, faults = PROBLEMS[name]
-            if "teacher" in sections and "cache" in sections["teacher"]:
-                sections = sections | {"teacher": sections["teacher"] | {"cache": str(folder / "cache")}}
             problem = posed(folder / "posed", mix[name == "preferences"], **sections)
             known[name] = computed(problem, list(faults), folder / "faults", chosen(faults))
         return known[name]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from megatron_mixcpt.certify.problem import START, STUDENT, pose
 from megatron_mixcpt.certify.trial import compute
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import open_mix
+from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
+from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.rehearse.scale import write_random_model
 from megatron_mixcpt.rehearse.size import Grid
 from megatron_mixcpt.train.setup import check_settings
@@ -44,10 +48,19 @@ EXPERTS = dataclasses.replace(
 
 
 def posed(folder, mix, arch=None, data=1, **sections):
-    """The problem of a small configuration; `arch`: of the real model, else the tiny preset."""
+    """The problem of a small configuration; `arch`: of the real model, else the tiny preset. A teacher's cache and its
+    model are made in `folder`, whatever they are called."""
     folder.mkdir(parents=True)
+    teacher = sections.get("teacher", {})
+    if "cache" in teacher:
+        sections["teacher"] = teacher | {"cache": str(folder / "cache")}
+    elif "hf" in teacher:
+        mix = _with_teacher(mix, folder / "data", arch or ARCH)
+        sections["teacher"] = teacher | {"hf": str(folder / "data" / "teacher")}
     if arch is not None:
         write_random_model(arch, folder / "model", torch.float32, seed=0)
+        if "hf" in teacher:
+            save_tiny_tokenizer(["the heron waits"], folder / "model")
         sections |= {"model": {"hf": str(folder / "model"), "preset": None}}
     values = settings(mix, folder / "run", **sections)
     config = validate(Config, values, "test")
@@ -56,6 +69,15 @@ def posed(folder, mix, arch=None, data=1, **sections):
     real, _ = check_settings(config, config.parallel.replica * data)
     grid = Grid(config.parallel.tensor, config.parallel.pipeline, data, config.parallel.context)
     return pose(config, real, open_mix(config.data.mix), grid, data, folder / "problem")
+
+
+def _with_teacher(mix, folder, arch):
+    """A copy of the mixture in `folder`, and beside it `teacher`, a model with its tokenizer; returns the copy."""
+    shutil.copytree(mix.parent, folder)
+    for name in ("tokenizer", "teacher"):
+        save_tiny_tokenizer(["the heron waits"], folder / name)
+    (folder / "teacher" / "config.json").write_text(json.dumps(config_dict(arch)))
+    return folder / mix.name
 
 
 def beside(problem, folder):
@@ -96,7 +118,7 @@ def computed(problem, faults, folder, choose=lambda fault, others: others):
 def _observe(rank, world_size, queue):
     from megatron_mixcpt.certify.subject import observe_all
     from megatron_mixcpt.runtime import parallel
-    from tests.helpers import planted_experts, planted_ranks  # noqa: F401 - which register theirs
+    from tests.helpers import planted_adapters, planted_experts, planted_ranks  # noqa: F401 - which register theirs
     from tests.helpers.planted import FAULTS
 
     for number, (fault, folder) in enumerate(queue):

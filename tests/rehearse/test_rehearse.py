@@ -1,13 +1,15 @@
 """A rehearsal runs the real grid in small, and fails where the run would."""
 
+import dataclasses
 import json
 
 import pytest
 import yaml
 
+from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.config import AdapterConfig, Config, validate
 from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
@@ -22,6 +24,8 @@ from tests.helpers.corpus import edit_mix, write_mix
 from tests.model.families import FAMILIES, make
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
+
+LLAMA_70B = Architecture(80, 8192, 28672, 64, 8, 128, 1024)  # but for its vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +149,8 @@ def grid_of_32(mix, nproc):
     """What fitting_grid is asked for 70B over tensor 8 x pipeline 4, but for a small vocabulary."""
     train = {"global_batch_size": 64}
     values = settings(mix, "run", parallel={"tensor": 8, "pipeline": 4}, train={"steps": 9, **train})
-    small = small_architecture(Architecture(80, 8192, 28672, 64, 8, 128, 1024), 8, 4, 48)
-    return validate(Config, values, "test"), nproc // 32, small, read_mix(mix)
+    small = small_architecture(LLAMA_70B, 8, 4, 48)
+    return validate(Config, values, "test"), LLAMA_70B, nproc // 32, small, read_mix(mix)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_settings_that_name_no_size_are_kept(tmp_path, mix):
         parallel={"pipeline": 4},
     )
     config = validate(Config, values, "test")
-    small = validate(Config, small_run(config, 8, Grid(1, 4, 2), tmp_path, mix, tmp_path / "run"), "small")
+    small = validate(Config, small_run(config, LLAMA_70B, 8, Grid(1, 4, 2), tmp_path, mix, tmp_path / "run"), "small")
     assert (small.train.steps, small.train.micro_batch_size, small.train.global_batch_size) == (4, 2, 2 * 2 * 8)
     assert small.train.schedule == "wsd" and small.train.lr == 3e-4 and small.loss == config.loss
     assert small.teacher.source == "initial"
@@ -191,8 +195,35 @@ def test_experts_are_spread_over_as_many_ranks_as_there_are(tmp_path, mix, exper
     values = settings(mix, "run", parallel=parallel, train={"micro_batch_size": 1, "global_batch_size": 64})
     config = validate(Config, values, "test")
     assert grid.data_parallel_size(config, nproc) == data
-    small = validate(Config, small_run(config, data, Grid(1, 1, 2, context), tmp_path, mix, tmp_path / "run"), "small")
+    small = validate(
+        Config, small_run(config, LLAMA_70B, data, Grid(1, 1, 2, context), tmp_path, mix, tmp_path), "small"
+    )
     assert small.parallel.expert == few
+
+
+@pytest.mark.parametrize(
+    ("targets", "small"),
+    [
+        (["q_proj", "w*"], ["q_proj", "w*"]),
+        (
+            ["model.layers.1?.*.o_proj", "k_proj"],
+            ["model.layers.*.self_attn.k_proj", "model.layers.*.self_attn.o_proj"],
+        ),
+        (
+            ["model.layers.30.block_sparse_moe.experts.*"],
+            [f"model.layers.*.block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3)],
+        ),
+    ],
+)
+def test_adapters_stay_on_the_same_kinds_of_layers(tmp_path, mix, targets, small):
+    """Of a model of 32 layers, where the small one has two."""
+    arch = Architecture(32, 128, 352, 4, 4, 32, 1024, model_type="mixtral", num_experts=8, experts_per_token=2)
+    arch = dataclasses.replace(arch, expert_ffn_size=352, normalize_routing=True)
+    values = settings(mix, "run", adapter={"method": "lora", "rank": 4, "targets": targets})
+    run = small_run(validate(Config, values, "test"), arch, 1, Grid(1, 1, 1), tmp_path, mix, tmp_path)
+    assert run["adapter"]["targets"] == small
+    adapter = AdapterConfig.model_validate(run["adapter"])
+    assert adapted_linears(small_architecture(arch, 1, 1, 48), adapter)
 
 
 def test_what_the_run_itself_refuses_is_refused(tmp_path, mix, capsys):
