@@ -59,8 +59,9 @@ test-gpu: install ## run the tests that need a GPU
 
 # DeepSpeed, which few runs use, is built from source and left out.
 FLOORS = .venv-floors
-test-floors: ## some tests with the oldest libraries that setup.py admits, in .venv-floors (torch with CUDA: five gigabytes)
-	@$(PYTHON) -m venv $(FLOORS) && $(PYTHON) -m tests.helpers.floors | grep -v deepspeed > $(FLOORS)/floors.txt
+test-floors: ## some tests with the oldest libraries that setup.py admits, in .venv-floors (torch with CUDA: five gigabytes; FLOOR_TORCH=torch==2.13.0 takes another)
+	@$(PYTHON) -m venv $(FLOORS)
+	@$(PYTHON) -m tests.helpers.floors | grep -v deepspeed | sed 's/^torch==.*/$(or $(FLOOR_TORCH),&)/' > $(FLOORS)/floors.txt
 	@$(FLOORS)/bin/python -m pip install --quiet -r $(FLOORS)/floors.txt hypothesis pytest pytest-timeout peft==0.17
 	@PYTHONPATH=. $(FLOORS)/bin/python -m pytest tests/test_examples.py tests/test_quick_import.py tests/checkpoint/test_store.py \
 	  tests/data tests/data_prep/test_pipeline.py tests/objectives tests/model/test_hf.py \
