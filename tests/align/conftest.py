@@ -18,9 +18,19 @@ SEQ_LENGTH = 64
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A small random Llama with that tokenizer, made by transformers."""
+    return _model("llama-untied", tmp_path_factory, tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def experts_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A mixture of experts like it."""
+    return _model("qwen3-experts", tmp_path_factory, tokenizer_dir)
+
+
+def _model(family, tmp_path_factory, tokenizer_dir):
     folder = tmp_path_factory.mktemp("model") / "hf"
     shutil.copytree(tokenizer_dir, folder)
-    make("llama-untied", folder, vocab_size=600, initializer_range=0.1, num_hidden_layers=4)
+    make(family, folder, vocab_size=600, initializer_range=0.1, num_hidden_layers=4)
     return folder
 
 

@@ -1,5 +1,6 @@
 """`mixcpt select`: scores are those of transformers on every process grid, and what comes out can be trained on."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ LAYOUTS = {
     "PP2xV2": (2, {"pipeline": 2, "interleave": 2}),
     "DP2": (2, {}),
     "CP2": (2, {"context": 2}),
+    "EP2": (2, {"expert": 2}),
 }
 
 
@@ -44,12 +46,18 @@ def table_of(out):
 
 
 @pytest.fixture(scope="module")
-def outs(tmp_path_factory, stage1, model_dir) -> Path:
+def models(model_dir, experts_dir):
+    """{layout: the model that it scores under}"""
+    return {name: experts_dir if name.startswith("EP") else model_dir for name in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory, stage1, models) -> Path:
     """Folder of one selection a layout."""
     folder = tmp_path_factory.mktemp("select")
     for world_size in (1, 2):
         runs = [
-            (free_port(), select_values(stage1, {"hf": str(model_dir)}, folder / name, parallel))
+            (free_port(), select_values(stage1, {"hf": str(models[name])}, folder / name, parallel))
             for name, (size, parallel) in LAYOUTS.items()
             if size == world_size
         ]
@@ -58,11 +66,17 @@ def outs(tmp_path_factory, stage1, model_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(outs, model_dir):
-    """`{(source, line): (NLL of the answer, after the template, of the rejected answer)}`, by transformers alone."""
+def oracle(outs):
+    """`{(source, line): (NLL of the answer, after the template, of the rejected answer)}` of a model."""
+    return functools.cache(lambda model_dir: scores_of_transformers(model_dir, outs / "one"))
+
+
+def scores_of_transformers(model_dir, out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    if hasattr(model, "set_experts_implementation"):  # transformers 5: one product an expert, which fp64 has
+        model.set_experts_implementation("eager")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
     def nll(prompt, answer):
@@ -73,7 +87,7 @@ def oracle(outs, model_dir):
         return -np.mean([logp[len(given) + i - 1, token].item() for i, token in enumerate(said)])
 
     found = {}
-    for record in map(json.loads, (outs / "one" / "candidates" / "records.jsonl").read_text().splitlines()):
+    for record in map(json.loads, (out / "candidates" / "records.jsonl").read_text().splitlines()):
         fields = record["record"]
         prompt = fields["instruction"] if record["kind"] == "instruction" else fields["prompt"]
         answer = fields["response"] if record["kind"] == "instruction" else fields["chosen"]
@@ -86,11 +100,11 @@ def oracle(outs, model_dir):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_are_those_of_transformers(outs, oracle, layout):
-    table = table_of(outs / layout)
-    assert len(table["source"]) == len(oracle) > 80
+def test_scores_are_those_of_transformers(outs, oracle, models, layout):
+    table, expected = table_of(outs / layout), oracle(models[layout])
+    assert len(table["source"]) == len(expected) > 80
     for row, key in enumerate(zip(table["source"], table["line"])):
-        plain, chat, rejected = oracle[key]
+        plain, chat, rejected = expected[key]
         assert table["nll_plain"][row] == pytest.approx(plain, abs=1e-5)
         assert table["nll_chat"][row] == pytest.approx(chat, abs=1e-5)
         assert table["fas"][row] == pytest.approx(chat / plain, rel=1e-5)
