@@ -3,8 +3,11 @@
 import torch
 
 from megatron_mixcpt.config import AdapterConfig
+from megatron_mixcpt.huggingface.config import architecture_from_hf
+from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.model.grid import cross_entropy
 
+TOKENS = torch.randint(3, 301, (2, 13), generator=torch.Generator().manual_seed(5))
 METHODS = {
     "lora": AdapterConfig(method="lora", rank=6, alpha=9.0),
     "alora": AdapterConfig(method="alora", rank=8, alpha=12.0, heads=2),
@@ -37,6 +40,20 @@ def fill(model, tensors):
     for adapter in model.adapters():
         for name in adapter.layout.tensors():
             adapter.fill(name, tensors[adapter.layout.key(name)])
+
+
+def our_logits(hf_dir, adapter, tensors, tokens=TOKENS):
+    with parallel_context():
+        from megatron_mixcpt.attention.documents import Documents
+        from megatron_mixcpt.model.build import build_gpt
+        from megatron_mixcpt.model.load import load_hf
+
+        model = build_gpt(architecture_from_hf(hf_dir), seed=None, adapter=adapter)
+        load_hf(model, hf_dir)
+        fill(model, tensors)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()
+        with torch.no_grad():
+            return model(tokens, positions, Documents.whole(*tokens.shape))[..., : model.arch.vocab_size]
 
 
 def build(arch, adapter=None, tensors=None, **options):
