@@ -16,7 +16,7 @@ from typing import Any
 from megatron_mixcpt import __version__
 from megatron_mixcpt.files import write_whole
 
-COLOURS = 8
+COLOURS = 12
 _NUMBER = re.compile(r"[+\-–<x×]? ?[\d.,]*(\d|$)|–")
 
 

@@ -90,7 +90,7 @@ def trade_chart(
                 down = _path([place(mark.x, low_y), place(mark.x, high_y)])
                 parts.append(f'<path class="line c{curve.colour}" d="{across} {down}"/>')
             parts.append(_circle("dot", curve.colour, x, y, 7, mark))
-    note = f"{x_label} (to the right: forgotten; square-root scale)"
+    note = f"{x_label} (square-root scale)"
     return Html("".join([*parts, text_at("axis", LEFT + ACROSS / 2, HEIGHT - 6, note), "</svg>"]))
 
 
