@@ -48,7 +48,7 @@ setup(
         "rich>=13.0",
         "orjson>=3.9",
         "pyarrow>=15.0",
-        "xxhash>=3.4",
+        "xxhash>=3.4.1",
         "jinja2>=3.1",
         "pyyaml>=6.0",
         "zstandard>=0.22",
