@@ -1,6 +1,7 @@
 """A mixture of experts trains alike on every process grid, goes on in another, and keeps its router where told to."""
 
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -18,7 +19,7 @@ from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.model.adapter_models import random_tensors
-from tests.model.families import make, read_all
+from tests.model.families import make, make_tokenizer, read_all
 from tests.train.runs import losses, run_all, settings
 
 TRAINED = {"router": "trained"}
@@ -183,3 +184,42 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, 
     assert after.keys() == before.keys()
     frozen = {name for name in before if torch.equal(before[name], after[name])}
     assert frozen == {name for name in before if name.endswith("mlp.gate.weight")}
+
+
+@pytest.mark.distributed
+def test_the_commands_take_a_mixture(tmp_path, capsys):
+    """Alignment over expert ranks, evaluation, generation, and a rehearsal of it."""
+    size = make_tokenizer(tmp_path / "model")
+    make("qwen3-experts", tmp_path / "model", vocab_size=size, initializer_range=0.05, num_hidden_layers=2)
+    mix = write_mix(tmp_path / "data", vocab_size=size)
+    shutil.copytree(tmp_path / "model", tmp_path / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "config*"))
+    config = {
+        "model": {"hf": str(tmp_path / "model")},
+        "data": {"mix": str(mix)},
+        "align": {"method": "sft"},
+        "parallel": {"expert": 2},
+        "loss": {"target": "none"},
+        "teacher": {"source": "none"},
+        "train": {"steps": 2, "micro_batch_size": 1, "global_batch_size": 2, "lr": 1e-3, "dtype": "fp32"},
+        "run_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["align", str(path), "--nproc", "2"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--out", str(tmp_path / "eval")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "val/facts/ppl" in row]
+    found = json.loads((tmp_path / "eval/eval.json").read_text())
+    for side, row in (("base", measured[0]), ("model", measured[-1])):
+        for source in found[side]["sources"]:
+            assert source["value"] == pytest.approx(row[f"val/{source['name']}/ppl"], rel=1e-6)
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
+    text = capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "abc", "--max-new-tokens", "5"]) == 0
+    assert text.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
+    del config["align"]
+    path.write_text(yaml.safe_dump(config | {"run_dir": str(tmp_path / "next")}))
+    assert main(["rehearse", str(path), "--nproc", "2"]) == 0
