@@ -63,6 +63,7 @@ def test_too_many_bad_records_return_4(config_file, corpus):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_stops_it_with_its_code_and_it_resumes(config_file, config_values, corpus, tmp_path, number, code):
     slow = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job ignores
         "import time; from megatron_mixcpt.data_prep import pipeline, plan; plan.CHUNK_BYTES = 4096\n"
         "real = pipeline.process_chunk\n"
         "def process_chunk(*args): time.sleep(0.2); return real(*args)\n"
