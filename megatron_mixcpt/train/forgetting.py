@@ -18,7 +18,7 @@ from megatron_mixcpt.train.budget import Best, BudgetController
 from megatron_mixcpt.train.paired import Rise, rise
 
 # Times the budget that training may forget with forget.average: half-way from the start SmolLM2-135M had 0.008, 0.12
-# and 0.53 nats a token left of 0.24, 1.03 and 3.26, and most of what it had learned (docs/forgetting.md).
+# and 0.53 nats a token left of 0.24, 1.03 and 3.26, and most of what it had learned (docs/study.md).
 AVERAGED = 6.0
 FEWEST_ITEMS = 2  # held-out sequences of a source: one alone tells nothing about its noise
 DOMAIN = "domain"

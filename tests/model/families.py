@@ -1,10 +1,14 @@
 """Small random Hugging Face models of every supported family, made by transformers itself, and what they hold."""
 
+import shutil
+
 import pytest
 import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
+
+from tests.helpers.corpus import write_mix
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -169,6 +173,16 @@ def make(name, out, dtype=torch.float32, shard_size="5GB", **changes):
     model = model.to(dtype).eval()
     model.save_pretrained(out, max_shard_size=shard_size)
     return model
+
+
+def make_with_mix(family, model, data, **settings):
+    """A model with its tokenizer in `model`, and in `data` a mixture of random tokens for it; returns its mix.json."""
+    size = make_tokenizer(model)
+    make(family, model, vocab_size=size, **settings)
+    mix = write_mix(data, vocab_size=size)
+    shutil.copytree(model, data / "tokenizer", ignore=shutil.ignore_patterns("model*", "*config.json"))
+    shutil.copy(model / "tokenizer_config.json", data / "tokenizer")
+    return mix
 
 
 def make_tokenizer(out, added=(), merges=("a b", "ab c")):

@@ -15,20 +15,15 @@ from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.hf_alora import load_alora
 from megatron_mixcpt.huggingface.config import architecture_from_hf
-from tests.helpers.corpus import write_mix
 from tests.model.adapter_models import METHODS, TOKENS, our_logits
-from tests.model.families import make, make_tokenizer, read_all
+from tests.model.families import make, make_with_mix, read_all
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A base model, a mixture, and runs of two steps: `lora`, `alora`, and `more`, which goes on from `lora`."""
     folder = tmp_path_factory.mktemp("runs")
-    size = make_tokenizer(folder / "base")
-    make("qwen2", folder / "base", vocab_size=size, initializer_range=0.1)
-    mix = write_mix(folder / "data", vocab_size=size)
-    shutil.copytree(folder / "base", folder / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "*config.json"))
-    shutil.copy(folder / "base/tokenizer_config.json", folder / "data/tokenizer")
+    mix = make_with_mix("qwen2", folder / "base", folder / "data", initializer_range=0.1)
     for name, start in (("lora", None), ("alora", None), ("more", "lora"), ("full", "lora"), ("imported", None)):
         method = "alora" if name == "alora" else "lora"
         config = {

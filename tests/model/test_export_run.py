@@ -18,8 +18,8 @@ from megatron_mixcpt.commands.generate import NAME as GENERATE
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
 from megatron_mixcpt.runtime.parallel import parallel_context
-from tests.helpers.corpus import edit_mix, write_mix
-from tests.model.families import assert_same_bits, make, make_tokenizer, read_all
+from tests.helpers.corpus import edit_mix
+from tests.model.families import assert_same_bits, make_tokenizer, make_with_mix, read_all
 
 STEPS = 2
 
@@ -28,11 +28,7 @@ STEPS = 2
 def folder(tmp_path_factory):
     """A base model, a mixture for its tokenizer, and a run of two steps on one from the other."""
     folder = tmp_path_factory.mktemp("run")
-    size = make_tokenizer(folder / "base")
-    make("qwen2", folder / "base", vocab_size=size, initializer_range=0.1)
-    mix = write_mix(folder / "data", vocab_size=size)
-    shutil.copytree(folder / "base", folder / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "*config.json"))
-    shutil.copy(folder / "base/tokenizer_config.json", folder / "data/tokenizer")
+    mix = make_with_mix("qwen2", folder / "base", folder / "data", initializer_range=0.1)
     config = {
         "model": {"hf": str(folder / "base")},
         "data": {"mix": str(mix)},

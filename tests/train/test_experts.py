@@ -1,7 +1,6 @@
 """A mixture of experts trains alike on every process grid, goes on in another, and keeps its router where told to."""
 
 import json
-import shutil
 
 import numpy as np
 import peft
@@ -19,7 +18,7 @@ from tests.helpers.corpus import write_mix
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.model.adapter_models import random_tensors
-from tests.model.families import make, make_tokenizer, read_all
+from tests.model.families import make, make_with_mix, read_all
 from tests.train.runs import losses, run_all, settings
 
 TRAINED = {"router": "trained"}
@@ -189,10 +188,8 @@ def test_a_run_goes_on_in_another_layout_and_exports(folder, results, tmp_path, 
 @pytest.mark.distributed
 def test_the_commands_take_a_mixture(tmp_path, capsys):
     """Alignment over expert ranks, evaluation, generation, and a rehearsal of it."""
-    size = make_tokenizer(tmp_path / "model")
-    make("qwen3-experts", tmp_path / "model", vocab_size=size, initializer_range=0.05, num_hidden_layers=2)
-    mix = write_mix(tmp_path / "data", vocab_size=size)
-    shutil.copytree(tmp_path / "model", tmp_path / "data/tokenizer", ignore=shutil.ignore_patterns("model*", "config*"))
+    small = {"initializer_range": 0.05, "num_hidden_layers": 2}
+    mix = make_with_mix("qwen3-experts", tmp_path / "model", tmp_path / "data", **small)
     config = {
         "model": {"hf": str(tmp_path / "model")},
         "data": {"mix": str(mix)},
