@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,6 +19,9 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.ledger import Item
 from megatron_mixcpt.evaluate.loading import load_directory
 from megatron_mixcpt.huggingface.gguf import gguf_file
+
+if TYPE_CHECKING:  # an optional package
+    from lm_eval.tasks import TaskManager
 
 BUNDLED = Path(__file__).parent / "tasks"
 RIGHT = ("acc", "exact_match")  # metrics that are 0 or 1 for a question, the first that a task has is taken
@@ -102,6 +106,7 @@ def run_harness(
         model = HFLM(pretrained=opened.to(device), tokenizer=tokenizer, batch_size=8)
     else:
         model = HFLM(pretrained=str(hf_dir), dtype=precision, device=device, batch_size=8)
+    manager = _task_manager(with_harness_tasks=any(isinstance(task, str) or "include" in task for task in resolved))
     scores: list[TaskScore] = []
     items: list[Item] = []
     for task in resolved:
@@ -109,6 +114,7 @@ def run_harness(
             output = lm_eval.simple_evaluate(
                 model=model,
                 tasks=[task],
+                task_manager=manager,
                 limit=limit,
                 bootstrap_iters=0,
                 random_seed=0,
@@ -124,6 +130,14 @@ def run_harness(
         items += [item for name, samples in output["samples"].items() for item in _items(name, samples)]
         done(1)
     return scores, items
+
+
+@cache
+def _task_manager(*, with_harness_tasks: bool) -> TaskManager:
+    """Finding the harness's own thousands of task files takes seconds: once a process, and only where one is needed."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_harness_tasks)
 
 
 def _scores(output: dict[str, Any]) -> list[TaskScore]:
