@@ -39,8 +39,8 @@ def explain_passes(mix: Mix, steps: int, global_batch_size: int) -> list[str]:
         steps_a_pass = source.train.sequences / (share * global_batch_size)
         passes = steps / steps_a_pass
         lines.append(
-            f"{source.name}: {_asked(source)}{source.weight / total:.1%}, {passes:.2f} x {source.train.tokens} tokens; "
-            f"one pass takes {steps_a_pass:.0f} steps"
+            f"{source.name} ({source.kind}): {_asked(source)}{source.weight / total:.1%}, {passes:.2f} x "
+            f"{source.train.tokens} tokens; one pass takes {steps_a_pass:.0f} steps"
         )
         if passes > REPEATED:
             repeated.append(f"{source.name} {passes:.1f} times")

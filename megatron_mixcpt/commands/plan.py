@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
     from megatron_mixcpt.plan.fitting import device, verdict
     from megatron_mixcpt.train.setup import existing_parent
+    from megatron_mixcpt.train.validation_count import num_validations, validated_sequences
 
     grid, train = config.parallel, config.train
     world_size = args.nproc or grid.fewest
@@ -123,6 +124,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
     for line in explain_passes(mix, train.steps, train.global_batch_size):
         print(f"            {line}")
+    count, held_out = num_validations(config), validated_sequences(config, mix)
+    if held_out:
+        share = count * held_out * row_length / (3 * tokens)  # a pass forwards only is a third
+        print(
+            f"validation  {count} times {held_out} held-out sequences of {row_length} tokens, which adds "
+            f"{share:.1%} to the work"
+        )
     print(
         f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
         "with recomputation, padding and attention without a causal saving"

@@ -223,6 +223,17 @@ def sources_of(settings: ForgetConfig, mix: Mix, max_samples: int | None) -> tup
     return held, learned
 
 
+def require_held(config: Config, mix: Mix) -> None:
+    """Raise ConfigError where no distillation holds any text that is trained on: its weight would move nothing."""
+    without = {kind for kind, weights in config.loss.by_kind.items() if weights.kd == 0.0}
+    kinds = {source.kind for source in mix.train_sources}
+    if kinds <= without:
+        raise ConfigError(
+            f"forget.budget is kept through the weight of the distillation, and loss.by_kind sets kd to 0 for all that "
+            f"is trained on ({', '.join(sorted(kinds))}): give one of them more, or remove forget"
+        )
+
+
 def _named(entries: Sequence[str], held_out: dict[str, Source], mix: Mix, add: str) -> list[str]:
     """The sources that the entries name, or whose kind they name."""
     found: dict[str, None] = {}

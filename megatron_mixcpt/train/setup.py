@@ -40,7 +40,7 @@ from megatron_mixcpt.objectives.task import Task
 from megatron_mixcpt.plan.estimate import checkpoint_bytes
 from megatron_mixcpt.runtime.parallel import ParallelState, check_grid
 from megatron_mixcpt.teacher.build import check_teacher
-from megatron_mixcpt.train.forgetting import sources_of
+from megatron_mixcpt.train.forgetting import require_held, sources_of
 from megatron_mixcpt.train.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,6 +160,7 @@ def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     check_batch(config, world_size)
     if config.forget is not None:
         sources_of(config.forget, mix, config.eval.limit)
+        require_held(config, mix)
     if config.uses_teacher:
         check_teacher(config, arch, mix)
     return arch, mix

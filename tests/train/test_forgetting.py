@@ -314,6 +314,10 @@ def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_bud
 REFUSED = [
     ({"loss": {"target": "none"}, "teacher": {"source": "none"}}, "forget.budget .* set loss.target"),
     ({"loss": {"kd_weight": 0.0}}, "forget.budget .* set loss.target"),
+    (
+        {"loss": {"target": "plain", "by_kind": {"domain": {"kd": 0}, "instruction": {"kd": 0}}}},
+        "forget.budget .* kd to 0 for all .*domain, instruction",
+    ),
     ({"forget": {"on": ["poems"]}}, "forget.on: poems is no source .* facts .domain., tasks .instruction."),
     ({"forget": {"on": ["facts", "tasks"]}}, "forget.on: .* holds out nothing beside facts, tasks"),
     ({"eval": {"max_samples": 1}}, "forget.on: fewer than 2 held-out sequences of tasks"),
