@@ -28,7 +28,7 @@ def places(rank, world_size, grids):
             result.append(
                 (
                     (state.rank, state.tensor_rank, state.pipeline_rank, state.data_rank),
-                    (state.is_first_stage, state.is_last_stage),
+                    state.is_last_stage,
                     int(one),
                 )
             )
@@ -42,9 +42,9 @@ def test_every_process_has_a_place_of_its_own():
     for index, (tensor, pipeline) in enumerate(grids):
         seen = set()
         for rank, result in enumerate(ranks):
-            (global_rank, t, p, d), (first, last), product = result[index]
+            (global_rank, t, p, d), last, product = result[index]
             assert global_rank == rank
-            assert (first, last) == (p == 0, p == pipeline - 1)
+            assert last == (p == pipeline - 1)
             assert product == 4  # sizes of the three groups multiply to the world
             seen.add((t, p, d))
         data = 4 // (tensor * pipeline)

@@ -9,6 +9,7 @@ Symbols: h hidden, f FFN, q and kv channels of queries and of keys, d head dimen
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_mixcpt.adapters.layout import adapted_linears, num_parameters
@@ -178,9 +179,13 @@ def _teacher_bytes(config: Config, arch: Architecture, count: int, data_size: in
     grid = config.parallel
     hidden = next(source.shape(name)[-1] for name in source.names() if numbers[name] == max(numbers.values()))
     head = arch.padded_vocab_size(grid.tensor) // grid.tensor * hidden
+    numbers.pop("lm_head.weight", None)  # of which each rank has the rows above, and no pieces
+    together = Counter[str]()  # transformers has the experts of a layer in one module, which is put together at once
+    for name, number in numbers.items():
+        together[name.partition(".experts.")[0]] += number
     pieces = sum(numbers.values()) // (data_size * grid.replica)
     here = pieces if config.teacher.offload == "none" else 0
-    return size * (here + head + max(numbers.values()))
+    return size * (here + head + max(together.values()))
 
 
 def _expert_parameters(arch: Architecture, cut: Stages, index: int) -> int:

@@ -52,10 +52,6 @@ class ParallelState:
     store: dist.Store
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 

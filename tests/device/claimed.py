@@ -50,6 +50,26 @@ def claimed_device(memory: torch.device = CPU) -> Iterator[Residency]:
         yield residency
 
 
+@contextlib.contextmanager
+def deepspeed_claiming() -> Iterator[None]:
+    """Around `claimed_device`: DeepSpeed, which names devices itself, calls this one as all others do."""
+    from deepspeed.accelerator import real_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class ClaimedAccelerator(CPU_Accelerator):
+        def device_name(self, device_index: int | None = None) -> str:
+            return CLAIMED.type if device_index is None else str(CLAIMED)
+
+        def current_device_name(self) -> str:
+            return str(CLAIMED)
+
+        def current_device(self) -> int:
+            return CLAIMED.index
+
+    with mock.patch.object(real_accelerator, "ds_accelerator", ClaimedAccelerator()):
+        yield
+
+
 def _claiming(join: Callable[..., Any], residency: Residency) -> Callable[..., Any]:
     def claim(
         stack: contextlib.ExitStack, store: Any, rank: int, size: int, local: int, device: Any, *rest: Any
@@ -80,8 +100,10 @@ def _replacements(residency: Residency) -> dict[str, Any]:
         "torch.cuda.Event": functools.partial(Event, residency),
         "torch.cuda.device": lambda device: contextlib.nullcontext(),
         "torch.cuda.get_device_name": lambda *args: "a device that is only claimed",
+        "torch.cuda.get_device_capability": lambda *args: (9, 0),
         "torch.cuda.max_memory_allocated": lambda *args: residency.peak.total(),
         "torch.UntypedStorage.resize_": _resizing(residency, torch.UntypedStorage.resize_),
+        "torch.histc": _of_integers(torch.histc),
         "torch.nn.attention.varlen.varlen_attn": functools.partial(_varlen_attention, residency),
         "triton.runtime.interpreter.GridExecutor.__call__": _launching(residency),
         "torch._C._distributed_c10d.Work.wait": _unasked(torch.distributed.Work.wait),
@@ -167,6 +189,17 @@ def _computing(residency: Residency, name: str) -> Callable[..., Any]:
         return results
 
     return computed
+
+
+def _of_integers(histc: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """On CUDA histograms of integers are integers; the CPU has none (transformers counts the tokens of experts so)."""
+
+    def counted(values: Tensor, **kwargs: Any) -> Tensor:
+        return (
+            histc(values, **kwargs) if values.is_floating_point() else histc(values.float(), **kwargs).to(values.dtype)
+        )
+
+    return counted
 
 
 def _unasked(wait: Callable[..., Any]) -> Callable[..., Any]:

@@ -172,8 +172,6 @@ class Residency:
 def _nearest(frames: list[traceback.FrameSummary]) -> str:
     for frame in reversed(frames):
         path = Path(frame.filename)
-        if path.name == "cpu_backend.py":  # which hands calls on
-            continue
         for folder, prefix in PROGRAMS.items():
             if folder in path.parts and (folder != "core" or "megatron" in path.parts):
                 after = path.parts[len(path.parts) - path.parts[::-1].index(folder) :]

@@ -1,16 +1,21 @@
 """Every kind of run, every layout: nothing mixes host and device, and steps wait for what docs/gpu.md lists alone."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from megatron_mixcpt.checkpoint import list_checkpoints
-from megatron_mixcpt.config import validate
+from megatron_mixcpt.config import Config, validate
+from megatron_mixcpt.demo.base_model import save_tiny_tokenizer
+from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.select.config import SelectConfig
 from megatron_mixcpt.select.select import select
+from megatron_mixcpt.train.setup import check_settings
 from tests.align.conftest import model_dir, stage1, tokenizer_dir
 from tests.align.runs import select_values
-from tests.device.claimed import claimed_device
+from tests.device.claimed import claimed_device, deepspeed_claiming
 from tests.device.runs import SAVE, VALIDATION, run
 from tests.device.waits import undocumented
 from tests.helpers.corpus import add_pairs, write_mix
@@ -120,6 +125,35 @@ def test_a_cached_teacher_is_written_and_read(tmp_path, mixes):
     assert residency.waits
     values["teacher"]["source"] = "cached"
     assert undocumented(run(values), (), steps=STEPS, micro_batches=MICRO_BATCHES) == []
+
+
+TEACHERS = {
+    "llama-untied": {},
+    "qwen3-experts": {"hidden_size": 32, "moe_intermediate_size": 24, "mlp_only_layers": []},
+}
+
+
+def on_deepspeed(folder, mix, family):
+    """The configuration of a student of `family` whose teacher is another model of it, on DeepSpeed."""
+    for name, layers in {"model": 2, "teacher": 3}.items():
+        make(family, folder / name, vocab_size=120, num_hidden_layers=layers, **TEACHERS[family])
+        save_tiny_tokenizer(["the heron waits"], folder / name)
+    mix = Path(shutil.copytree(mix.parent, folder / "data")) / mix.name
+    save_tiny_tokenizer(["the heron waits"], mix.parent / "tokenizer")
+    teacher = {"source": "deepspeed", "hf": str(folder / "teacher")}
+    model = {"preset": None, "hf": str(folder / "model")}
+    return values_of({"text": mix}, folder / "run", {"model": model, "teacher": teacher, "train": BF16})
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_another_model_on_deepspeed_teaches(tmp_path, mixes, family):
+    values = on_deepspeed(tmp_path, mixes["text"], family)
+    config = validate(Config, values, "test")
+    with deepspeed_claiming():
+        residency = run(values)
+    foreseen = make_plan(config, *check_settings(config, 1), 1).stages[0].total
+    assert foreseen == pytest.approx(residency.peak.total(), rel=0.1)
+    assert undocumented(residency, ("teacher on DeepSpeed",), steps=STEPS, micro_batches=MICRO_BATCHES) == []
 
 
 def test_selection(tmp_path, stage1, model_dir):
