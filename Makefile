@@ -14,7 +14,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-fast test-faults test-gpu test-floors preprocess train bench bench-gpu gpu aot lint clean
+.PHONY: help install demo study test test-slow test-fast test-faults test-gpu test-floors preprocess train bench bench-gpu gpu aot lint clean
 
 help: ## print this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -45,11 +45,14 @@ study: install ## the study of docs/study.md, for hours, resumable (GENERAL=text
 	@$(BIN)/python -m benchmarks.study.prepare $(DOMAIN) $(if $(GENERAL),--general $(GENERAL)) $(if $(MEDQUAD),--medquad $(MEDQUAD))
 	@$(BIN)/mixcpt study benchmarks/study/$(STUDY).yaml --jobs $(JOBS)
 
-test: install ## run all tests that need no GPU (WORKERS=2 ARGS='-k layouts -x')
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+test: install ## the tests that need no GPU, but for the slow ones (WORKERS=2 ARGS='-k layouts -x')
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+
+test-slow: install ## the rest of them: what takes most of a machine for what it adds; CI runs both
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 test-fast: install ## the tests to run while working: some of every room, in three minutes (they are in tests/fast.txt)
-	@$(BIN)/python -m pytest $(PARALLEL) @tests/fast.txt $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" @tests/fast.txt $(ARGS)
 
 test-faults: install ## the fault tests with their full counts; writes the figures of docs/reliability.md (about eight minutes)
 	@MIXCPT_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)

@@ -10,6 +10,8 @@ from megatron_mixcpt.certify.trial import judged
 from tests.helpers.certifying import ARCH, EXPERTS, computed, posed
 from tests.helpers.corpus import add_pairs, write_mix
 
+pytestmark = pytest.mark.slow
+
 ANYWHERE = "there in one process too"  # no matter of the layout
 MISTRAL = dataclasses.replace(ARCH, model_type="mistral", qkv_bias=False, sliding_window=16)
 TIED = dataclasses.replace(

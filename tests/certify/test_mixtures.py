@@ -21,6 +21,8 @@ from tests.helpers.certifying import EXPERTS, computed, posed
 from tests.helpers.corpus import add_pairs, write_mix
 from tests.train.runs import settings
 
+pytestmark = pytest.mark.slow
+
 QWEN3 = dataclasses.replace(EXPERTS, dense_layers=(1,))
 MIXTRAL = dataclasses.replace(
     QWEN3, model_type="mixtral", qk_norm=False, sliding_window=16, dense_layers=(), ffn_hidden_size=48

@@ -15,6 +15,8 @@ from tests.model.families import make
 from tests.slurm.published import CONFIGS
 from tests.train.runs import settings
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "launch" / "configs"
 NO_TEACHER = {"loss": {"target": "none", "by_kind": {}}, "teacher": {"source": "none"}}
 RUNS = {  # name -> (ranks, what differs)

@@ -13,6 +13,8 @@ from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import finish, metrics, write_config
 from tests.train.runs import saved_tensors
 
+pytestmark = pytest.mark.slow
+
 
 def spoil(changes):
     """`{step: kind}` (from 0): spoil the loss or the gradients of this rank before the optimizer sees them."""

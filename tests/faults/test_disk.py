@@ -11,6 +11,8 @@ from megatron_mixcpt.checkpoint.store import list_checkpoints
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import Fleet, finish, metrics, write_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small_disk(tmp_path):

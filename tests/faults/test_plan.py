@@ -16,6 +16,8 @@ from tests.faults.conftest import run_settings
 from tests.faults.fleet import FULL, finish, write_config
 from tests.helpers.corpus import write_mix
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "plain": {},
     "bf16": {"train": {"dtype": "bf16"}},

@@ -76,7 +76,7 @@ def lssd_loss_pair(*args, **options):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_loss_and_gradient_do_not_depend_on_the_sharding(world_size, device):
     ranks = run_distributed(run_shards, world_size)
     student, teacher, labels, upstream = hazards()

@@ -18,6 +18,8 @@ from megatron_mixcpt.recall.run import recall
 from megatron_mixcpt.runtime.launcher import free_port
 from tests.recall.models import recall_values
 
+pytestmark = pytest.mark.slow
+
 AMOUNTS = {"instructions": 10, "text": 10}
 ROOT = Path(__file__).parents[2]
 

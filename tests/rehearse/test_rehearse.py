@@ -53,6 +53,7 @@ def published(folder, name):
     return architecture_from_hf(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, preferences, capfd):
     """Qwen2's shape (biases, seven queries a group) over tensor 2 with sequence parallelism, pipeline 2, bf16."""
@@ -76,6 +77,7 @@ def test_the_grid_trains_saves_and_resumes_in_small(tmp_path, preferences, capfd
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_rows_cut_over_ranks_and_an_interleaved_pipeline_are_rehearsed(tmp_path, mix, capfd):
     parallel = {"pipeline": 2, "interleave": 2, "context": 2, "layers_per_stage": [1, 1, 1, 1]}
     config = tmp_path / "train.yaml"

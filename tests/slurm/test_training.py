@@ -9,6 +9,8 @@ from tests.faults.fleet import finish
 from tests.helpers.corpus import write_mix
 from tests.slurm.runs import STEPS, Launched, outcome, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):

@@ -264,6 +264,7 @@ def test_the_dry_run_says_what_it_takes_and_starts_nothing(write_study, tmp_path
     assert "MiB of checkpoints" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_real_study_is_stopped_and_goes_on(write_study, tmp_path):
     """Two arms, one of them an adapter, at one rate and seed, by the command itself; ^C in between."""
     path = write_study(

@@ -22,6 +22,8 @@ from tests.helpers.spawn import run_distributed
 from tests.teacher.runs import fill
 from tests.train.runs import run_steps, settings
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, LENGTH = 250, 128, 24  # two shards of 128 hold the vocabulary and six entries of padding
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.3}

@@ -12,6 +12,8 @@ from tests.helpers.spawn import run_distributed
 from tests.model.adapter_models import random_tensors
 from tests.train.runs import run_all, settings
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = {"lora": {"method": "lora", "rank": 6}, "alora": {"method": "alora", "rank": 8, "heads": 2}}
 TWO = {
     "TP2": {"parallel": {"tensor": 2}},

@@ -21,6 +21,8 @@ from tests.model.adapter_models import random_tensors
 from tests.model.families import make, make_with_mix, read_all
 from tests.train.runs import losses, run_all, settings
 
+pytestmark = pytest.mark.slow
+
 TRAINED = {"router": "trained"}
 ADAPTERS = {
     "adapter": {"method": "lora", "rank": 2, "targets": ["q_proj", "o_proj"]},

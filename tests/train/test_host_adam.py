@@ -19,6 +19,8 @@ from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import losses, run_steps, settings
 
+pytestmark = pytest.mark.slow
+
 OFFLOAD = {"optimizer": {"offload": "cpu"}}
 KINDS = {
     "fp32": {},

@@ -8,6 +8,8 @@ from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import run_all, settings
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 LOSSES = {"logits": {}, "fused head": {"fuse_lm_head": True}}

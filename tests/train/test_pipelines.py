@@ -15,6 +15,8 @@ from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import keep_only_step, losses, run_all, saved_tensors, settings
 
+pytestmark = pytest.mark.slow
+
 NO_TEACHER = {"loss": {"target": "none"}, "teacher": {"source": "none"}}
 LORA = {"adapter": {"method": "lora", "rank": 4}, "teacher": {"source": "adapter_off"}}
 ALORA = {"adapter": {"method": "alora", "rank": 8, "heads": 2}, "teacher": {"source": "adapter_off"}}
