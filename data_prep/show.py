@@ -11,7 +11,7 @@ from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, PAD, TARGET,
 from megatron_mixcpt.data_prep.mix import Split
 from megatron_mixcpt.report.page import Block, Figure, Html, Text
 
-COLOURS = ("cyan", "green", "yellow", "red", "magenta")  # by kind
+COLOURS = dict(zip(KIND_NAMES, ("cyan", "green", "yellow", "red", "magenta"), strict=True))
 OPEN, CLOSE = "⟦", "⟧"  # around targets, where there are no colours
 LEGEND = f"⏎ line break, ▮ document start, {OPEN}target{CLOSE}: what the loss counts; the rest is read only"
 TOKENS_SHOWN = 240  # of a record on a page
@@ -71,7 +71,8 @@ def rich_text(runs: list[Run], padding: int, *, colours: bool) -> Any:
     for number, run in enumerate(runs):
         if run.starts:
             text.append("\n" * bool(number) + "▮", style="bold")
-        style = COLOURS[run.kind] if run.target else f"{COLOURS[run.kind]} dim underline"
+        colour = COLOURS[KIND_NAMES[run.kind]]
+        style = colour if run.target else f"{colour} dim underline"
         text.append(run.text if colours or not run.target else f"{OPEN}{run.text}{CLOSE}", style=style)
     if padding:
         text.append(f"\n[{padding} padding]", style="dim")

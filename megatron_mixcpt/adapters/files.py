@@ -1,7 +1,7 @@
 """Adapters as directories of their own: PEFT's format for LoRA, `megatron_mixcpt.hf_alora`'s for ALoRA.
 
 Both hold one set of matrices for each Hugging Face layer. Fused layers are taken apart without arithmetic, so values go
-out and in bit for bit (adapter_layout.py).
+out and in bit for bit (layout.py).
 """
 
 from __future__ import annotations

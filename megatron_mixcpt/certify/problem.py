@@ -24,6 +24,7 @@ from megatron_mixcpt.certify.sample import write_sample
 from megatron_mixcpt.certify.scope import left_out, small_parts, small_stages
 from megatron_mixcpt.config import AdapterConfig, Config
 from megatron_mixcpt.data.mix import Mix
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.rehearse.scale import small_architecture, small_run, write_model
 from megatron_mixcpt.rehearse.size import Grid
@@ -87,7 +88,7 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     sample = write_sample(sources, arch, layout.tensor, seq_length, rows, folder / "data")
     small = dataclasses.replace(
         small_architecture(arch, layout.tensor, small_parts(config), seq_length),
-        vocab_size=json.loads(sample.read_text())["tokenizer"]["vocab_size"],
+        vocab_size=read_mix(sample).tokenizer.vocab_size,
         max_position_embeddings=max(arch.max_position_embeddings, 2 * seq_length),
         sliding_window=min(arch.sliding_window, seq_length // 6) if arch.sliding_window else None,
     )

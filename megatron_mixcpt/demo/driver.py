@@ -13,11 +13,11 @@ from megatron_mixcpt.demo import configs
 from megatron_mixcpt.demo.base_model import save_smollm2, save_tiny_tokenizer
 from megatron_mixcpt.demo.commands import run_mixcpt, training_progress
 from megatron_mixcpt.demo.console import DemoConsole
+from megatron_mixcpt.demo.report import how_measured, metrics_table, verdict, write_report
 from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.demo.stages import Done, Progress, Stages, open_folder
 from megatron_mixcpt.demo.texts import read_probe, read_training_texts, write_texts
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.report import how_measured, metrics_table, verdict, write_report
 from megatron_mixcpt.units import duration
 
 ARM_TITLES = {
@@ -182,7 +182,7 @@ class Demo:
         return done
 
     def _measure(self, name: str, hf_dir: Path, texts: Path, fingerprint: str, model: Done) -> Done:
-        from megatron_mixcpt.evaluate.probe import measure
+        from megatron_mixcpt.demo.probe import measure
 
         done = self.stages.run(
             f"{name}-measure", "Measuring", [__version__, fingerprint], [],

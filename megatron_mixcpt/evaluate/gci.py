@@ -34,6 +34,7 @@ from typing import Any
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.answers import contains_answer
 from megatron_mixcpt.evaluate.ledger import Item
+from megatron_mixcpt.files import write_whole
 
 Check = dict[str, Any]
 SCORES = ("domain", "general", "both")
@@ -199,7 +200,7 @@ def read_instances(path: Path) -> list[Instance]:
 
 def write_instances(path: Path, instances: Sequence[Instance]) -> None:
     """The inverse of `read_instances`."""
-    path.write_text("".join(json.dumps(vars(instance)) + "\n" for instance in instances))
+    write_whole(path, "".join(json.dumps(vars(instance)) + "\n" for instance in instances))
 
 
 def _read(line: str, where: str) -> Instance:

@@ -12,8 +12,10 @@ import yaml
 
 from megatron_mixcpt.checkpoint.info import read_info
 from megatron_mixcpt.checkpoint.store import list_checkpoints, size_of, step_of
+from megatron_mixcpt.config.history import flat
 from megatron_mixcpt.data.position import sources_of
-from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.data_prep.mix import read_mix
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 
 
 @dataclass(frozen=True)
@@ -156,24 +158,14 @@ def _settings(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return dict(_flat(values)) if isinstance(values, dict) else {}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat += _flat(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
+    return flat(values) if isinstance(values, dict) else {}
 
 
 def _kinds(mix: Any) -> dict[str, str]:
+    """Of a run's sources; none where its data is not there any more, or is not what it was."""
     try:
-        path = Path(mix) / "mix.json" if Path(mix).is_dir() else Path(mix)
-        return {source["name"]: source["kind"] for source in json.loads(path.read_text())["sources"]}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return {source.name: source.kind for source in read_mix(mix).sources} if isinstance(mix, str) else {}
+    except MixcptError:
         return {}
 
 

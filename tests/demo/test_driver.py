@@ -65,7 +65,7 @@ def commands(monkeypatch):
     fake = Commands()
     monkeypatch.setattr(driver, "run_mixcpt", fake.run_mixcpt)
     monkeypatch.setattr(driver, "save_smollm2", fake.save_smollm2)
-    monkeypatch.setattr("megatron_mixcpt.evaluate.probe.measure", fake.measure)
+    monkeypatch.setattr("megatron_mixcpt.demo.probe.measure", fake.measure)
     monkeypatch.setattr(command_line, "MODELS", SMALL)
     terminate = signal.getsignal(signal.SIGTERM)
     yield fake

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mixcpt.demo.report import verdict
 from megatron_mixcpt.demo.settings import TINY
-from megatron_mixcpt.evaluate.report import verdict
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 

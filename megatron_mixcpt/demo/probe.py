@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mixcpt.demo.format import format_share
+from megatron_mixcpt.demo.perplexity import perplexity
 from megatron_mixcpt.evaluate.answers import contains_answer, recall
-from megatron_mixcpt.evaluate.format import format_share
 from megatron_mixcpt.evaluate.generate import generate_greedy
 from megatron_mixcpt.evaluate.loading import load_directory
-from megatron_mixcpt.evaluate.perplexity import perplexity
 
 MAX_NEW_TOKENS = 16
 MIN_NEW_TOKENS = 3

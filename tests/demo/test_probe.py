@@ -2,11 +2,14 @@
 
 import pytest
 
+from megatron_mixcpt.demo.format import format_share
+from megatron_mixcpt.demo.perplexity import perplexity
+from megatron_mixcpt.demo.probe import MAX_NEW_TOKENS, MIN_NEW_TOKENS, NUM_FORMAT_QUESTIONS, Probe, measure
 from megatron_mixcpt.evaluate.answers import contains_answer
-from megatron_mixcpt.evaluate.format import format_share
 from megatron_mixcpt.evaluate.generate import generate_greedy
-from megatron_mixcpt.evaluate.perplexity import perplexity
-from megatron_mixcpt.evaluate.probe import MAX_NEW_TOKENS, MIN_NEW_TOKENS, NUM_FORMAT_QUESTIONS, Probe, measure
+from tests.evaluate.conftest import hf_dir, model_and_tokenizer
+
+__all__ = ["hf_dir", "model_and_tokenizer"]
 
 
 def test_measure_agrees_with_its_parts(hf_dir, model_and_tokenizer):

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from megatron_mixcpt.evaluate.perplexity import perplexity
+from megatron_mixcpt.demo.perplexity import perplexity
+from tests.evaluate.conftest import hf_dir, model_and_tokenizer
+
+__all__ = ["hf_dir", "model_and_tokenizer"]
 
 DOCUMENTS = [
     "The heron waits.",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mixcpt.evaluate.format import format_share
+from megatron_mixcpt.demo.format import format_share
 
 
 class Scripted:

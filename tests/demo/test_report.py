@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_mixcpt.evaluate.report import how_measured, metrics_table, sample_questions, verdict, write_report
+from megatron_mixcpt.demo.report import how_measured, metrics_table, sample_questions, verdict, write_report
 from megatron_mixcpt.report.figures import LEFT, RIGHT, WIDTH
 from megatron_mixcpt.report.plane import Point, plane_chart
 from tests.observe.browser import open_page
