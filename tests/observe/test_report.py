@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_mixcpt.checkpoint.info import render_info
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.data_prep.mix import Mix, Source, TokenizerEntry, write_mix
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
 from megatron_mixcpt.observe.run_report import page
 from megatron_mixcpt.report.figures import MAX_POINTS, Series, bar_chart, line_chart, thin, tick_labels, ticks
@@ -286,9 +287,9 @@ def test_one_bad_scale_flattens_no_comparison():
 
 def test_restarts_are_marked_and_domain_and_general_stand_apart(tmp_path):
     run = write_run(tmp_path / "run")
-    (tmp_path / "mix.json").write_text(
-        json.dumps({"sources": [{"name": n, "kind": k} for n, k in zip(SOURCES, ("domain", "general"))]})
-    )
+    sources = tuple(Source(name, kind, 0.5, None, None) for name, kind in zip(SOURCES, ("domain", "general")))
+    tokenizer = TokenizerEntry("huggingface", tmp_path / "tokenizer", 120, "0", None, 0, 0)
+    write_mix(tmp_path / "mix.json", Mix(tmp_path / "mix.json", 16, "", tokenizer, sources))
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"data": {"mix": str(tmp_path / "mix.json")}}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     with (run / "metrics.jsonl").open("a") as file:
