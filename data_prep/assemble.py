@@ -1,4 +1,4 @@
-"""From parts to prefixes: choose the documents, split off validation, shuffle, pack, write `.bin/.idx` and flags.
+"""From parts to prefixes: shuffle, pack, write `.bin/.idx` and flags.
 
 All decisions are made on the document tables, in chunk order and with seeded generators, so the bytes depend on the
 inputs and the configuration alone. Only table rows are held in memory; tokens are copied from mapped parts.

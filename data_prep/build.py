@@ -36,11 +36,11 @@ from megatron_mixcpt.data_prep.mix import (
     write_mix,
 )
 from megatron_mixcpt.data_prep.mix import Source as MixSource
-from megatron_mixcpt.data_prep.mixing import weighted
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
 from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
+from megatron_mixcpt.data_prep.shares import weighted
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import write_whole

@@ -17,7 +17,7 @@ from megatron_mixcpt.data_prep.build import ENDINGS
 from megatron_mixcpt.data_prep.format import PAD, TARGET, Indexed, open_indexed, write_index
 from megatron_mixcpt.data_prep.manifest import FileEntry, describe_file, write_view_manifest
 from megatron_mixcpt.data_prep.mix import FILE_NAME, Source, SourceShare, Split, read_mix, write_mix
-from megatron_mixcpt.data_prep.mixing import Request, count, requested, resolve_shares
+from megatron_mixcpt.data_prep.shares import Request, count, requested, resolve_shares
 from megatron_mixcpt.errors import ConfigError, MixcptError
 
 

@@ -24,7 +24,7 @@ from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import write_whole
 from megatron_mixcpt.study.cells import Cells
 from megatron_mixcpt.study.config import Study
-from megatron_mixcpt.study.progress import standing
+from megatron_mixcpt.study.status import standing
 
 STUDIES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 RESULTS = Path(__file__).parents[1] / "results" / "study"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megatron_mixcpt.certify.documents import Document
+from megatron_mixcpt.certify.experts import Routers, adapted_experts, is_expert, parameters_of
 from megatron_mixcpt.certify.formulas import cross_entropy, distillation_target, divergence, preference
-from megatron_mixcpt.certify.mixture import Routers, adapted_experts, is_expert, parameters_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,5 @@ def adapter_shapes(config: AdapterConfig, rows: int, width: int) -> dict[str, tu
 
 
 def _matches(layer: str, pattern: str) -> bool:
-    from fnmatch import fnmatchcase
 
     return fnmatchcase(layer, pattern) or fnmatchcase(layer.rsplit(".", 1)[1], pattern)

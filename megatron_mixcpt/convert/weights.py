@@ -13,6 +13,7 @@ from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.init import initial_tensor
+from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.checkpoint.origin import Origin, check_start, find_origin, goes_on
 from megatron_mixcpt.checkpoint.start import not_mergeable
 from megatron_mixcpt.errors import ConfigError
@@ -75,7 +76,6 @@ class InitialWeights:
     """The random ones of a preset."""
 
     def __init__(self, arch: Architecture, seed: int, dtype: torch.dtype) -> None:
-        from megatron_mixcpt.architecture.layout import whole_shapes
 
         self.dtype = dtype
         self._arch, self._seed, self._shapes = arch, seed, whole_shapes(arch)

@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_mixcpt.attention.context import cut
@@ -44,7 +45,6 @@ class Batch:
 
     def here(self, device: torch.device) -> Batch:
         """What this rank computes of it, on its device: with context parallelism its part of every row."""
-        from megatron.core import parallel_state
 
         size = parallel_state.get_context_parallel_world_size()
         batch = self.part(parallel_state.get_context_parallel_rank(), size) if size > 1 else self

@@ -1,4 +1,4 @@
-"""The one place where the kind of training is looked at; it follows from the configuration alone."""
+"""The task of a run, by its kind of training, which follows from the configuration alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from megatron_mixcpt.evaluate.measure import check_models, check_questions
 from megatron_mixcpt.observe.run_data import read_run
 from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
 from megatron_mixcpt.study.cells import Cells
-from megatron_mixcpt.study.progress import standing
+from megatron_mixcpt.study.status import standing
 from megatron_mixcpt.train.setup import check as check_run
 from megatron_mixcpt.train.setup import check_settings, existing_parent
 from megatron_mixcpt.units import duration, number, size

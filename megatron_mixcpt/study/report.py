@@ -22,7 +22,7 @@ from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
 from megatron_mixcpt.study.cells import Cell as StudyRun
 from megatron_mixcpt.study.figure import Curve, Mark, trade_chart
 from megatron_mixcpt.study.outcome import Mean, Outcome, front, mean, outcome
-from megatron_mixcpt.study.progress import Standing
+from megatron_mixcpt.study.status import Standing
 from megatron_mixcpt.units import duration, number
 
 MEASURES = {

@@ -23,8 +23,8 @@ from megatron_mixcpt.runtime.launcher import LAUNCHED_BY
 from megatron_mixcpt.runtime.run_lock import RunLock
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.study.cells import BASE, Cell, Cells
-from megatron_mixcpt.study.progress import FAILED, Standing, standing
 from megatron_mixcpt.study.report import outcome_words, write_report
+from megatron_mixcpt.study.status import FAILED, Standing, standing
 
 POLL_SECONDS = 2.0  # between looks at what others do
 STOPPED = StoppedError.exit_code

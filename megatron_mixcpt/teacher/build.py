@@ -1,4 +1,4 @@
-"""The one place where `teacher.source` is looked at."""
+"""Where `teacher.source` becomes a teacher."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mixcpt.certify.axes import DATA, ONE, blamed, variants, whole_run
 from megatron_mixcpt.certify.documents import Document
-from megatron_mixcpt.certify.mixture import parameters_of
+from megatron_mixcpt.certify.experts import parameters_of
 from megatron_mixcpt.certify.oracle import Oracle, read_weights
 from megatron_mixcpt.certify.problem import _drawn
 from megatron_mixcpt.certify.routes import clearly_routed

@@ -26,8 +26,8 @@ from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
-from megatron_mixcpt.study.progress import standing
 from megatron_mixcpt.study.run import run_study
+from megatron_mixcpt.study.status import standing
 from tests.helpers.corpus import write_mix
 from tests.observe.browser import open_page
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from megatron_mixcpt.commands import mix as mix_cli
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
-from megatron_mixcpt.data_prep.mixing import Request, apportion, resolve_shares
 from megatron_mixcpt.data_prep.pipeline import preprocess
+from megatron_mixcpt.data_prep.shares import Request, apportion, resolve_shares
 from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.data_prep.views import ShareRequest, remix
 from megatron_mixcpt.errors import ConfigError, MixcptError
