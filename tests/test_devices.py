@@ -1,15 +1,20 @@
 """Which device a process takes is said, looked for, and agreed on before anything waits for anybody."""
 
 import os
+import time
 
 import pytest
 import torch
+import yaml
 
+from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime import devices
 from megatron_mixcpt.runtime.devices import take_device
 from megatron_mixcpt.runtime.parallel import parallel_context
+from tests.helpers.corpus import write_mix
 from tests.helpers.spawn import run_distributed
+from tests.train.runs import settings
 
 
 def claim(monkeypatch, count, dead=()):
@@ -69,6 +74,36 @@ def claims_cuda(rank, world_size):
             return "nothing"
     except ConfigError as error:
         return str(error)
+
+
+def waits_for_its_device(rank, world_size):
+    """Rank 1's device does not answer; returns what rank 0, which has the store, says."""
+    if rank == 1:
+        devices.take_device = lambda local_rank: time.sleep(5) or devices.CPU
+    try:
+        with parallel_context(timeout_minutes=0.1):
+            return "nothing"
+    except (ConfigError, RuntimeError) as error:  # rank 1's: the store is gone with rank 0
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_a_device_that_does_not_answer_is_named_by_its_rank():
+    told, _ = run_distributed(waits_for_its_device, 2)
+    assert told.startswith("rank 1 has not said within 0:00:03 which device it has")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["certify", "train.yaml"], ["certify-loss", "tests.certify.losses:any", "--device", "cuda"]],
+)
+def test_nothing_falls_back_to_the_processor_where_cuda_is_asked_for(monkeypatch, tmp_path, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXCPT_DEVICE", "cuda")
+    mix = write_mix(tmp_path / "data")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings(mix, tmp_path / "run")))
+    assert main(command) == 2
+    assert "MIXCPT_DEVICE is cuda, but torch finds no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

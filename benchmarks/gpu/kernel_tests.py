@@ -17,7 +17,7 @@ FINDINGS = "MIXCPT_GPU_FINDINGS"  # folder, for pytest_findings.py
 
 def run(findings: Findings, *, small: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_findings", "-p", "no:cacheprovider"]
-    command += [] if small else ["-m", "gpu"]
+    command += ["--continue-on-collection-errors", *([] if small else ["-m", "gpu"])]
     if importlib.util.find_spec("xdist") and not small:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     # What a pytest that started this one has set (its worker's name) is not for ours.

@@ -95,6 +95,8 @@ def _measured(
                     short.append(case)
                 open_.remove(case)
                 workload.free()
+    except torch.OutOfMemoryError:  # of the model itself
+        short += open_
     except Exception as error:  # another loss, or model, may work
         traceback.print_exc()
         for case in open_:

@@ -20,7 +20,7 @@ from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import expert_ranks, small_architecture
-from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
+from megatron_mixcpt.runtime.devices import cuda_devices
 from megatron_mixcpt.train.setup import check_settings
 
 SHOWN = 3  # things of a kind that are off, in the terminal
@@ -87,7 +87,7 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
 
 
 def _device(device: str | None, ranks: int) -> str:
-    count = torch.cuda.device_count() if cuda_is_wanted() else 0
+    count = 0 if device == "cpu" else cuda_devices()
     if device == "cuda" and count < ranks:
         raise ConfigError(f"--device cuda: the grid takes {ranks} devices, this machine has {count}: use --device cpu")
     return device or ("cuda" if count >= ranks else "cpu")

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_mixcpt.certify.formulas import cross_entropy, divergence
 from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.runtime.devices import cuda_devices, take_device
 from megatron_mixcpt.runtime.failures import LOST_PEER
 from megatron_mixcpt.runtime.launcher import launch, ranks_of_our_own
 from megatron_mixcpt.runtime.stop import end_at_stop_signals
@@ -91,6 +92,10 @@ def certify_loss(name: str, formula: str, nproc: int, device: str) -> list[Verdi
     """
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc}: give the most ranks to try, from 1")
+    if device == "cuda" and cuda_devices() < nproc:
+        raise ConfigError(
+            f"--device cuda: this machine has {cuda_devices()} devices for {nproc} ranks: give --nproc, or --device cpu"
+        )
     load(name)
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="mixcpt-loss-") as folder:
@@ -189,11 +194,8 @@ def main(folder: Path) -> None:
     end_at_stop_signals()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     task = json.loads((folder / TASK).read_text())
-    cuda = os.environ.get("MIXCPT_DEVICE") == "cuda"
-    device = torch.device("cuda", rank) if cuda else CPU
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    device = take_device(rank)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     assert dist.group.WORLD is not None
     result = called(task["name"], task["formula"], dist.group.WORLD, device)
     torch.save(result, folder / f"{ranks}-{rank}.pt")

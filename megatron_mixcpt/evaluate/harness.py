@@ -19,6 +19,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.ledger import Item
 from megatron_mixcpt.evaluate.loading import load_directory
 from megatron_mixcpt.huggingface.gguf import gguf_file
+from megatron_mixcpt.runtime.devices import cuda_devices
 
 if TYPE_CHECKING:  # an optional package
     from lm_eval.tasks import TaskManager
@@ -98,7 +99,7 @@ def run_harness(
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if cuda_devices() else "cpu"
     precision = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     resolved = [resolve_task(task) for task in tasks]
     if is_alora(hf_dir) or gguf_file(hf_dir) is not None:

@@ -39,7 +39,7 @@ class Routing:
     def __init__(self, arch: Architecture, settings: RouterSettings, *, sequence_parallel: bool) -> None:
         self.settings = settings if settings.trained else RouterSettings(trained=False)
         self._arch, self._sequence = arch, sequence_parallel
-        self._scale = 1.0
+        self._scale: float | Tensor = 1.0
         device = torch.cuda.current_device()
         # Of each layer: choices and sums of probabilities by expert, choices that the base does not make, and of how
         # many, sum of squared log-sum-exps, tokens.
@@ -52,7 +52,7 @@ class Routing:
     def has_losses(self) -> bool:
         return self.settings.balance > 0.0 or self.settings.z > 0.0
 
-    def begin_step(self, counted: float) -> None:
+    def begin_step(self, counted: float | Tensor) -> None:
         """`counted`: of all tokens of the step the share that the objective's mean is taken over; the trainer divides
         the sum of everything by their number."""
         self._scale = counted

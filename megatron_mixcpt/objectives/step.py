@@ -68,14 +68,14 @@ class ForwardBackward:
         )
         return totals if self.contributes else torch.zeros_like(totals)
 
-    def _counted(self, batches: list[Batch]) -> float:
-        """Collective over replicas: what the objective's mean is taken over, a token of the step."""
+    def _counted(self, batches: list[Batch]) -> Tensor:
+        """Collective over replicas: what the objective's mean is taken over, a token of the step; fp32 scalar."""
         both = torch.zeros(2, dtype=torch.float64, device=self._device)
         if speaks_for_context():  # all ranks of the group have these rows
-            both[0] = float(sum(self.objective.count(batch) for batch in batches))
-            both[1] = float(sum(batch.tokens.numel() for batch in batches))
+            both[0].fill_(float(sum(self.objective.count(batch) for batch in batches)))  # no copy, which would wait
+            both[1].fill_(float(sum(batch.tokens.numel() for batch in batches)))
         torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return float(both[0] / both[1])
+        return (both[0] / both[1]).float()
 
     def routed(self) -> Tensor | None:
         """Of a mixture of experts, what this rank's routers did in the last step (`Routing.sums`)."""

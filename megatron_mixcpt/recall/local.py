@@ -38,15 +38,13 @@ class LocalEngine:
         import torch
 
         from megatron_mixcpt.evaluate.loading import load_directory
-        from megatron_mixcpt.runtime.cpu_backend import cuda_is_wanted
+        from megatron_mixcpt.runtime.devices import take_device
 
         assert config.engine.transformers is not None
         self._config, self._asker = config, asker
         self._settings: TransformersEngine = config.engine.transformers
-        if cuda_is_wanted():
-            self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        else:
-            self._device = torch.device("cpu")
+        self._device = take_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if self._device.type == "cpu":
             torch.set_num_threads(self._settings.threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._settings.dtype]
         model, _ = load_directory(config.model.hf, dtype=dtype)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +23,24 @@ VARIABLE = "MIXCPT_DEVICE"
 _OWN, _VERDICT = "device/", "device-verdict"
 
 
+def cuda_devices() -> int:
+    """How many CUDA devices this process may take: none where there are none, or where MIXCPT_DEVICE is cpu.
+
+    Raises ConfigError where MIXCPT_DEVICE is cuda and there is none, or is something else.
+    """
+    asked = os.environ.get(VARIABLE, "").lower()
+    if asked not in ("", "cpu", "cuda"):
+        raise ConfigError(f"{VARIABLE} is {asked!r}: set it to cpu or cuda, or unset it")
+    if asked == "cpu":
+        return 0
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{VARIABLE} is cuda, but torch finds no CUDA device on {platform.node()}: see what nvidia-smi and "
+            f"CUDA_VISIBLE_DEVICES say there, or set {VARIABLE}=cpu"
+        )
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def take_device(local_rank: int) -> torch.device:
     """This process's device, ready for use: CUDA where there is one, or as MIXCPT_DEVICE (cpu, cuda) says.
 
@@ -29,17 +48,9 @@ def take_device(local_rank: int) -> torch.device:
 
     Raises ConfigError where the device that is asked for is not there or does not answer.
     """
-    asked = os.environ.get(VARIABLE, "").lower()
-    if asked not in ("", "cpu", "cuda"):
-        raise ConfigError(f"{VARIABLE} is {asked!r}: set it to cpu or cuda, or unset it")
-    if asked == "cpu" or (asked == "" and not torch.cuda.is_available()):
+    count = cuda_devices()
+    if count == 0:
         return CPU
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"{VARIABLE} is cuda, but torch finds no CUDA device on {platform.node()}: see what nvidia-smi and "
-            f"CUDA_VISIBLE_DEVICES say there, or set {VARIABLE}=cpu"
-        )
-    count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise ConfigError(
             f"LOCAL_RANK {local_rank} has no device: {platform.node()} has {count}. Start one rank a device"
@@ -54,8 +65,9 @@ def take_device(local_rank: int) -> torch.device:
     return device
 
 
-def agree_on_device(store: dist.Store, rank: int, world_size: int, local_rank: int) -> torch.device:
-    """`take_device`, known to be of one kind on all ranks, and nobody else's. Collective, over the launcher's store.
+def agree_on_device(store: dist.Store, rank: int, world_size: int, local_rank: int, timeout: timedelta) -> torch.device:
+    """`take_device`, known to be of one kind on all ranks, and nobody else's. Collective, over the launcher's store,
+    whose `timeout` it is.
 
     Raises ConfigError on every rank, with what is wrong and where, as soon as all have looked.
     """
@@ -64,18 +76,33 @@ def agree_on_device(store: dist.Store, rank: int, world_size: int, local_rank: i
         device = take_device(local_rank)
         if device.type == "cuda":
             found |= {"kind": "cuda", "id": str(torch.cuda.get_device_properties(device).uuid)}
-    except ConfigError as raised:
+    except (ConfigError, RuntimeError) as raised:
         error = raised
         found |= {"error": str(raised)}
     store.set(f"{_OWN}{rank}", json.dumps(found))
     if rank == 0:
-        store.set(_VERDICT, _verdict([json.loads(store.get(f"{_OWN}{other}")) for other in range(world_size)]))
+        store.set(_VERDICT, _gathered(store, world_size, timeout / 2))
     verdict = store.get(_VERDICT).decode()
     if error is not None:
         raise error
     if verdict:
         raise ConfigError(verdict)
     return device
+
+
+def _gathered(store: dist.Store, world_size: int, patience: timedelta) -> str:
+    """The verdict on what all ranks found, or on one that says nothing for so long."""
+    found = []
+    for rank in range(world_size):
+        try:
+            store.wait([f"{_OWN}{rank}"], patience)
+        except dist.DistStoreError:
+            return (
+                f"rank {rank} has not said within {patience} which device it has, and may be dead: see its "
+                "log, and what nvidia-smi says on its node"
+            )
+        found.append(json.loads(store.get(f"{_OWN}{rank}")))
+    return _verdict(found)
 
 
 def _verdict(found: list[dict[str, Any]]) -> str:

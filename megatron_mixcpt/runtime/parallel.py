@@ -153,20 +153,20 @@ def parallel_context(
     with contextlib.ExitStack() as stack:
         stack.callback(gc.collect)  # of a model's cycles, which keep the groups and their threads
         store = _store(launch is not None, timeout)
-        device = agree_on_device(store, rank, world_size, local_rank) if launch else take_device(local_rank)
+        device = agree_on_device(store, rank, world_size, local_rank, timeout) if launch else take_device(local_rank)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "gloo":
             stack.enter_context(cpu_backend())
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            device_id=device if backend == "nccl" else None,
-        )
-        stack.callback(dist.destroy_process_group)
         try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                device_id=device if backend == "nccl" else None,
+            )
+            stack.callback(dist.destroy_process_group)
             yield _join_grid(
                 stack,
                 store,

@@ -63,6 +63,7 @@ ONE = {
     "sft": ({"align": {"method": "sft"}} | NO_TEACHER, ()),
     "dpo": ({"align": {"method": "dpo"}} | NO_TEACHER, ()),
 }
+EXPERTS = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2, "mlp_only_layers": []}
 RESUMED = ("initial teacher", "distributed optimizer", "offload", "alora")
 TWO = {
     "TP2+SP": ({"parallel": {"tensor": 2, "sequence": True}}, ()),
@@ -127,16 +128,21 @@ def test_a_cached_teacher_is_written_and_read(tmp_path, mixes):
     assert undocumented(run(values), (), steps=STEPS, micro_batches=MICRO_BATCHES) == []
 
 
-TEACHERS = {
-    "llama-untied": {},
-    "qwen3-experts": {"hidden_size": 32, "moe_intermediate_size": 24, "mlp_only_layers": []},
-}
+def test_a_mixture_whose_routers_are_trained(tmp_path, mixes):
+    make("qwen3-experts", tmp_path / "model", vocab_size=120, **EXPERTS)
+    model = {"preset": None, "hf": str(tmp_path / "model")}
+    train = BF16 | {"router": "trained", "router_balance": 0.1, "router_z": 0.01}
+    residency = run(values_of(mixes, tmp_path / "run", {"model": model, "train": train}))
+    assert undocumented(residency, (), steps=STEPS, micro_batches=MICRO_BATCHES) == []
+
+
+TEACHERS = {"llama-untied": {}, "qwen3-experts": EXPERTS}
 
 
 def on_deepspeed(folder, mix, family):
     """The configuration of a student of `family` whose teacher is another model of it, on DeepSpeed."""
     for name, layers in {"model": 2, "teacher": 3}.items():
-        make(family, folder / name, vocab_size=120, num_hidden_layers=layers, **TEACHERS[family])
+        make(family, folder / name, vocab_size=120, **TEACHERS[family] | {"num_hidden_layers": layers})
         save_tiny_tokenizer(["the heron waits"], folder / name)
     mix = Path(shutil.copytree(mix.parent, folder / "data")) / mix.name
     save_tiny_tokenizer(["the heron waits"], mix.parent / "tokenizer")
@@ -176,8 +182,7 @@ def each(rank, world_size, runs):
 @pytest.fixture(scope="module")
 def of_two(mixes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2}
-    make("qwen3-experts", folder / "experts", vocab_size=120, mlp_only_layers=[], **sizes)
+    make("qwen3-experts", folder / "experts", vocab_size=120, **EXPERTS)
     TWO["EP2"][0]["model"]["hf"] = str(folder / "experts")
     runs = {
         name: (free_port(), values_of(mixes, folder / name, sections), features)
