@@ -25,7 +25,8 @@ from megatron_mixcpt.config import Config
 from megatron_mixcpt.huggingface.weights import DTYPES
 
 # Of the error that plain torch makes, or of rounding once. In bf16 that error is large: what a smaller multiple of it
-# would show is for the run in fp32 to find, which every configuration has too.
+# would show is for the run in fp32 to find, which every configuration has too; but for attention on CUDA, where bf16
+# alone has flash kernels.
 MULTIPLE = {torch.float32: 16.0, torch.bfloat16: 3.0}
 COPIES = 64.0  # of rounding once in fp32, of what ranks should have alike
 
