@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 
 from megatron_mixcpt.commands.options import add_allow_older
@@ -29,13 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.checkpoint.origin import find_origin
-    from megatron_mixcpt.convert.average import average, num_tensors
     from megatron_mixcpt.errors import ConfigError
-    from megatron_mixcpt.evaluate.averages import write_averages
+    from megatron_mixcpt.evaluate.averages import average_models
     from megatron_mixcpt.evaluate.loading import quiet_libraries
-    from megatron_mixcpt.evaluate.target import as_hf_directory, is_hf_directory
+    from megatron_mixcpt.evaluate.target import is_hf_directory
     from megatron_mixcpt.files import check_writable
-    from megatron_mixcpt.progress import Progress
 
     tuned, base, mix_path = Path(args.tuned), args.base and Path(args.base), args.mix and Path(args.mix)
     if tuned.is_dir() and not is_hf_directory(tuned):
@@ -58,19 +55,7 @@ def run(args: argparse.Namespace) -> int:
         measure.check_models([base, tuned], settings)
     check_writable(out)
     quiet_libraries()
-    models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
-    paths = {name: str(path) for name, path in models.items()}
-    with contextlib.ExitStack() as stack:
-        first, second = (
-            stack.enter_context(as_hf_directory(path, allow_older=args.allow_older)) for path in (base, tuned)
-        )
-        for alpha in alphas:
-            with Progress(f"averaging at {alpha:g}", num_tensors(second), "tensors") as progress:
-                average(first, second, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
-        if settings is not None:
-            hf, measured = {"base": first, "tuned": second}, {}
-            for name, path in models.items():
-                measured[name] = measure.measure_model(hf.get(name, path), settings)
-                write_averages(out, measured, paths, complete=name == "tuned")
-            print((out / "average.md").read_text())
+    average_models(base, tuned, alphas, out, settings, allow_older=args.allow_older)
+    if settings is not None:
+        print((out / "average.md").read_text())
     return 0

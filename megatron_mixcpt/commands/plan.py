@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
-    from megatron_mixcpt.architecture.throughput import PEAK_BF16, executed_flops_per_token, flops_per_token
+    from megatron_mixcpt.architecture.throughput import PEAK_BF16
     from megatron_mixcpt.data_prep.explain import explain_passes
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.plan.documents import document_lengths
     from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
     from megatron_mixcpt.plan.fitting import device, verdict
+    from megatron_mixcpt.plan.work import work_of
     from megatron_mixcpt.train.setup import existing_parent
     from megatron_mixcpt.train.validation_count import num_validations, validated_sequences
 
@@ -108,39 +109,28 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([f"room        {first}", *(f"            {line}" for line in more)]))
 
     tokens = plan.tokens(train.steps)
-    frozen = config.adapter is not None
     # Of unprepared text each row is one document, an upper bound.
-    lengths = document_lengths(mix) if args.tokens is None else {mix.seq_length: 1.0}
-    flops = flops_per_token(arch, lengths, with_teacher=config.runs_teacher, frozen=frozen)
-    executed = executed_flops_per_token(
-        arch,
-        lengths,
-        with_teacher=config.runs_teacher,
-        recompute=train.recompute,
-        fuse_lm_head=config.fuses_lm_head,
-        tensor=grid.tensor,
-        frozen=frozen,
-    )
+    work = work_of(config, arch, document_lengths(mix) if args.tokens is None else {mix.seq_length: 1.0})
     print(f"data        {plan.tokens_per_step} tokens a step, {train.steps} steps = {tokens / 1e6:.1f} M tokens")
     for line in explain_passes(mix, train.steps, train.global_batch_size):
         print(f"            {line}")
     count, held_out = num_validations(config), validated_sequences(config, mix)
     if held_out:
-        share = count * held_out * row_length / (3 * tokens)  # a pass forwards only is a third
+        share = count * held_out * row_length * work.forward / (tokens * work.model)
         print(
             f"validation  {count} times {held_out} held-out sequences of {row_length} tokens, which adds "
             f"{share:.1%} to the work"
         )
     print(
-        f"work        {flops / 1e9:.4g} GFLOP a token for the model (what MFU counts), {executed / 1e9:.4g} executed "
-        "with recomputation, padding and attention without a causal saving"
+        f"work        {work.model / 1e9:.4g} GFLOP a token for the model (what MFU counts), {work.executed / 1e9:.4g} "
+        "executed with recomputation, padding and attention without a causal saving"
     )
     if train.dtype == "fp32" and not args.peak_tflops:
-        print(f"time        {tokens * flops:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")
+        print(f"time        {tokens * work.model:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")
     else:
         named = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else gpu
         peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_BF16[gpu]
-        hours = tokens * flops / (world_size * peak * args.mfu) / 3600
+        hours = work.hours(tokens, world_size, peak, args.mfu)
         print(f"time        {hours:.2f} h at {args.mfu:.0%} of {world_size} x {named}, without validation and saving")
 
     kept = kept_checkpoints(config)

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_mixcpt.convert.average import average, num_tensors
+from megatron_mixcpt.evaluate import measure
 from megatron_mixcpt.evaluate.comparison import CHANGES, Measured, add_measurements, change
 from megatron_mixcpt.evaluate.stored import rows_of
+from megatron_mixcpt.evaluate.target import as_hf_directory
 from megatron_mixcpt.files import write_json
+from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import Figure, Page, Table
 
 CURVES = {"domain_gain": "learned", "general_forgetting": "forgotten"}
+
+
+def average_models(
+    base: Path,
+    tuned: Path,
+    alphas: Sequence[float],
+    out: Path,
+    settings: measure.EvalSettings | None,
+    *,
+    allow_older: bool,
+) -> None:
+    """Write `OUT/alpha-X` for each alpha, a Hugging Face directory of (1 - alpha) base + alpha tuned; with `settings`
+    measure them beside the two, and write the page after each.
+
+    Args:
+        base, tuned: run directories, checkpoints or Hugging Face directories.
+        allow_older: an older checkpoint than the newest will do where that is damaged.
+    """
+    models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
+    paths = {name: str(path) for name, path in models.items()}
+    with (
+        as_hf_directory(base, allow_older=allow_older) as first,
+        as_hf_directory(tuned, allow_older=allow_older) as last,
+    ):
+        for alpha in alphas:
+            with Progress(f"averaging at {alpha:g}", num_tensors(last), "tensors") as progress:
+                average(first, last, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
+        if settings is None:
+            return
+        hf, measured = {"base": first, "tuned": last}, {}
+        for name, path in models.items():
+            measured[name] = measure.measure_model(hf.get(name, path), settings)
+            write_averages(out, measured, paths, complete=name == "tuned")
 
 
 def write_averages(

@@ -19,7 +19,6 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.ledger import Item
 from megatron_mixcpt.evaluate.loading import load_directory
 from megatron_mixcpt.huggingface.gguf import gguf_file
-from megatron_mixcpt.runtime.devices import cuda_devices
 
 if TYPE_CHECKING:  # an optional package
     from lm_eval.tasks import TaskManager
@@ -98,6 +97,8 @@ def run_harness(
     import lm_eval
     import torch
     from lm_eval.models.huggingface import HFLM
+
+    from megatron_mixcpt.runtime.devices import cuda_devices
 
     device = "cuda" if cuda_devices() else "cpu"
     precision = {"fp32": "float32", "bf16": "bfloat16"}[dtype]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, resolve_task, run_harness
 from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
-from megatron_mixcpt.huggingface.gguf import gguf_option
 from megatron_mixcpt.progress import Progress
 
 if TYPE_CHECKING:
@@ -162,6 +161,8 @@ def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
     if not chat:
         return plain_prompt
     from transformers import AutoTokenizer
+
+    from megatron_mixcpt.huggingface.gguf import gguf_option
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **gguf_option(folder))
     if not tokenizer.chat_template:
