@@ -22,7 +22,7 @@ class Watchdog:
 
     Args:
         folder: where `rank_<rank>.txt` is written; made when there is something to write.
-        seconds: longest time between two beats.
+        seconds: longest time between two heartbeats, in which the process runs.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float) -> None:
@@ -44,8 +44,15 @@ class Watchdog:
         self._phase, self._last = phase, time.monotonic()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._seconds / 4)):
-            idle = time.monotonic() - self._last
+        pause = min(1.0, self._seconds / 4)
+        looked = time.monotonic()
+        while not self._closed.wait(pause):
+            now = time.monotonic()
+            late = now - looked - pause
+            if late > pause:  # the whole process stood still: a suspended job, a closed laptop
+                self._last = min(self._last + late, now)
+            looked = now
+            idle = now - self._last
             if idle <= self._seconds:
                 continue
             reason = f"no progress for {idle:.0f} s in {self._phase} (train.timeout_minutes)"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 from megatron_mixcpt.checkpoint.store import list_checkpoints
@@ -82,3 +84,27 @@ def test_a_dead_rank_ends_the_others_in_time(tmp_path, mix, record):
     assert "loop.py" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
     assert list_checkpoints(tmp_path / "run" / "checkpoints")
     record("one rank is killed", "all end within the timeout", f"after {took['seconds']:.1f} s")
+
+
+WORKS = """
+import sys, time
+from pathlib import Path
+from megatron_mixcpt.runtime.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, 2.0) as watchdog:
+    watchdog.heartbeat("a step")
+    print("begun", flush=True)
+    for _ in range(15):
+        time.sleep(0.1)
+"""
+
+
+def test_time_in_which_the_whole_process_was_stopped_does_not_count(tmp_path):
+    """As by `scontrol suspend`: afterwards the step goes on, and takes no longer than it may."""
+    command = [sys.executable, "-c", WORKS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "no progress" not in errors, errors
