@@ -38,9 +38,10 @@ def explain_passes(mix: Mix, steps: int, global_batch_size: int) -> list[str]:
         assert source.train is not None
         steps_a_pass = source.train.sequences / (share * global_batch_size)
         passes = steps / steps_a_pass
+        takes = f"{steps_a_pass:.0f} steps" if steps_a_pass >= 1.0 else "less than one step"
         lines.append(
             f"{source.name} ({source.kind}): {_asked(source)}{source.weight / total:.1%}, {passes:.2f} x "
-            f"{source.train.tokens} tokens; one pass takes {steps_a_pass:.0f} steps"
+            f"{source.train.tokens} tokens; one pass takes {takes}"
         )
         if passes > REPEATED:
             repeated.append(f"{source.name} {passes:.1f} times")

@@ -252,18 +252,18 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False, with_reca
     """
     if with_recall and not settings.recall_instructions:
         raise ConfigError(f"--arm recall: {settings.title} has no chat template to write from; use --model smollm2")
-    open_folder(folder, fresh=fresh)
-    threads = len(os.sched_getaffinity(0))
-    console = DemoConsole(settings.expected_seconds)
-    console.say(f"Mix-CPT demo: teach {settings.title} facts that exist nowhere, and see what it forgets.")
-    console.say(f"Output: {folder}. Stop it whenever you like: the same command goes on where it stopped.")
-    try:
-        import torch
+    with open_folder(folder, fresh=fresh):
+        threads = len(os.sched_getaffinity(0))
+        console = DemoConsole(settings.expected_seconds)
+        console.say(f"Mix-CPT demo: teach {settings.title} facts that exist nowhere, and see what it forgets.")
+        console.say(f"Output: {folder}. Stop it whenever you like: the same command goes on where it stopped.")
+        try:
+            import torch
 
-        torch.set_num_threads(max(1, threads // settings.tensor))  # as many as a process of the training has
-        return Demo(settings, folder, console, Stages(folder, console), threads, with_recall).run()
-    finally:
-        console.close()
+            torch.set_num_threads(max(1, threads // settings.tensor))  # as many as a process of the training has
+            return Demo(settings, folder, console, Stages(folder, console), threads, with_recall).run()
+        finally:
+            console.close()
 
 
 def _rehearsal(settings: Settings) -> str:

@@ -7,10 +7,11 @@ Output without a matching receipt is deleted before the stage runs, so nothing s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import xxhash
 from megatron_mixcpt.demo.console import DemoConsole
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import write_json
+from megatron_mixcpt.runtime.run_lock import LOCK, RunLock
 
 MARKER = "mixcpt-demo.json"
 
@@ -36,15 +38,22 @@ class Done:
     seconds: float
 
 
-def open_folder(folder: Path, *, fresh: bool) -> None:
-    """Make `folder` the demo's, emptied if `fresh`. Raises ConfigError rather than touch a foreign folder."""
+@contextlib.contextmanager
+def open_folder(folder: Path, *, fresh: bool) -> Iterator[None]:
+    """`folder` is this demo's alone, emptied if `fresh`. Raises ConfigError rather than touch a foreign folder, or one
+    in which another demo runs."""
     marker = folder / MARKER
-    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
+    others = folder.exists() and any(not path.name.startswith(LOCK) for path in folder.iterdir())
+    if others and not marker.is_file():
         raise ConfigError(f"{folder} is not empty and was not made by the demo; choose another --out")
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text('{"made_by": "python -m megatron_mixcpt.demo"}\n')
+    with RunLock(folder):
+        for path in folder.iterdir() if fresh else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith(LOCK):
+                path.unlink()
+        marker.write_text('{"made_by": "python -m megatron_mixcpt.demo"}\n')
+        yield
 
 
 class Stages:

@@ -45,7 +45,9 @@ def device(text: str) -> tuple[str, float]:
     match = re.fullmatch(r"(?P<name>.+?)(-(?P<memory>\d+)g(i?b)?)?", text, re.IGNORECASE)
     names = {name.lower(): name for name in PEAK_BF16}
     if not match or match["name"].lower() not in names:
-        raise ConfigError(f"--gpu {text}: known are {', '.join(PEAK_BF16)}; give others' peak with --peak-tflops")
+        raise ConfigError(
+            f"--gpu {text}: known are {', '.join(PEAK_BF16)}, also with memory, as h100-80g; give others' peak with --peak-tflops"
+        )
     name = names[match["name"].lower()]
     return name, float(match["memory"] or MEMORY[name])
 

@@ -97,8 +97,8 @@ class RunLock:
             if not self._is_dead(owner, idle):
                 raise ConfigError(
                     f"{self._path.parent} is in use by {owner or 'another run'}, which gave a sign of life "
-                    f"{max(idle, 0):.0f} s ago: wait for its end, or set another run_dir. If it is dead, this command "
-                    f"works {LEASE_SECONDS:.0f} s after its last sign"
+                    f"{max(idle, 0):.0f} s ago: wait for its end, or choose another folder. If it is dead, this "
+                    f"command works {LEASE_SECONDS:.0f} s after its last sign"
                 )
             self._path.unlink()
         except FileNotFoundError:

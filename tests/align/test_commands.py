@@ -50,7 +50,8 @@ def test_a_plan_counts_preferences_in_rows_of_two_sequences_and_fine_tuning_as_t
     assert dpo["teacher"] == 0 and dpo["weights"] == train["weights"]
     assert activations(written["dpo"]) >= 2 * activations(written["train"]) > 0  # bytes: what is shown is rounded
     # Training draws from everything, DPO from the pairs alone.
-    assert "domain: " in shown["train"] and "domain: " not in shown["dpo"] and "pairs: " in shown["dpo"]
+    train, dpo = shown["train"], shown["dpo"]
+    assert "(domain): " in train and "(domain): " not in dpo and "pairs (preference): " in dpo
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "dpo"])

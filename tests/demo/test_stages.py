@@ -105,15 +105,25 @@ def test_a_folder_of_another_purpose_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for fresh in (False, True):
         with pytest.raises(ConfigError, match="not made by the demo"):
-            open_folder(tmp_path, fresh=fresh)
+            open_folder(tmp_path, fresh=fresh).__enter__()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_fresh_empties_the_demos_own_folder_and_only_then(tmp_path):
     folder = tmp_path / "runs/demo"
-    open_folder(folder, fresh=False)
-    (folder / "receipts").mkdir()
-    open_folder(folder, fresh=False)
-    assert (folder / "receipts").is_dir()
-    open_folder(folder, fresh=True)
+    with open_folder(folder, fresh=False):
+        (folder / "receipts").mkdir()
+    with open_folder(folder, fresh=False):
+        assert (folder / "receipts").is_dir()
+    with open_folder(folder, fresh=True):
+        assert not (folder / "receipts").exists()
     assert [path.name for path in folder.iterdir()] == [MARKER]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_demo_in_the_same_folder_is_refused_and_takes_nothing(tmp_path, fresh):
+    with open_folder(tmp_path / "demo", fresh=False):
+        (tmp_path / "demo/receipts").mkdir()
+        with pytest.raises(ConfigError, match=r"demo is in use by process .*: wait for its end, or choose another"):
+            open_folder(tmp_path / "demo", fresh=fresh).__enter__()
+        assert (tmp_path / "demo/receipts").is_dir()

@@ -32,7 +32,7 @@ def left_over(folder):
 
 def test_a_second_owner_is_refused_until_the_first_is_gone(tmp_path):
     with RunLock(tmp_path):
-        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .* set another run_dir"):
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .* choose another folder"):
             RunLock(tmp_path).__enter__()
         assert left_over(tmp_path) == [LOCK]
     assert left_over(tmp_path) == []
