@@ -46,7 +46,8 @@ def device(text: str) -> tuple[str, float]:
     names = {name.lower(): name for name in PEAK_BF16}
     if not match or match["name"].lower() not in names:
         raise ConfigError(
-            f"--gpu {text}: known are {', '.join(PEAK_BF16)}, also with memory, as h100-80g; give others' peak with --peak-tflops"
+            f"--gpu {text}: known are {', '.join(PEAK_BF16)}, also with memory, as h100-80g; give others' peak with "
+            "--peak-tflops"
         )
     name = names[match["name"].lower()]
     return name, float(match["memory"] or MEMORY[name])
