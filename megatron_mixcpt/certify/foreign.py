@@ -92,9 +92,9 @@ def certify_loss(name: str, formula: str, nproc: int, device: str) -> list[Verdi
     """
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc}: give the most ranks to try, from 1")
-    if device == "cuda" and cuda_devices() < nproc:
+    if device == "cuda" and (count := cuda_devices()) < nproc:
         raise ConfigError(
-            f"--device cuda: this machine has {cuda_devices()} devices for {nproc} ranks: give --nproc, or --device cpu"
+            f"--device cuda: this machine has {count} devices for {nproc} ranks: give --nproc, or --device cpu"
         )
     load(name)
     verdicts = []

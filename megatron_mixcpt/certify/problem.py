@@ -203,5 +203,4 @@ def adapter_shapes(config: AdapterConfig, rows: int, width: int) -> dict[str, tu
 
 
 def _matches(layer: str, pattern: str) -> bool:
-
     return fnmatchcase(layer, pattern) or fnmatchcase(layer.rsplit(".", 1)[1], pattern)

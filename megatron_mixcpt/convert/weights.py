@@ -76,7 +76,6 @@ class InitialWeights:
     """The random ones of a preset."""
 
     def __init__(self, arch: Architecture, seed: int, dtype: torch.dtype) -> None:
-
         self.dtype = dtype
         self._arch, self._seed, self._shapes = arch, seed, whole_shapes(arch)
 

@@ -45,7 +45,6 @@ class Batch:
 
     def here(self, device: torch.device) -> Batch:
         """What this rank computes of it, on its device: with context parallelism its part of every row."""
-
         size = parallel_state.get_context_parallel_world_size()
         batch = self.part(parallel_state.get_context_parallel_rank(), size) if size > 1 else self
         return batch.to(device)

@@ -33,12 +33,13 @@ def cuda_devices() -> int:
         raise ConfigError(f"{VARIABLE} is {asked!r}: set it to cpu or cuda, or unset it")
     if asked == "cpu":
         return 0
-    if asked == "cuda" and not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and count == 0:
         raise ConfigError(
             f"{VARIABLE} is cuda, but torch finds no CUDA device on {platform.node()}: see what nvidia-smi and "
             f"CUDA_VISIBLE_DEVICES say there, or set {VARIABLE}=cpu"
         )
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count
 
 
 def take_device(local_rank: int) -> torch.device:
