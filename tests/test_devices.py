@@ -77,9 +77,9 @@ def claims_cuda(rank, world_size):
 
 
 def waits_for_its_device(rank, world_size):
-    """Rank 1's device does not answer; returns what rank 0, which has the store, says."""
+    """Rank 1's device does not answer while rank 0 waits; returns what rank 0, which has the store, says."""
     if rank == 1:
-        devices.take_device = lambda local_rank: time.sleep(12) or devices.CPU
+        devices.take_device = lambda local_rank: time.sleep(30) or devices.CPU
     try:
         with parallel_context(timeout_minutes=0.3):
             return "nothing"
