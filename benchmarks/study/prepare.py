@@ -35,7 +35,7 @@ from megatron_mixcpt.demo.texts import write_jsonl
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.evaluate.gci import Instance, write_instances
 from megatron_mixcpt.evaluate.invented_facts import make_documents, make_people, make_questions
-from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
+from megatron_mixcpt.evaluate.prompts import ANSWER_PREFIX, QUESTION_PREFIX
 
 RUNS = Path("runs/study")
 RECALLED_BEFORE = RESULTS / "recalled"

@@ -27,23 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_mixcpt.checkpoint.origin import find_origin
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.evaluate.averages import average_models
     from megatron_mixcpt.evaluate.loading import quiet_libraries
-    from megatron_mixcpt.evaluate.target import is_hf_directory
+    from megatron_mixcpt.evaluate.target import find_target
     from megatron_mixcpt.files import check_writable
 
-    tuned, base, mix_path = Path(args.tuned), args.base and Path(args.base), args.mix and Path(args.mix)
-    if tuned.is_dir() and not is_hf_directory(tuned):
-        origin = find_origin(tuned, allow_older=args.allow_older)
-        if args.allow_older:
-            tuned = origin.checkpoint
-        base = base or origin.base
-        mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
+    target = find_target(args.tuned, args.base, args.mix, allow_older=args.allow_older)
+    tuned, base = target.model, target.base
     if base is None:
         raise ConfigError(f"--base: {tuned} does not say what it started from: name that model")
-    settings = None if args.no_eval else measure.read_arguments(args, mix_path)
+    settings = None if args.no_eval else measure.read_arguments(args, target.mix_path)
     out, alphas = Path(args.out), list(dict.fromkeys(args.alpha))
     for alpha in alphas:
         if not 0.0 <= alpha <= 1.0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_mixcpt.commands.options import add_allow_older
 from megatron_mixcpt.progress import Progress
@@ -38,64 +37,20 @@ def _temperature(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_mixcpt.evaluate.continuation import Sampling, continue_prompt
     from megatron_mixcpt.evaluate.loading import load_directory, quiet_libraries
+    from megatron_mixcpt.evaluate.prompts import check_chat
     from megatron_mixcpt.evaluate.target import as_hf_directory
 
     quiet_libraries()
     prompts = args.prompt or (line.rstrip("\n") for line in sys.stdin)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.seed)
     with as_hf_directory(Path(args.model), allow_older=args.allow_older) as folder:
         model, tokenizer = load_directory(folder)
+        if args.chat:
+            check_chat(tokenizer, args.model)
         for number, prompt in enumerate(prompts, 1):
             with Progress(f"prompt {number}", args.max_new_tokens, "tokens") as progress:
-                text = continuation(model, tokenizer, prompt, args, _Counter(progress))
+                text = continue_prompt(model, tokenizer, prompt, sampling, chat=args.chat, progress=progress)
             print(text, flush=True)
     return 0
-
-
-class _Counter:
-    """What transformers calls with the prompt, and then with each token that it has generated."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._begun = progress, False
-
-    def put(self, tokens: Any) -> None:
-        if self._begun:
-            self._progress.advance()
-        self._begun = True
-
-    def end(self) -> None:
-        """There will be no more."""
-
-
-def continuation(
-    model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace, streamer: _Counter | None = None
-) -> str:
-    """The prompt and its continuation; in a chat the answer alone.
-
-    Raises:
-        ConfigError: --chat, and the tokenizer has no chat template.
-    """
-    import torch
-
-    from megatron_mixcpt.errors import ConfigError
-
-    if args.chat:
-        if not tokenizer.chat_template:
-            raise ConfigError(f"{args.model}: its tokenizer has no chat template; leave out --chat")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A template writes its own control tokens.
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=not args.chat)["input_ids"]
-    if tokens.shape[1] == 0:
-        raise ConfigError("an empty prompt: this tokenizer begins with nothing, so give at least one character")
-    torch.manual_seed(args.seed)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {}
-    output = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        streamer=streamer,
-        **(sampling or {"do_sample": False}),
-    )[0]
-    return tokenizer.decode(output[tokens.shape[1] if args.chat else 0 :], skip_special_tokens=True)

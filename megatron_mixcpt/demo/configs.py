@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_mixcpt.demo.settings import Settings
-from megatron_mixcpt.evaluate.plain_prompt import ANSWER_PREFIX, QUESTION_PREFIX
+from megatron_mixcpt.evaluate.prompts import ANSWER_PREFIX, QUESTION_PREFIX
 
 DRAWN = "drawn"  # in the folder of the arm `recall`: what the model wrote
 

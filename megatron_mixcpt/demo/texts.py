@@ -14,7 +14,7 @@ from megatron_mixcpt.demo import general, smallworld
 from megatron_mixcpt.demo.probe import Probe
 from megatron_mixcpt.demo.settings import Settings
 from megatron_mixcpt.evaluate.invented_facts import Question, make_documents, make_people, make_questions
-from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
+from megatron_mixcpt.evaluate.prompts import plain_prompt
 
 NUM_SCENES, NUM_HELD_OUT_SCENES = 600, 120
 NUM_SMALL_QUESTIONS, NUM_STORIES, NUM_SMALL_PREFERENCES = 160, 160, 80

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.convert.card import not_measured
-from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import ledger_report
 from megatron_mixcpt.evaluate.gci import GciScore
 from megatron_mixcpt.evaluate.harness import TaskScore
@@ -57,19 +55,6 @@ def change(measured: Mapping[str, Measured]) -> dict[str, float]:
     if changes:
         result["task_change"] = sum(changes) / len(changes)
     return result
-
-
-def check_unwritten(out: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError where a whole evaluation stands in `out` already; what was cut short may be written over."""
-    path = out / "eval.json"
-    if overwrite or not path.exists():
-        return
-    try:
-        complete = json.loads(path.read_text()).get("complete", True)
-    except (ValueError, AttributeError):
-        complete = True  # nothing of ours, so it stays
-    if complete:
-        raise ConfigError(f"{path} is there already: give another --out, or --overwrite to measure again")
 
 
 def write_comparison(

@@ -16,9 +16,10 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import measure
 from megatron_mixcpt.evaluate.ledger import Entry, ledger
 from megatron_mixcpt.evaluate.ledger_report import answered, shortened
+from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.evaluate.measure import EvalSettings, Measured
 from megatron_mixcpt.evaluate.stored import from_rows, rows_of
-from megatron_mixcpt.files import write_json
+from megatron_mixcpt.files import check_writable, write_json
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
 
@@ -48,6 +49,9 @@ def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *,
     checkpoints = sorted(list_checkpoints(run / "checkpoints"), key=step_of)
     if not checkpoints:
         raise ConfigError(f"{run} is no run with checkpoints: --history measures those that a run has kept")
+    measure.check_models([base, checkpoints[0]], settings)
+    check_writable(out)
+    quiet_libraries()
     how = json.loads(json.dumps(dataclasses.asdict(settings) | {"base": base}, default=str))
     points = [] if overwrite else _read(out / "history.json", how)
     for step, path in [(0, base), *((step_of(path), path) for path in checkpoints)]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, resolve_task, run_harness
-from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
+from megatron_mixcpt.evaluate.prompts import chat_prompt, check_chat, plain_prompt
 from megatron_mixcpt.progress import Progress
 
 if TYPE_CHECKING:
@@ -164,9 +165,6 @@ def _asking(folder: Path, chat: bool) -> Callable[[str], str]:
 
     from megatron_mixcpt.huggingface.gguf import gguf_option
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **gguf_option(folder))
-    if not tokenizer.chat_template:
-        raise ConfigError(f"{folder}: its tokenizer has no chat template; leave out --chat")
-    return lambda text: tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf_option(folder))
+    check_chat(tokenizer, str(folder))
+    return partial(chat_prompt, tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mixcpt.architecture.architecture import Architecture
@@ -28,6 +29,36 @@ def architecture_of(path: Path) -> Architecture:
     from megatron_mixcpt.checkpoint import find_checkpoint, read_info
 
     return architecture_from_hf(path) if is_hf_directory(path) else read_info(find_checkpoint(path)).architecture
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured, what it started from, and the mix.json with held-out text, as far as they are known."""
+
+    model: Path
+    base: Path | None
+    mix_path: Path | None
+
+
+def find_target(model: str, base: str | None, mix: str | None, *, allow_older: bool) -> Target:
+    """What is not given is what the run says of itself; `model` is a run, a checkpoint or a Hugging Face directory.
+
+    Args:
+        allow_older: see `find_checkpoint`; the model is then the checkpoint that was found.
+
+    Raises:
+        ConfigError: it is none of the three.
+        VerificationError: the checkpoint is damaged.
+    """
+    path, start, mix_path = Path(model), base and Path(base), mix and Path(mix)
+    if not is_hf_directory(path):
+        from megatron_mixcpt.checkpoint.origin import find_origin
+
+        origin = find_origin(path, allow_older=allow_older)
+        path = origin.checkpoint if allow_older else path
+        start = start or origin.base
+        mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)
+    return Target(path, start or None, mix_path or None)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
 from megatron_mixcpt.data_prep.template import compile_template
 from megatron_mixcpt.demo.configs import preprocess_yaml, recall_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS
-from megatron_mixcpt.evaluate.plain_prompt import plain_prompt
+from megatron_mixcpt.evaluate.prompts import plain_prompt
 from megatron_mixcpt.recall.config import RecallConfig
 
 FOLDER = Path("/a folder, with: odd {characters} 'and' \"quotes\"")

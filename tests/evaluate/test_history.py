@@ -51,6 +51,7 @@ def run(tmp_path, monkeypatch):
         return parts_of(step)
 
     monkeypatch.setattr(measure, "measure_model", made_up)
+    monkeypatch.setattr(measure, "check_models", lambda paths, settings: None)
     return tmp_path / "run", measured, broken
 
 
