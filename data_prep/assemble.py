@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.format import (
     DOC_START,
     KIND_REJECTED,
@@ -86,7 +86,14 @@ class Placement:
 
 
 def place(
-    corpus: Corpus, rows: np.ndarray, source: Source, seq_length: int, seed: int, split: str, *, shuffle: bool = True
+    corpus: Corpus,
+    rows: np.ndarray,
+    source: SourceConfig,
+    seq_length: int,
+    seed: int,
+    split: str,
+    *,
+    shuffle: bool = True,
 ) -> Placement:
     """Shuffle the documents `rows` and lay them into sequences of `seq_length` tokens.
 

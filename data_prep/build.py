@@ -20,7 +20,7 @@ from megatron_mixcpt.data_prep.assemble import (
     write_pairs,
     write_prefix,
 )
-from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
 from megatron_mixcpt.data_prep.explain import explain_mixture
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN
 from megatron_mixcpt.data_prep.holdout import hold_out
@@ -29,13 +29,13 @@ from megatron_mixcpt.data_prep.mix import (
     FILE_NAME,
     SPLITS,
     Mix,
+    Source,
     Split,
     TokenizerEntry,
     split_from_json,
     split_to_json,
     write_mix,
 )
-from megatron_mixcpt.data_prep.mix import Source as MixSource
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.data_prep.provenance import provenance_path, write_provenance
 from megatron_mixcpt.data_prep.report import write_report
@@ -53,7 +53,7 @@ class Builder:
     """What the steps of a build share. `files` collects the description of every file written."""
 
     out: Path
-    config: Config
+    config: PreprocessConfig
     tokenizer: Tokenizer
     dtype: np.dtype
     receipts: Path  # folder of receipts of finished prefixes
@@ -62,7 +62,7 @@ class Builder:
 
 def build(
     out: Path,
-    config: Config,
+    config: PreprocessConfig,
     tokenizer: Tokenizer,
     dtype: np.dtype,
     plans: list[Plan],
@@ -121,7 +121,7 @@ def _tokenizer_entry(tokenizer: Tokenizer, path: Path) -> TokenizerEntry:
     )
 
 
-def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, status: np.ndarray) -> MixSource:
+def _build_source(builder: Builder, source: SourceConfig, plan: Plan, corpus: Corpus, status: np.ndarray) -> Source:
     config, num_documents = builder.config, len(corpus.documents)
     keep = status == KEPT
     corpus, origin, valid = hold_out(
@@ -153,13 +153,11 @@ def _build_source(builder: Builder, source: Source, plan: Plan, corpus: Corpus, 
         chosen = {name: np.flatnonzero(side & (documents["kind"] == KIND_CHOSEN)) for name, side in sides.items()}
         pairs = [_pair_prefix(builder, source, corpus, rows, name) for name, rows in chosen.items()]
     write_provenance(provenance_path(builder.out, source.name), plan, corpus, status, valid, placements, chosen)
-    return MixSource(
-        source.name, source.kind, 0.0, splits["train"], splits["valid"], (pairs[0], pairs[1]), source.layout
-    )
+    return Source(source.name, source.kind, 0.0, splits["train"], splits["valid"], (pairs[0], pairs[1]), source.layout)
 
 
 def _text_prefix(
-    builder: Builder, source: Source, corpus: Corpus, rows: np.ndarray, split: str
+    builder: Builder, source: SourceConfig, corpus: Corpus, rows: np.ndarray, split: str
 ) -> tuple[Split | None, Placement | None]:
     if len(rows) == 0:
         return None, None
@@ -181,7 +179,9 @@ def _text_prefix(
     return _finished(builder, corpus, rows, stem, key, write), placement
 
 
-def _pair_prefix(builder: Builder, source: Source, corpus: Corpus, chosen: np.ndarray, split: str) -> Split | None:
+def _pair_prefix(
+    builder: Builder, source: SourceConfig, corpus: Corpus, chosen: np.ndarray, split: str
+) -> Split | None:
     if len(chosen) == 0:
         return None
 
@@ -245,7 +245,7 @@ def _say(count: dict[str, Any]) -> None:
     print(f"source {count['name']}: {kept}" + (f"; left out: {dropped}" if dropped else "") + bad, file=sys.stderr)
 
 
-def _count(source: Source, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:
+def _count(source: SourceConfig, corpus: Corpus, status: np.ndarray) -> dict[str, Any]:
     """What became of the records of a source."""
     documents = {name: int(np.count_nonzero(status == code)) for code, name in enumerate(STATUS_NAMES)}
     return {

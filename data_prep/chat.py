@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.documents import ROLES, Document, Piece
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_TEXT, pack_flags
 from megatron_mixcpt.data_prep.template import BadRecord
@@ -26,7 +26,7 @@ PLACEHOLDER_PATTERN = re.compile("\ue000([0-9]+)\ue001")
 class ChatRenderer:
     """Turns a list of messages into a document in the tokenizer's chat format."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: SourceConfig, tokenizer: Tokenizer) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"source {source.name}: format: chat needs a tokenizer with a chat template; "

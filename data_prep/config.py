@@ -14,7 +14,7 @@ Template = Annotated[str, Field(min_length=1)]
 SHARE_KEYS = ("weight", "tokens", "epochs")
 
 
-class Source(Section):
+class SourceConfig(Section):
     """One named body of text and its share of the mixture."""
 
     name: str
@@ -62,7 +62,7 @@ class Source(Section):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Source":
+    def _consistent(self) -> "SourceConfig":
         given = {key for key in ("text", "prompt", "response", "chosen", "rejected", "messages") if getattr(self, key)}
         wanted = {
             "domain": [{"text"}],
@@ -127,13 +127,13 @@ class Decontaminate(Section):
     action: Literal["drop", "flag"] = "drop"
 
 
-class Config(Section):
+class PreprocessConfig(Section):
     """A whole `preprocess.yaml`."""
 
     tokenizer: str  # Hugging Face directory, tokenizer.json, or SentencePiece .model
     out: str
     seq_length: int = Field(ge=8, le=2**24)  # tokens in every stored sequence
-    sources: list[Source] = Field(min_length=1)
+    sources: list[SourceConfig] = Field(min_length=1)
     valid_fraction: float = Field(default=0.02, ge=0, lt=1)
     seed: int = Field(default=1234, ge=0, lt=2**63)
 
@@ -148,7 +148,7 @@ class Config(Section):
     max_record_bytes: int = Field(default=16 * 2**20, gt=0)
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "Config":
+    def _names_differ(self) -> "PreprocessConfig":
         names = [source.name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -156,7 +156,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _shares_can_be_met(self) -> "Config":
+    def _shares_can_be_met(self) -> "PreprocessConfig":
         # Known before any work: beside fixed amounts and without a total, weights are fractions of the whole.
         weights = sum(source.weight for source in self.sources if source.weight is not None)
         fixed = any(source.weight is None for source in self.sources if source.paths)  # others ask for nothing
@@ -168,6 +168,6 @@ class Config(Section):
         return self
 
 
-def parse_config(values: dict[str, Any]) -> Config:
+def parse_config(values: dict[str, Any]) -> PreprocessConfig:
     """Check plain values that no file holds. Raises ConfigError that names the key."""
-    return validate(Config, values, "config")
+    return validate(PreprocessConfig, values, "config")

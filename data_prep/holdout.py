@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 
 from megatron_mixcpt.data_prep.assemble import Corpus
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.packing import split_lengths
 from megatron_mixcpt.data_prep.plan import Plan
 
@@ -33,7 +33,7 @@ def _spread(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def hold_out(
-    source: Source, plan: Plan, corpus: Corpus, keep: np.ndarray, *, fraction: float, seed: int, piece_tokens: int
+    source: SourceConfig, plan: Plan, corpus: Corpus, keep: np.ndarray, *, fraction: float, seed: int, piece_tokens: int
 ) -> tuple[Corpus, np.ndarray, np.ndarray]:
     """Split the documents of a source.
 

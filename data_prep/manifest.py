@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from megatron_mixcpt import __version__
-from megatron_mixcpt.data_prep.config import Config, parse_config
+from megatron_mixcpt.data_prep.config import PreprocessConfig, parse_config
 from megatron_mixcpt.data_prep.parts import hash_file
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.errors import MixcptError, VerificationError
@@ -44,7 +44,7 @@ class Manifest:
     files: dict[str, FileEntry]
     """By path, relative to the folder."""
     inputs: list[Input]
-    config: Config | None
+    config: PreprocessConfig | None
     """The configuration that the result was made with; None for a view, which has none of its own."""
 
 
@@ -79,7 +79,7 @@ def describe_file(path: Path, known_hash: str | None = None) -> FileEntry:
 
 
 def write_manifest(
-    out: Path, config: Config, plans: list[Plan], files: dict[str, FileEntry], sources: list[dict[str, Any]]
+    out: Path, config: PreprocessConfig, plans: list[Plan], files: dict[str, FileEntry], sources: list[dict[str, Any]]
 ) -> Path:
     """Write the manifest; `files` are the data files already described, `sources` the counts of each source."""
     for name in sorted(path.relative_to(out).as_posix() for path in out.glob("tokenizer/*")):

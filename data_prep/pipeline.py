@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus, load_corpus
 from megatron_mixcpt.data_prep.build import build
-from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
 from megatron_mixcpt.data_prep.decontaminate import Detector, evaluation_key
 from megatron_mixcpt.data_prep.engines import FastEngine, adversarial_texts, disagreement, load_fast_engine
 from megatron_mixcpt.data_prep.format import token_dtype
@@ -47,7 +47,7 @@ PARTS_FOLDER = ".parts"
 class Stage:
     """A source with its plan and the folder of its parts."""
 
-    source: Source
+    source: SourceConfig
     plan: Plan
     folder: Path
 
@@ -56,7 +56,7 @@ class Stage:
 class Prepared:
     """Everything that is settled before the first token: shared by all stages."""
 
-    config: Config
+    config: PreprocessConfig
     tokenizer: Tokenizer
     add_bos: bool
     dtype: np.dtype
@@ -64,7 +64,7 @@ class Prepared:
 
 
 def preprocess(
-    config: Config, *, workers: int = 1, shard: tuple[int, int] | None = None, assemble_only: bool = False
+    config: PreprocessConfig, *, workers: int = 1, shard: tuple[int, int] | None = None, assemble_only: bool = False
 ) -> Path | None:
     """Run the pipeline; returns the path of mix.json, or None for a shard (which only tokenizes).
 
@@ -89,7 +89,7 @@ def preprocess(
         return build(out, config, prepared.tokenizer, prepared.dtype, plans, corpora, out / PARTS_FOLDER)
 
 
-def load_parts(config: Config) -> list[Corpus]:
+def load_parts(config: PreprocessConfig) -> list[Corpus]:
     """The documents of every source from finished parts, without writing anything more."""
     return _load(prepare(config, Path(config.out)))
 
@@ -98,14 +98,14 @@ def _load(prepared: Prepared) -> list[Corpus]:
     return [load_corpus(stage.plan, stage.folder, prepared.dtype) for stage in prepared.stages]
 
 
-def prepare(config: Config, out: Path) -> Prepared:
+def prepare(config: PreprocessConfig, out: Path) -> Prepared:
     """Load the tokenizer, plan every source, write the plans."""
     prepared = _planned(config, out)
     _write_plans(prepared)
     return prepared
 
 
-def _planned(config: Config, out: Path) -> Prepared:
+def _planned(config: PreprocessConfig, out: Path) -> Prepared:
     # There is one process a core already: the libraries must not start threads of their own, here or in the workers.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -285,7 +285,7 @@ def _refuse_bad_records(out: Path, stage: Stage) -> None:
     check_budget(stage.source, sum(receipt.records for receipt in there), bad, stage.plan, path)
 
 
-def _say_what_is_replaced(out: Path, config: Config) -> None:
+def _say_what_is_replaced(out: Path, config: PreprocessConfig) -> None:
     """A run into a folder that holds another mixture ends with its own in that place."""
     try:
         before = read_mix(out)

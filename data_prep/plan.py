@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
 from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
 from megatron_mixcpt.data_prep.neardup import algorithm as neardup_algorithm
 from megatron_mixcpt.data_prep.streams import compression
@@ -74,7 +74,13 @@ def _is_byte_range(file: InputFile) -> bool:
 
 
 def make_plan(
-    source: Source, config: Config, tokenizer_hash: str, *, add_bos: bool, eos_id: int, evaluation: list[Any] | None
+    source: SourceConfig,
+    config: PreprocessConfig,
+    tokenizer_hash: str,
+    *,
+    add_bos: bool,
+    eos_id: int,
+    evaluation: list[Any] | None,
 ) -> Plan:
     """Scan the inputs of `source` once (hash, newlines) and cut them. Raises ConfigError for unusable inputs.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.parts import Unusable
 from megatron_mixcpt.data_prep.plan import Plan
 from megatron_mixcpt.errors import BadRecordsError
@@ -35,7 +35,7 @@ class BadRecordWatch:
 
     MANY = 100
 
-    def __init__(self, source: Source, plan: Plan) -> None:
+    def __init__(self, source: SourceConfig, plan: Plan) -> None:
         self._fraction = source.max_bad_fraction
         self._total_bytes = max(1, sum(plan.chunk_bytes(chunk) for chunk in range(len(plan.chunks))))
         self._bytes = self._records = self._bad = 0
@@ -51,7 +51,7 @@ class BadRecordWatch:
         return self._bad >= self.MANY and self._bad > 2 * self._fraction * expected
 
 
-def check_lengths(source: Source, items: list[Unusable], plan: Plan, path: Path) -> None:
+def check_lengths(source: SourceConfig, items: list[Unusable], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) for a record that does not fit where `too_long: error` stands."""
     long = [item for item in items if item.is_too_long]
     if long and source.too_long == "error":
@@ -63,7 +63,7 @@ def check_lengths(source: Source, items: list[Unusable], plan: Plan, path: Path)
         )
 
 
-def check_budget(source: Source, num_records: int, items: list[Unusable], plan: Plan, path: Path) -> None:
+def check_budget(source: SourceConfig, num_records: int, items: list[Unusable], plan: Plan, path: Path) -> None:
     """Raises BadRecordsError (exit code 4) if more than `max_bad_fraction` of the records are bad."""
     items = [item for item in items if not item.is_too_long]
     if len(items) <= source.max_bad_fraction * num_records:

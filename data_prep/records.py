@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.documents import ROLES, Document, Piece
 from megatron_mixcpt.data_prep.format import (
     KIND_CHOSEN,
@@ -30,7 +30,7 @@ Message = dict[str, Any]
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "function": "tool"}
 
 
-def make_renderer(source: Source, tokenizer: Tokenizer, *, add_bos: bool) -> Renderer:
+def make_renderer(source: SourceConfig, tokenizer: Tokenizer, *, add_bos: bool) -> Renderer:
     """The function that turns records of `source` into documents. It raises BadRecord for a record it cannot use."""
     frame = Frame(tokenizer, add_bos)
     if source.kind in TEXT_KINDS:
@@ -69,7 +69,7 @@ class Frame:
         return [*begin, *pieces, (self._eos, end_flags)]
 
 
-def _text_renderer(source: Source, frame: Frame) -> Renderer:
+def _text_renderer(source: SourceConfig, frame: Frame) -> Renderer:
     assert source.text is not None
     fill = compile_template(source.text)
     kind = TEXT_KINDS[source.kind]
@@ -87,7 +87,7 @@ def _text_renderer(source: Source, frame: Frame) -> Renderer:
 class PlainRenderer:
     """Lays turns out without a template: `prompt + separator + answer`, and so on for further turns."""
 
-    def __init__(self, source: Source, frame: Frame) -> None:
+    def __init__(self, source: SourceConfig, frame: Frame) -> None:
         self._separator = source.separator
         self._answers_only = source.loss == "answer"
         self._frame = frame
@@ -121,7 +121,7 @@ def plain_content(message: Message) -> str:
     return content
 
 
-def _instruction_reader(source: Source) -> Callable[[Record], tuple[list[Message], ...]]:
+def _instruction_reader(source: SourceConfig) -> Callable[[Record], tuple[list[Message], ...]]:
     if source.messages is not None:
         key = source.messages
 
@@ -137,7 +137,7 @@ def _instruction_reader(source: Source) -> Callable[[Record], tuple[list[Message
     return lambda record: (_pair(prompt(record), response(record), "response"),)
 
 
-def _preference_reader(source: Source) -> Callable[[Record], tuple[list[Message], ...]]:
+def _preference_reader(source: SourceConfig) -> Callable[[Record], tuple[list[Message], ...]]:
     assert source.chosen is not None and source.rejected is not None
     if source.prompt is not None:
         prompt = compile_template(source.prompt)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import Corpus
-from megatron_mixcpt.data_prep.config import Config, Source
+from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
 from megatron_mixcpt.data_prep.format import KIND_REJECTED
 from megatron_mixcpt.data_prep.holdout import in_held_out_files
 from megatron_mixcpt.data_prep.neardup import near_duplicates
@@ -13,7 +13,7 @@ KEPT, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE, NEAR_DUPLICATE = range(6)
 STATUS_NAMES = ("kept", "too short", "too long", "contaminated", "duplicate", "near-duplicate")
 
 
-def select(config: Config, plans: list[Plan], corpora: list[Corpus]) -> list[np.ndarray]:
+def select(config: PreprocessConfig, plans: list[Plan], corpora: list[Corpus]) -> list[np.ndarray]:
     """The status of every document: one uint8 [D] array for each source.
 
     Of equal or similar records the first stays, in the order of the sources, their files and lines; of equal ones the
@@ -31,7 +31,7 @@ def select(config: Config, plans: list[Plan], corpora: list[Corpus]) -> list[np.
     return [_for_all_documents(status, corpus, rows) for status, corpus, rows in zip(statuses, corpora, heads)]
 
 
-def _by_length(source: Source, corpus: Corpus, rows: np.ndarray) -> np.ndarray:
+def _by_length(source: SourceConfig, corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     status = np.full(len(rows), KEPT, dtype=np.uint8)
     tokens = corpus.documents["tokens"][rows]
     if source.kind == "preference":

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_mixcpt.data_prep.config import SHARE_KEYS, Config
+from megatron_mixcpt.data_prep.config import SHARE_KEYS, PreprocessConfig
 from megatron_mixcpt.data_prep.mix import Source, SourceShare
 from megatron_mixcpt.errors import ConfigError
 
@@ -36,7 +36,7 @@ def requested(request: Request) -> dict[str, float]:
     return {key: value for key in SHARE_KEYS if (value := getattr(request, key)) is not None}
 
 
-def weighted(config: Config, sources: list[Source]) -> list[Source]:
+def weighted(config: PreprocessConfig, sources: list[Source]) -> list[Source]:
     """The sources with their weights (shares of the tokens, summing to 1), and what each asked for and gets. Those that
     are only held out have weight 0."""
     requests = [

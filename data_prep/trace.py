@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mixcpt.data_prep.assemble import flags_prefix
-from megatron_mixcpt.data_prep.config import Config
+from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.findings import Findings
 from megatron_mixcpt.data_prep.format import DOC_START, KIND_NAMES, TARGET, open_indexed
@@ -58,7 +58,7 @@ def _sample_rows(path: Path, count: int) -> list[dict[str, Any]]:
 
 def _trace_source(
     mix: Mix,
-    config: Config,
+    config: PreprocessConfig,
     number: int,
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
@@ -114,7 +114,7 @@ def _difference(
     return None if np.array_equal(flags, stored_flags) else "its flags are not those in the data"
 
 
-def _lines(file: InputFile, spans: list[Span], wanted: set[int], config: Config, keys: list[str]) -> Any:
+def _lines(file: InputFile, spans: list[Span], wanted: set[int], config: PreprocessConfig, keys: list[str]) -> Any:
     """(line, record) for the wanted lines of a file, without reading spans that hold none of them."""
     ends = [span.line for span in spans[1:]] + [2**63]
     for span, end in zip(spans, ends):

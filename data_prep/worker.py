@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from megatron_mixcpt.data_prep.assemble import last_answer
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import SourceConfig
 from megatron_mixcpt.data_prep.decontaminate import Detector
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.engines import Engine
@@ -39,7 +39,7 @@ BLOCK_TOKENS = 1 << 22  # held in memory before a block is written
 class Job:
     """All a worker needs to turn any chunk of one source into a part."""
 
-    source: Source
+    source: SourceConfig
     plan: Plan
     folder: Path
     render: Renderer

@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code. Raises MixcptError for what the user can act on."""
     from megatron_mixcpt.config.reader import load_config
-    from megatron_mixcpt.data_prep.config import Config
+    from megatron_mixcpt.data_prep.config import PreprocessConfig
     from megatron_mixcpt.data_prep.pipeline import preprocess
 
     workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1 (got {workers})")
     shard = parse_shard(args.shard) if args.shard else None
-    config = load_config(Config, args.config, literal=True)
+    config = load_config(PreprocessConfig, args.config, literal=True)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         mix = preprocess(config, workers=workers, shard=shard, assemble_only=args.assemble)

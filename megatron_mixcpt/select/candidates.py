@@ -18,8 +18,7 @@ import xxhash
 
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix, last_answer
-from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
-from megatron_mixcpt.data_prep.config import Source
+from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
 from megatron_mixcpt.data_prep.documents import Batch, Document
 from megatron_mixcpt.data_prep.format import KIND_CHOSEN, KIND_INSTRUCTION, TARGET, IndexedWriter, token_dtype
 from megatron_mixcpt.data_prep.manifest import Manifest, read_manifest
@@ -104,7 +103,7 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     return Candidates(out, fingerprint, count)
 
 
-def _check_inputs(manifest: Manifest, source: Source) -> None:
+def _check_inputs(manifest: Manifest, source: SourceConfig) -> None:
     for entry in manifest.inputs:
         path = Path(entry.path)
         if entry.source != source.name:
@@ -119,7 +118,7 @@ def _check_inputs(manifest: Manifest, source: Source) -> None:
 
 
 def _write(
-    out: Path, folder: Path, prepared: PreprocessConfig, sources: list[Source], tokenizer: Tokenizer, chat: bool
+    out: Path, folder: Path, prepared: PreprocessConfig, sources: list[SourceConfig], tokenizer: Tokenizer, chat: bool
 ) -> int:
     writer = _Writer(out, tokenizer, prepared.seq_length)
     with open(out / RECORDS, "w") as records, open(out / LEFT_OUT, "w") as left_out:
@@ -140,7 +139,9 @@ def _write(
     return writer.num_records
 
 
-def _variants(source: Source, prepared: PreprocessConfig, tokenizer: Tokenizer, chat: bool) -> dict[str, Renderer]:
+def _variants(
+    source: SourceConfig, prepared: PreprocessConfig, tokenizer: Tokenizer, chat: bool
+) -> dict[str, Renderer]:
     add_bos = tokenizer.adds_bos if prepared.add_bos is None else prepared.add_bos
 
     def renderer(form: str) -> Renderer:
@@ -163,7 +164,9 @@ def _render(variants: dict[str, Renderer], record: dict[str, Any]) -> dict[str, 
     return documents
 
 
-def _training_records(folder: Path, source: Source, max_record_bytes: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _training_records(
+    folder: Path, source: SourceConfig, max_record_bytes: int
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(file, line, record) of every record that training may draw."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
+from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.recall.config import RecallConfig

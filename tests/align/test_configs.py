@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_mixcpt.cli import parse
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
+from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.select.config import SelectConfig
 
 FOLDER = Path(__file__).parents[2] / "launch" / "configs" / "two-stages"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from megatron_mixcpt.data_prep.chat import ChatRenderer
-from megatron_mixcpt.data_prep.config import Source, parse_config
+from megatron_mixcpt.data_prep.config import SourceConfig, parse_config
 from megatron_mixcpt.data_prep.documents import Batch
 from megatron_mixcpt.data_prep.format import KIND_INSTRUCTION, ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET
 from megatron_mixcpt.data_prep.pipeline import preprocess
@@ -89,7 +89,9 @@ def folders(tmp_path_factory, tokenizer_dir):
 
 def encoded(folder, messages, tools):
     tokenizer = load_tokenizer(folder)
-    source = Source(name="s", kind="instruction", paths=["x"], messages="m", format="chat", loss="answer", weight=1)
+    source = SourceConfig(
+        name="s", kind="instruction", paths=["x"], messages="m", format="chat", loss="answer", weight=1
+    )
     batch = Batch(tokenizer.joining)
     batch.add(ChatRenderer(source, tokenizer).document(messages, KIND_INSTRUCTION, tools).pieces)
     tokens, flags, _ = batch.encode(tokenizer.engine)

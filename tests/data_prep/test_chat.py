@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixcpt.data_prep.chat import ChatRenderer
-from megatron_mixcpt.data_prep.config import Source, parse_config
+from megatron_mixcpt.data_prep.config import SourceConfig, parse_config
 from megatron_mixcpt.data_prep.documents import Batch
 from megatron_mixcpt.data_prep.format import (
     KIND_INSTRUCTION,
@@ -61,7 +61,7 @@ def chat(tokenizer_dir, tmp_path):
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
         values = {"name": "s", "kind": "instruction", "paths": ["x"], "messages": "messages", "weight": 1}
-        source = Source(**values, format="chat", loss=loss)
+        source = SourceConfig(**values, format="chat", loss=loss)
         ours = load_tokenizer(folder)
         return ChatRenderer(source, ours), ours, AutoTokenizer.from_pretrained(folder)
 
@@ -139,7 +139,7 @@ def test_missing_and_broken_templates_are_explained(chat, tokenizer_dir, tmp_pat
         chat("{% for %}")
     bare = tmp_path / "tokenizer.json"
     bare.write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    source = Source(name="s", kind="instruction", paths=["x"], messages="m", weight=1, format="chat")
+    source = SourceConfig(name="s", kind="instruction", paths=["x"], messages="m", weight=1, format="chat")
     with pytest.raises(ConfigError, match="use format: plain"):
         ChatRenderer(source, load_tokenizer(bare, eos_token="<|endoftext|>"))
 
@@ -181,7 +181,7 @@ def test_conversations_run_end_to_end(config_values, tmp_path, form, spelling):
 
 
 def test_answers_that_the_template_makes_the_same_are_no_preference(chat):
-    source = Source(
+    source = SourceConfig(
         name="p", kind="preference", paths=["p"], prompt="{q}", chosen="{a}", rejected="{b}", weight=1, format="chat"
     )
     render = make_renderer(source, chat(TOOLS_TEMPLATE)[1], add_bos=False)

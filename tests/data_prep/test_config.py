@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mixcpt.config.reader import load_config
-from megatron_mixcpt.data_prep.config import Config
+from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.errors import ConfigError
 
 GOOD = """tokenizer: tok
@@ -45,7 +45,7 @@ CASES = [
 def test_the_documented_example_loads(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(GOOD)
-    config = load_config(Config, path, literal=True)
+    config = load_config(PreprocessConfig, path, literal=True)
     assert [source.name for source in config.sources] == ["a", "b"]
     assert config.valid_fraction == 0.02 and config.seed == 1234
 
@@ -56,13 +56,13 @@ def test_a_mistake_is_explained(tmp_path, old, new, message):
     assert old in GOOD
     path.write_text(GOOD.replace(old, new, 1))
     if message is None:  # a change that is no mistake
-        load_config(Config, path, literal=True)
+        load_config(PreprocessConfig, path, literal=True)
         return
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(Config, path, literal=True)
+        load_config(PreprocessConfig, path, literal=True)
     assert caught.value.exit_code == 2
 
 
 def test_a_missing_file_is_explained(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration file"):
-        load_config(Config, tmp_path / "none.yaml", literal=True)
+        load_config(PreprocessConfig, tmp_path / "none.yaml", literal=True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_mixcpt.config.reader import load_config
-from megatron_mixcpt.data_prep.config import Config, Decontaminate, NearDuplicates, Source, parse_config
+from megatron_mixcpt.data_prep.config import Decontaminate, NearDuplicates, PreprocessConfig, SourceConfig, parse_config
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from tests.data_prep.helpers import digests
 
@@ -36,12 +36,12 @@ print(f"{{number}};cluster")
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_configurations_are_valid(path):
-    assert load_config(Config, path, literal=True).sources
+    assert load_config(PreprocessConfig, path, literal=True).sources
 
 
 def test_every_key_is_documented():
     page = (ROOT / "docs" / "data.md").read_text()
-    for model in (Config, Source, NearDuplicates, Decontaminate):
+    for model in (PreprocessConfig, SourceConfig, NearDuplicates, Decontaminate):
         missing = [key for key in model.model_fields if f"`{key}`" not in page and f"`{key}:" not in page]
         assert not missing, f"{model.__name__}: {missing}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixcpt.config import Config, load_config
-from megatron_mixcpt.data_prep.config import Config as PreprocessConfig
+from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.data_prep.template import compile_template
 from megatron_mixcpt.demo.configs import preprocess_yaml, recall_yaml, train_yaml
 from megatron_mixcpt.demo.settings import MODELS

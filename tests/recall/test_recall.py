@@ -124,14 +124,14 @@ def test_another_seed_draws_other_samples(whole, chat_model, tmp_path):
 
 def test_the_printed_fragment_is_what_preprocess_takes(whole, chat_model, tmp_path):
     from megatron_mixcpt.config import load_config
-    from megatron_mixcpt.data_prep.config import Config
+    from megatron_mixcpt.data_prep.config import PreprocessConfig
     from megatron_mixcpt.data_prep.pipeline import preprocess
 
     config, summary, _ = whole
     path = tmp_path / "preprocess.yaml"
     head = f"tokenizer: {chat_model}\nout: {tmp_path / 'data'}\nseq_length: 256\nvalid_fraction: 0\nsources:\n"
     path.write_text(head + fragment(config, summary))
-    mix = json.loads(preprocess(load_config(Config, path, literal=True)).read_text())
+    mix = json.loads(preprocess(load_config(PreprocessConfig, path, literal=True)).read_text())
     documents = {source["name"]: source["train"]["documents"] for source in mix["sources"]}
     assert {source["name"]: source["kind"] for source in mix["sources"]} == {
         "recall-instructions": "instruction",
