@@ -42,7 +42,7 @@ from megatron_mixcpt.data_prep.report import write_report
 from megatron_mixcpt.data_prep.selection import KEPT, STATUS_NAMES, select
 from megatron_mixcpt.data_prep.shares import weighted
 from megatron_mixcpt.data_prep.tokenizer import Tokenizer
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import write_whole
 
 ENDINGS = (".bin", ".idx", ".flags.bin", ".flags.idx")
@@ -147,13 +147,22 @@ def _build_source(builder: Builder, source: SourceConfig, plan: Plan, corpus: Co
         rows = np.flatnonzero(trained_rows(documents, side, source.responses))
         splits[name], placements[name] = _text_prefix(builder, source, corpus, rows, name)
     if splits["train"] is None and source.paths:
-        raise MixcptError(f"source {source.name} has no training documents; give it more data or leave it out")
+        _say(_count(source, corpus, status))
+        raise ConfigError(f"source {source.name} has no training documents: {_where_they_went(keep)}")
     pairs: list[Split | None] = [None, None]
     if source.kind == "preference":
         chosen = {name: np.flatnonzero(side & (documents["kind"] == KIND_CHOSEN)) for name, side in sides.items()}
         pairs = [_pair_prefix(builder, source, corpus, rows, name) for name, rows in chosen.items()]
     write_provenance(provenance_path(builder.out, source.name), plan, corpus, status, valid, placements, chosen)
     return Source(source.name, source.kind, 0.0, splits["train"], splits["valid"], (pairs[0], pairs[1]), source.layout)
+
+
+def _where_they_went(keep: np.ndarray) -> str:
+    """Why none of the documents of a source is left to train on, and what to do."""
+    if not keep.any():
+        return "every record was left out, as counted above; give it more data or leave the source out"
+    held_out = f"held out are all {np.count_nonzero(keep)} that are left"
+    return f"{held_out}; lower valid_fraction, name files as heldout, or give it more data"
 
 
 def _text_prefix(

@@ -301,9 +301,15 @@ def test_a_conversation_longer_than_a_sequence_is_quarantined(config_values, cor
     assert entry["train"]["documents"] + entry["valid"]["documents"] == 200
 
 
+def test_a_source_whose_records_are_all_held_out_is_an_error_that_says_so(config_values, corpus):
+    config_values["valid_fraction"] = 0.999
+    with pytest.raises(ConfigError, match=r"no training documents: held out are all \d+ that are left; lower valid"):
+        run(config_values)
+
+
 def test_an_empty_source_is_an_error(config_values, corpus):
     corpus["domain"].write_text("\n\n")
-    with pytest.raises(MixcptError, match="source docs has no training documents"):
+    with pytest.raises(ConfigError, match="source docs has no training documents: every record was left out"):
         run(config_values)
     config_values["sources"][0]["paths"] = ["no/such/*.jsonl"]
     with pytest.raises(ConfigError, match="no file matches"):
