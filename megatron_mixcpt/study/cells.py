@@ -36,6 +36,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.measure import EvalSettings
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.study.config import RATES, Study
+from megatron_mixcpt.study.outcome import Outcome, outcome
 
 BASE = "base"
 TRAIN_FILE = "train.yaml"
@@ -169,6 +170,11 @@ class Cells:
         """Measurements by alpha, of the run itself at 1, as far as there are any."""
         return _read(self.measured_file(cell))
 
+    def outcomes(self, cell: Cell) -> dict[float, Outcome]:
+        """What the run and its averages learned and forgot, by alpha; empty before the base is measured."""
+        measured, base = _version(self.measured_file(cell)), _version(self.base_file)
+        return _outcomes(measured, base) if measured and base else {}
+
     def missing(self, cell: Cell) -> list[float]:
         """Alphas that are still to be measured, the run itself first."""
         alphas = [1.0, *self.study.average * cell.is_averaged]
@@ -222,17 +228,32 @@ def _weights(config: Config) -> list[str]:
 _fingerprint = cache(weights_fingerprint)
 
 
-def _read(path: Path) -> dict[str, Any]:
+Version = tuple[Path, int, int]
+"""A file as it was: path, time of its last change in ns, size in bytes."""
+
+
+def _version(path: Path) -> Version | None:
+    """None where there is no such file."""
     try:
         status = path.stat()
     except FileNotFoundError:
-        return {}
-    return _parsed(path, status.st_mtime_ns, status.st_size)
+        return None
+    return path, status.st_mtime_ns, status.st_size
+
+
+def _read(path: Path) -> dict[str, Any]:
+    version = _version(path)
+    return _parsed(version) if version else {}
 
 
 @cache
-def _parsed(path: Path, changed: int, size: int) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _parsed(version: Version) -> dict[str, Any]:
+    return json.loads(version[0].read_text())
+
+
+@cache
+def _outcomes(measured: Version, base: Version) -> dict[float, Outcome]:
+    return {float(alpha): outcome(rows, _parsed(base)["1"]) for alpha, rows in _parsed(measured).items()}
 
 
 def _hash(value: Any) -> str:

@@ -78,8 +78,8 @@ class _Team:
             for worker in workers:
                 worker.start()
             told = {cell.folder.name for cell in now.runs} - {cell.folder.name for cell in now.open}
-            while any(worker.is_alive() for worker in workers):
-                time.sleep(POLL_SECONDS / 4)
+            while working := [worker for worker in workers if worker.is_alive()]:
+                working[0].join(POLL_SECONDS)
                 now = self._tell(told, progress)
             now = self._tell(told, progress)
         if self._errors:

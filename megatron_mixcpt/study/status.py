@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mixcpt.study.cells import Cell, Cells
-from megatron_mixcpt.study.outcome import Outcome, chosen, outcome
+from megatron_mixcpt.study.outcome import Outcome, chosen
 
 FAILED = "failed.json"
 
@@ -63,7 +63,7 @@ def _add(now: Standing, runs: list[Cell], base: dict) -> None:
         name = cell.folder.name
         if base:
             now.measured[name] = now.cells.measured(cell)
-            now.outcomes[name] = {float(a): outcome(rows, base) for a, rows in now.measured[name].items()}
+            now.outcomes[name] = now.cells.outcomes(cell)
         failure = cell.folder / FAILED
         if now.cells.missing(cell) and failure.is_file():
             now.failed[name] = json.loads(failure.read_text())["reason"]
