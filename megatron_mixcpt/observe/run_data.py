@@ -112,10 +112,11 @@ def read_run(path: Path) -> Run:
         known = f"{path} is no run directory" if path.is_dir() else f"{path}: no such directory"
         raise ConfigError(f"{known}: a run has a metrics.jsonl, which `mixcpt train` writes")
     checkpoints = list_checkpoints(path / "checkpoints")
+    settings = _settings(path / "config.yaml")
     run = Run(
         path=path,
-        name=path.absolute().name,
-        settings=_settings(path / "config.yaml"),
+        name=str(settings.get("wandb.name") or path.absolute().name),
+        settings=settings,
         written=datetime.fromtimestamp(metrics.stat().st_mtime),
         checkpoints=[SavedCheckpoint(step_of(folder), size_of(folder), folder) for folder in checkpoints],
         shares=_shares(checkpoints[0]) if checkpoints else {},
@@ -139,7 +140,7 @@ def read_run(path: Path) -> Run:
 
 
 def distinct_names(runs: list[Run]) -> None:
-    """Name runs whose folders have the same name by their paths."""
+    """Name runs that would be called the same by their paths."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

@@ -233,14 +233,16 @@ def thin(points: Sequence[Pair]) -> list[Pair]:
 
 
 def _smooth(points: Sequence[Pair]) -> list[Pair]:
-    """Mean over about a twentieth of the points, centred, so that it does not lag; shorter at both ends."""
+    """Mean over about a twentieth of the points, centred, so that it does not lag. It begins at the first point, where
+    losses fall fastest, and ends with the mean of the last, which one noisy step must not bend."""
     finite = [(x, y) for x, y in points if y is not None]
     sums = [0.0, *itertools.accumulate(y for _, y in finite)]
     widest, last = max(1, len(finite) // 40), len(finite) - 1
     means: list[Pair] = []
     for index, (x, _) in enumerate(finite):
-        half = min(widest, index, last - index)
-        means.append((x, (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)))
+        half = min(widest, index)
+        first, end = index - half, min(index + half, last) + 1
+        means.append((x, (sums[end] - sums[first]) / (end - first)))
     return means
 
 

@@ -322,6 +322,12 @@ def test_the_axis_of_bars_ends_at_a_number_above_all_of_them(values):
     assert len(tops) == len(values) and min(tops) >= min(lines) - 0.11 and max(lines) == pytest.approx(230.0)
 
 
+def test_one_noisy_step_at_the_end_does_not_bend_the_smoothed_line():
+    values = [5.0, *[1.0 + step % 2 for step in range(200)], 9.0]
+    raw, smooth = heights(line_chart("loss", [Series("one", list(enumerate(values)), 0)], "step", smooth=True))
+    assert smooth - raw > 100  # of 218: it ends among its neighbours, far below the last point
+
+
 @given(st.floats(1e-12, 1e14), st.sampled_from([1, -1]))
 def test_numbers_keep_their_leading_digits(size, sign):
     text = number(sign * size)
