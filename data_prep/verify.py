@@ -67,7 +67,11 @@ def verify(folder: str | Path, *, sample: int = 64, workers: int = 1) -> Finding
     _check_weights(mix, findings)
     leftover = sorted(path.name for path in out.glob("*.bin") if path.name not in manifest.files)
     if leftover:
-        findings.notes.append(f"{len(leftover)} .bin files are left over from earlier runs, e.g. {leftover[0]}")
+        findings.notes.append(
+            f"{len(leftover)} .bin files are left over from earlier runs, e.g. {leftover[0]}: this mix.json does not "
+            "need them; once no run trains on what it was before, and no part of it made by `mixcpt mix`, remove them "
+            "with the .idx and flags of the same names"
+        )
     _check_with_megatron(mix, findings)
     if sample and not findings.problems:
         from megatron_mixcpt.data_prep.trace import trace_sample
