@@ -21,7 +21,7 @@ from megatron_mixcpt.quick_import import quicken
 TOGETHER = ("slurm",)
 # Begun first, in this order: what mostly waits, beside which the other worker has a core and more to itself, then what
 # takes longest, so that the workers end at about the same time.
-FIRST = ("slurm", "faults", "train", "teacher", "demo", "align", "model")
+FIRST = ("slurm", "faults", "study", "train", "teacher", "demo", "align", "model")
 
 # The same examples in every run: what a change broke fails for that change, not for a later one.
 settings.register_profile("mixcpt", derandomize=True, deadline=None)
