@@ -181,6 +181,9 @@ class _Team:
             code = process.wait()
             with self._lock:
                 self._processes.discard(process)
+        if code < 0:
+            lost = ", as the kernel does where memory runs out" if code == -signal.SIGKILL else ""
+            return code, f"killed by {signal.Signals(-code).name}{lost}; log: {log}"
         lines = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return code, (errors or lines or [f"exit code {code}"])[-1].removeprefix("error: ")

@@ -87,6 +87,14 @@ def pretend(monkeypatch):
     return use
 
 
+def test_a_process_that_was_killed_is_told_as_that(write_study, tmp_path):
+    """Not by the last that it said, which was all right."""
+    program = "import os, signal; print('step 9', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    team = run._Team(read(write_study()), 1)
+    code, reason = team._process([sys.executable, "-c", program], tmp_path / "log.txt", dict(os.environ))
+    assert code == -signal.SIGKILL and "killed by SIGKILL, as the kernel does where memory runs out" in reason
+
+
 def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_study, pretend):
     cells = read(write_study(choose={"within": {"forgetting": 0.05}}))
     pretended = pretend(cells)
