@@ -254,7 +254,8 @@ def run_demo(settings: Settings, folder: Path, *, fresh: bool = False, with_reca
         raise ConfigError(f"--arm recall: {settings.title} has no chat template to write from; use --model smollm2")
     with open_folder(folder, fresh=fresh):
         threads = len(os.sched_getaffinity(0))
-        console = DemoConsole(settings.expected_seconds)
+        stages = settings.expected_seconds.items()
+        console = DemoConsole({name: s for name, s in stages if with_recall or not name.startswith("recall-")})
         console.say(f"Mix-CPT demo: teach {settings.title} facts that exist nowhere, and see what it forgets.")
         console.say(f"Output: {folder}. Stop it whenever you like: the same command goes on where it stopped.")
         try:

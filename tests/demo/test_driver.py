@@ -116,6 +116,24 @@ def test_the_arm_recall_writes_first_and_trains_on_what_was_written(commands, tm
     assert "--model smollm2" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
 
 
+@pytest.mark.parametrize(("model", "with_recall"), [("smollm2", False), ("smollm2", True), ("tiny", False)])
+def test_the_bar_counts_the_stages_that_are_run_and_no_others(commands, tmp_path, monkeypatch, model, with_recall):
+    ended, expected = [], {}
+
+    class Watched(driver.DemoConsole):
+        def __init__(self, seconds):
+            super().__init__(seconds)
+            expected.update(seconds)
+
+        def end(self):
+            ended.append(self._stage)
+            super().end()
+
+    monkeypatch.setattr(driver, "DemoConsole", Watched)
+    driver.run_demo(SMALL[model], tmp_path, with_recall=with_recall)
+    assert sorted(ended) == sorted(expected)
+
+
 def test_the_tiny_base_is_pretrained_by_the_same_commands(commands, tmp_path):
     driver.run_demo(SMALL["tiny"], tmp_path)
     assert commands.ran[:4] == ["preprocess pretrain", "train pretrain", "export pretrain", f"measure {TINY_BASE}"]
