@@ -38,11 +38,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Curve:
-    """An arm: its learning rates, the averages of one of them with the base, and its mean over seeds."""
+    """An arm: its learning rates, the averages of each with the base by alpha, and its mean over seeds."""
 
     colour: int
     rates: Sequence[Mark]
-    averages: Sequence[Mark]
+    averages: Sequence[Sequence[Mark]]
     mean: Mark | None
 
 
@@ -75,11 +75,13 @@ def trade_chart(
     if len(front) > 1:
         parts.append(f'<path class="front" d="{_path([place(*point) for point in front])}"/>')
     for curve in curves:
-        for kind, found in (("line", curve.rates), ("line faint", curve.averages)):
+        ways = [("line faint", [*averages, run]) for run, averages in zip(curve.rates, curve.averages)]
+        for kind, found in [*ways, ("line", curve.rates)]:
             if len(found) > 1:
                 way = _path([place(mark.x, mark.y) for mark in found])
                 parts.append(f'<path class="{kind} c{curve.colour}" d="{way}"/>')
-        parts += [_circle("ring", curve.colour, *place(mark.x, mark.y), 4, mark) for mark in curve.averages]
+        rings = [mark for averages in curve.averages for mark in averages]
+        parts += [_circle("ring", curve.colour, *place(mark.x, mark.y), 4, mark) for mark in rings]
         parts += [_circle("dot", curve.colour, *place(mark.x, mark.y), 4, mark) for mark in curve.rates]
         if curve.mean is not None:
             mark = curve.mean
@@ -95,7 +97,8 @@ def trade_chart(
 
 
 def _all(curve: Curve) -> list[Mark]:
-    return [*curve.rates, *curve.averages, *[curve.mean] * (curve.mean is not None)]  # type: ignore[list-item]
+    rings = (mark for averages in curve.averages for mark in averages)
+    return [*curve.rates, *rings, *[curve.mean] * (curve.mean is not None)]  # type: ignore[list-item]
 
 
 def _span(mark: Mark, index: int) -> tuple[float, float]:

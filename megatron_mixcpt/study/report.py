@@ -232,17 +232,17 @@ def _figure(now: Standing, gain: str) -> Figure | None:
             return Mark(f"{cell}{weight}: {y:.3g}{unit}, forgotten {x:.3f}", x, y)
 
         sweep = sorted(now.cells.sweep(arm), key=lambda cell: cell.lr)
-        rates = [found for cell in sweep if (found := mark(cell, 1.0))]
-        chosen = [cell for cell in sweep if arm in now.chosen and cell.lr == now.chosen[arm][0]]
-        averages = [f for cell in chosen for alpha in now.cells.study.average if (f := mark(cell, alpha))]
+        ran = [(found, cell) for cell in sweep if (found := mark(cell, 1.0))]
+        alphas = sorted(now.cells.study.average)
+        averages = [[found for alpha in alphas if (found := mark(cell, alpha))] for _, cell in ran]
         means = _means(now, arm)
         middle = None
         if gain in means and "forgetting" in means:
             x, y = means["forgetting"][0], means[gain][0]
             error = None if x.half is None or y.half is None else (x.half, scale * y.half)
             middle = Mark(f"{arm}, mean of {means[gain][1]} seeds", x.value, scale * y.value, error)
-        if rates:
-            curves.append((arm, Curve(index % COLOURS, rates, averages, middle)))
+        if ran:
+            curves.append((arm, Curve(index % COLOURS, [found for found, _ in ran], averages, middle)))
     if not curves or not all(map(math.isfinite, (value for point in points for value in point))):
         return None
     chart = trade_chart(f"{gain} over forgetting", [curve for _, curve in curves], front(points), FORGOTTEN, unit)
