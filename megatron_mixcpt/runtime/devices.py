@@ -6,6 +6,7 @@ leave the others waiting.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.runtime.cpu_backend import CPU
 
 VARIABLE = "MIXCPT_DEVICE"
-_OWN, _VERDICT = "device/", "device-verdict"
+_OWN, _VERDICT, _READ = "device/", "device-verdict", "device-verdict-read/"
 
 
 def cuda_devices() -> int:
@@ -84,11 +85,22 @@ def agree_on_device(store: dist.Store, rank: int, world_size: int, local_rank: i
     if rank == 0:
         store.set(_VERDICT, _gathered(store, world_size, timeout / 2))
     verdict = store.get(_VERDICT).decode()
+    if verdict:
+        _read_by_all(store, rank, world_size)
     if error is not None:
         raise error
     if verdict:
         raise ConfigError(verdict)
     return device
+
+
+def _read_by_all(store: dist.Store, rank: int, world_size: int) -> None:
+    """The store is rank 0's, and gone with it: it ends when the others have read, or are not there to read."""
+    if rank > 0:
+        store.set(f"{_READ}{rank}", "")
+        return
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait([f"{_READ}{other}" for other in range(1, world_size)], timedelta(seconds=5))
 
 
 def _gathered(store: dist.Store, world_size: int, patience: timedelta) -> str:
