@@ -17,8 +17,8 @@ class Sampling:
     """`temperature` 0 is greedy and needs no `seed`."""
 
     max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
+    temperature: float
+    seed: int
 
 
 class _Counter:
@@ -49,13 +49,15 @@ def continue_prompt(
     if tokens.shape[1] == 0:
         raise ConfigError("an empty prompt: this tokenizer begins with nothing, so give at least one character")
     torch.manual_seed(sampling.seed)
-    how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
     output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=_Counter(progress),
-        **(how or {"do_sample": False}),
+        **how,
     )[0]
     return tokenizer.decode(output[tokens.shape[1] if chat else 0 :], skip_special_tokens=True)

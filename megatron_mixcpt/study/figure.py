@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 
 from megatron_mixcpt.report.figures import (
     ACROSS,
@@ -80,7 +81,7 @@ def trade_chart(
             if len(found) > 1:
                 way = _path([place(mark.x, mark.y) for mark in found])
                 parts.append(f'<path class="{kind} c{curve.colour}" d="{way}"/>')
-        rings = [mark for averages in curve.averages for mark in averages]
+        rings = chain.from_iterable(curve.averages)
         parts += [_circle("ring", curve.colour, *place(mark.x, mark.y), 4, mark) for mark in rings]
         parts += [_circle("dot", curve.colour, *place(mark.x, mark.y), 4, mark) for mark in curve.rates]
         if curve.mean is not None:
@@ -97,7 +98,7 @@ def trade_chart(
 
 
 def _all(curve: Curve) -> list[Mark]:
-    rings = (mark for averages in curve.averages for mark in averages)
+    rings = chain.from_iterable(curve.averages)
     return [*curve.rates, *rings, *[curve.mean] * (curve.mean is not None)]  # type: ignore[list-item]
 
 
