@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,13 @@ RUNS = Path("runs/study")
 RECALLED_BEFORE = RESULTS / "recalled"
 SEED = 1234
 PEOPLE, DOCUMENTS_PER_PERSON = 6, 5
-ARTICLES, HELD_OUT_ARTICLES = 200, 30
+ARTICLES, HELD_OUT_ARTICLES = 200, 8
 GENERAL_DOCUMENTS, HELD_OUT_GENERAL = 400, 60
 SHARES = {"domain": 0.65, "instructions": 0.25, "preferences": 0.1}
 REPLAYED = 0.35  # of the tokens, in place of instructions and preferences
 RECALLED = {"instructions": 0.25, "text": 0.1}  # likewise
 EVERY = 10  # of the instructions, one is held out
 TRAIN = {
-    "steps": 48,
     "micro_batch_size": 2,
     "global_batch_size": 2,
     "lr": 1.5e-4,
@@ -57,6 +57,18 @@ TRAIN = {
     "dtype": "fp32",
 }
 SEQ_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides how long a study of a domain takes."""
+
+    steps: int
+    held_out: int  # texts of prose and of general text that all are measured on, at most
+    validated: int  # sequences a source at the end of a run, beside what the study measures
+
+
+SIZES = {"facts": Size(48, HELD_OUT_GENERAL, 16), "medquad": Size(32, 20, 2)}
 
 
 def facts(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -118,7 +130,7 @@ def run(*command: str) -> None:
 
 def prepare(domain: str, general_file: Path | None, articles: Path | None, out: Path) -> None:
     """Write everything; see the top of this file. Raises ConfigError for a file that does not do."""
-    base, folder = out / "smollm2", out / domain
+    base, folder, size = out / "smollm2", out / domain, SIZES[domain]
     folder.mkdir(parents=True, exist_ok=True)
     if not (base / "model.safetensors").is_file():
         save_smollm2(base)
@@ -133,7 +145,8 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
     write_jsonl(texts / "instructions.jsonl", [one for i, one in enumerate(instructions) if i % EVERY])
     write_jsonl(texts / "instructions-heldout.jsonl", instructions[::EVERY])
     write_jsonl(texts / "preferences.jsonl", general.preferences(SEED))
-    write_jsonl(texts / "prose-heldout.jsonl", [{"text": text} for text in general.held_out_documents()])
+    prose = general.held_out_documents()
+    write_jsonl(texts / "prose-heldout.jsonl", [{"text": text} for text in prose[: size.held_out]])
     replay: list[dict] = []
     if general_file is not None:
         found = read_texts(general_file)
@@ -142,7 +155,7 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
             raise ConfigError(f"--general {general_file}: {len(found)} texts, {needed} are needed")
         chosen = found[:: len(found) // needed][:needed]
         write_jsonl(texts / "general.jsonl", chosen[HELD_OUT_GENERAL:])
-        write_jsonl(texts / "general-heldout.jsonl", chosen[:HELD_OUT_GENERAL])
+        write_jsonl(texts / "general-heldout.jsonl", chosen[: size.held_out])
         replay = [source("general", "general", texts, REPLAYED)]
     # What all are measured on stands in the mixture that most are trained on.
     measured = [source("prose", "general", texts, None)] + [source("general", "general", texts, None)] * bool(replay)
@@ -171,8 +184,8 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
     train = {
         "model": {"hf": str(base)},
         "data": {"mix": str(folder / "mixture" / "mix.json")},
-        "train": TRAIN,
-        "eval": {"max_samples": 16},
+        "train": {"steps": size.steps, **TRAIN},
+        "eval": {"max_samples": size.validated},
         "checkpoint": {"every_minutes": 0.0, "keep": 1},
         "run_dir": str(folder / "run"),
     }

@@ -34,7 +34,7 @@ class MeasureConfig(Section):
 
 
 class WithinConfig(Section):
-    """What a learning rate may cost."""
+    """What a model may cost."""
 
     forgetting: Weight | None = None
     """Most that the loss on all sources but the domain's may rise over the base model's, in nats a token."""
@@ -43,13 +43,15 @@ class WithinConfig(Section):
 
 
 class ChooseConfig(Section):
-    """The rule that chooses each arm's learning rate: the highest gain of those within; where none is, the one that
-    forgets least."""
+    """The rule that chooses each arm's learning rate, and its average with the base: the highest gain of those within;
+    where none is, the one that forgets least."""
 
     gain: Literal["domain", "facts", "both"] = "domain"
     """domain: fall of the loss on domain sources, in nats a token; facts, both: share of the questions of measure.gci
     with the fact right, with fact and skill right."""
     within: WithinConfig = WithinConfig()
+    averages: bool = True
+    """Whether the averages of `average` are to choose from too; else whole runs alone."""
 
 
 class Study(Section):

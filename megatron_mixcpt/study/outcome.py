@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mixcpt.evaluate.comparison import change
 from megatron_mixcpt.evaluate.stored import from_rows
@@ -31,14 +31,29 @@ def outcome(rows: Mapping[str, Any], base: Mapping[str, Any]) -> Outcome:
     return found
 
 
-def chosen(rule: ChooseConfig, sweep: Mapping[float, Outcome]) -> tuple[float, bool] | None:
-    """The learning rate that the rule chooses, and whether it lies within; None where nothing was measured."""
-    if not sweep:
+class Choice(NamedTuple):
+    """Of an arm: a learning rate, the share of the run in its average with the base (1: the run itself), and whether
+    it lies within what the rule allows."""
+
+    lr: float
+    alpha: float
+    within: bool
+
+
+def chosen(rule: ChooseConfig, sweep: Mapping[tuple[float, float], Outcome]) -> Choice | None:
+    """What the rule chooses of outcomes by learning rate and alpha; None where nothing was measured.
+
+    Of equal gains it takes the smaller learning rate, then the larger alpha.
+    """
+    open_to_choice = {key: one for key, one in sweep.items() if rule.averages or key[1] == 1.0}
+    if not open_to_choice:
         return None
-    within = {lr: one for lr, one in sweep.items() if is_within(rule, one)}
+    within = {key: one for key, one in open_to_choice.items() if is_within(rule, one)}
     if within:
-        return max(within, key=lambda lr: (within[lr].get(rule.gain, -math.inf), -lr)), True
-    return min(sweep, key=lambda lr: (sweep[lr].get("forgetting", math.inf), lr)), False
+        best = max(within, key=lambda key: (within[key].get(rule.gain, -math.inf), -key[0], key[1]))
+        return Choice(*best, within=True)
+    least = min(open_to_choice, key=lambda key: (open_to_choice[key].get("forgetting", math.inf), key[0], -key[1]))
+    return Choice(*least, within=False)
 
 
 def is_within(rule: ChooseConfig, one: Outcome) -> bool:

@@ -21,7 +21,7 @@ from megatron_mixcpt.report.figures import legend
 from megatron_mixcpt.report.page import COLOURS, Cell, Figure, Page, Table, Text
 from megatron_mixcpt.study.cells import Cell as StudyRun
 from megatron_mixcpt.study.figure import Curve, Mark, trade_chart
-from megatron_mixcpt.study.outcome import Mean, Outcome, front, mean, outcome
+from megatron_mixcpt.study.outcome import Choice, Mean, Outcome, front, mean, outcome
 from megatron_mixcpt.study.status import Standing
 from megatron_mixcpt.units import duration, number
 
@@ -50,7 +50,7 @@ def write_report(now: Standing) -> None:
     page = Page(out.name, f"Learned and forgotten of {len(now.cells.study.arms)} arms, from {now.cells.base}.{cut}")
     if any(now.outcomes.values()):
         page.figures("", _figures(now))
-        page.section("Arms, at the learning rate that the rule chose", Text(_rule(now)), _arms(now))
+        page.section("Arms, as the rule chose", Text(_rule(now)), _arms(now))
     page.section("What differs between the arms", _differences(now))
     page.section("Every run", _runs(now, content["runs"]))
     page.write(out / "study.html")
@@ -65,8 +65,7 @@ def describe(now: Standing) -> dict[str, Any]:
         "base": {"path": str(cells.base), "measured": _without_items(cells.base_measured)},
         "arms": {
             arm: {
-                "lr": now.chosen[arm][0] if arm in now.chosen else None,
-                "within": now.chosen[arm][1] if arm in now.chosen else None,
+                **(now.chosen[arm]._asdict() if arm in now.chosen else dict.fromkeys(Choice._fields)),
                 "over_seeds": {
                     name: {"mean": value.value, "half_width": value.half, "seeds": count}
                     for name, (value, count) in _means(now, arm).items()
@@ -123,12 +122,12 @@ def _ledger(measured: Path, base: Path, alpha: str) -> list[dict[str, Any]]:
 
 
 def _means(now: Standing, arm: str) -> dict[str, tuple[Mean, int]]:
-    """Of the chosen learning rate over the seeds that are measured."""
+    """Of what the rule chose, over the seeds that are measured."""
     if arm not in now.chosen:
         return {}
-    cells = now.cells
-    runs = [cells.cell(arm, now.chosen[arm][0], seed) for seed in cells.study.seeds]
-    found = [one for run in runs if (one := now.of(run)) is not None]
+    cells, choice = now.cells, now.chosen[arm]
+    runs = [cells.cell(arm, choice.lr, seed) for seed in cells.study.seeds]
+    found = [one for run in runs if (one := now.of(run, choice.alpha)) is not None]
     return {
         name: (mean([one[name] for one in found]), len(found))
         for name in MEASURES
@@ -147,8 +146,10 @@ def _rule(now: Standing) -> str:
         if value is not None
     ]
     among = f"of those with at most {' and '.join(limits)} " if limits else ""
+    those = "runs and their averages with the base" if rule.averages and now.cells.study.average else "runs"
     return (
-        f"The rule, fixed beforehand: {among}the learning rate with the highest gain ({GAINS[rule.gain]})"
+        f"The rule, fixed beforehand: of the first seed's {those} {among}"
+        f"the one with the highest gain ({GAINS[rule.gain]})"
         + (", and where there is none the one that forgets least (marked ✗)" if limits else "")
         + ". ±: 95 % interval over seeds (Student's t)."
     )
@@ -163,14 +164,16 @@ def _arms(now: Standing) -> Table:
     known = _known(now)
     base = outcome(now.cells.base_measured, now.cells.base_measured)
     told = [MEASURES[name][1].format(base[name]) if name in ("facts", "both") else None for name in known]
-    rows: list[list[Cell]] = [["base", None, None, *told]]
+    rows: list[list[Cell]] = [["base", None, None, None, *told]]
     for arm in now.cells.study.arms:
         means = _means(now, arm)
-        lr, within = now.chosen.get(arm, (None, True))
+        told_choice: list[Cell] = [None, None]
+        if choice := now.chosen.get(arm):
+            told_choice = [f"{choice.lr:g}{'' if choice.within else ' ✗'}", f"{choice.alpha:g}"]
         seeds = max((count for _, count in means.values()), default=0)
         told = [means[name][0].told(MEASURES[name][1]) if name in means else None for name in known]
-        rows.append([arm, None if lr is None else f"{lr:g}{'' if within else ' ✗'}", str(seeds), *told])
-    return Table(["arm", "learning rate", "seeds", *(MEASURES[name][0] for name in known)], rows)
+        rows.append([arm, *told_choice, str(seeds), *told])
+    return Table(["arm", "learning rate", "alpha", "seeds", *(MEASURES[name][0] for name in known)], rows)
 
 
 def _differences(now: Standing) -> Table:

@@ -1,4 +1,4 @@
-"""How far a study is: what is done, what failed, which learning rates were chosen, what comes next."""
+"""How far a study is: what is done, what failed, what the rule chose, what comes next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mixcpt.study.cells import Cell, Cells
-from megatron_mixcpt.study.outcome import Outcome, chosen
+from megatron_mixcpt.study.outcome import Choice, Outcome, chosen
 
 FAILED = "failed.json"
 
@@ -25,8 +25,8 @@ class Standing:
     """By the run's folder and alpha."""
     failed: dict[str, str] = field(default_factory=dict)
     """Reason by the run's folder."""
-    chosen: dict[str, tuple[float, bool]] = field(default_factory=dict)
-    """By arm: learning rate, and whether it lies within what the rule allows."""
+    chosen: dict[str, Choice] = field(default_factory=dict)
+    """By arm."""
 
     @property
     def open(self) -> list[Cell]:
@@ -50,10 +50,12 @@ def standing(cells: Cells) -> Standing:
         sweep = cells.sweep(arm)
         _add(now, sweep, base)
         ended = base and all(cell.folder.name in now.failed or not cells.missing(cell) for cell in sweep)
-        choice = chosen(cells.study.choose, {cell.lr: one for cell in sweep if (one := now.of(cell)) is not None})
+        models = [(cell, alpha) for cell in sweep for alpha in (1.0, *cells.study.average)]
+        found = {(cell.lr, alpha): one for cell, alpha in models if (one := now.of(cell, alpha)) is not None}
+        choice = chosen(cells.study.choose, found)
         if ended and choice is not None:
             now.chosen[arm] = choice
-            _add(now, cells.repeats(arm, choice[0]), base)
+            _add(now, cells.repeats(arm, choice.lr), base)
     return now
 
 

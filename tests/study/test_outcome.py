@@ -1,4 +1,4 @@
-"""The rule that chooses a learning rate, means over seeds, and the front."""
+"""The rule that chooses a learning rate and an average, means over seeds, and the front."""
 
 import math
 import random
@@ -16,6 +16,11 @@ SWEEP = {
 }
 
 
+def whole(sweep):
+    """Of runs, without averages."""
+    return {(lr, 1.0): one for lr, one in sweep.items()}
+
+
 @pytest.mark.parametrize(
     "gain, within, lr, is_within",
     [
@@ -28,17 +33,26 @@ SWEEP = {
     ],
 )
 def test_the_rule_takes_the_highest_gain_of_those_within(gain, within, lr, is_within):
-    assert chosen(ChooseConfig(gain=gain, within=within), SWEEP) == (lr, is_within)
+    assert chosen(ChooseConfig(gain=gain, within=within), whole(SWEEP)) == (lr, 1.0, is_within)
+
+
+def test_an_average_is_taken_where_it_is_the_best_of_those_within_unless_the_rule_looks_at_whole_runs():
+    half = {(lr, 0.5): {"domain": 0.8 * one["domain"], "forgetting": 0.05 * lr / 1e-3} for lr, one in SWEEP.items()}
+    found, within = whole(SWEEP) | half, {"forgetting": 0.05}
+    assert chosen(ChooseConfig(within=within), found) == (1e-3, 0.5, True)
+    assert chosen(ChooseConfig(within=within, averages=False), found) == (1e-4, 1.0, True)
+    assert chosen(ChooseConfig(averages=False), half) is None
 
 
 def test_where_none_is_within_the_least_forgetting_is_taken_and_said():
     worse = {lr: one | {"forgetting": one["forgetting"] + 1} for lr, one in SWEEP.items()}
-    assert chosen(ChooseConfig(within={"forgetting": 0.05}), worse) == (1e-5, False)
+    assert chosen(ChooseConfig(within={"forgetting": 0.05}), whole(worse)) == (1e-5, 1.0, False)
     assert chosen(ChooseConfig(), {}) is None
 
 
-def test_of_equal_gains_the_smaller_learning_rate_is_taken():
-    assert chosen(ChooseConfig(), {1e-3: {"domain": 1.0}, 1e-4: {"domain": 1.0}}) == (1e-4, True)
+def test_of_equal_gains_the_smaller_learning_rate_is_taken_and_the_whole_run():
+    equal = {(lr, alpha): {"domain": 1.0} for lr in (1e-3, 1e-4) for alpha in (0.5, 1.0)}
+    assert chosen(ChooseConfig(), equal) == (1e-4, 1.0, True)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10, 14])

@@ -100,7 +100,7 @@ def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_stu
     pretended = pretend(cells)
     now = run_study(cells, 1)
     # At 1e-2 a run forgets 0.2 nats: the rule must take 1e-3.
-    assert now.chosen == {"ce": (1e-3, True), "mixcpt": (1e-3, True)}
+    assert now.chosen == {"ce": (1e-3, 1.0, True), "mixcpt": (1e-3, 1.0, True)}
     assert sorted((cell.arm, cell.lr, cell.seed) for cell in now.runs) == [
         (arm, *rest) for arm in ("ce", "mixcpt") for rest in ((1e-3, 1), (1e-3, 2), (1e-2, 1))
     ]
@@ -112,6 +112,18 @@ def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_stu
     of_run = content["runs"][0]["by_alpha"]
     assert of_run["0.5"]["forgetting"] == pytest.approx(of_run["1"]["forgetting"] / 2)
     assert of_run["1"]["ledger"][0]["count"] == 6
+
+
+def test_where_averages_are_to_choose_from_the_means_over_seeds_are_theirs(write_study, pretend):
+    """At 1e-2 the run forgets 0.2 nats and its half 0.1; the run at 1e-3 gains less than that half."""
+    cells = read(write_study(choose={"within": {"forgetting": 0.1}}))
+    pretend(cells)
+    now = run_study(cells, 1)
+    assert now.chosen["ce"] == (1e-2, 0.5, True)
+    content = json.loads((cells.out / "study.json").read_text())
+    assert content["arms"]["ce"]["alpha"] == 0.5
+    assert content["arms"]["ce"]["over_seeds"]["domain"]["mean"] == pytest.approx(0.5 * (1 + 0.015))
+    assert "| ce | 0.01 | 0.5 | 2 |" in (cells.out / "study.md").read_text()
 
 
 def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends_on_it(
@@ -196,13 +208,13 @@ def test_a_run_that_fails_stands_in_the_table_with_its_reason_and_is_tried_again
     pretend(cells, failing=["ce-lr0.01"])
     now = run_study(cells, 2)
     assert list(now.failed.values()) == ["the data is damaged"]
-    assert now.chosen["ce"] == (1e-3, True)  # of what there is
+    assert now.chosen["ce"] == (1e-3, 1.0, True)  # of what there is
     text = (cells.out / "study.md").read_text()
     assert "failed: the data is damaged" in text and len(now.runs) == 6
     assert not json.loads((cells.out / "study.json").read_text())["complete"]
     mended = pretend(cells)
     now = run_study(cells, 2)
-    assert not now.failed and now.chosen["ce"][0] == 1e-2
+    assert not now.failed and now.chosen["ce"].lr == 1e-2
     assert sorted(Path(name).parent.name.partition("-seed")[0] for name in mended.trained) == ["ce-lr0.01", "ce-lr0.01"]
 
 
