@@ -29,27 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.evaluate.averages import average_models
-    from megatron_mixcpt.evaluate.loading import quiet_libraries
     from megatron_mixcpt.evaluate.target import find_target
-    from megatron_mixcpt.files import check_writable
 
     target = find_target(args.tuned, args.base, args.mix, allow_older=args.allow_older)
-    tuned, base = target.model, target.base
-    if base is None:
-        raise ConfigError(f"--base: {tuned} does not say what it started from: name that model")
-    settings = None if args.no_eval else measure.read_arguments(args, target.mix_path)
-    out, alphas = Path(args.out), list(dict.fromkeys(args.alpha))
-    for alpha in alphas:
-        if not 0.0 <= alpha <= 1.0:
-            raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
-    taken = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (settings is not None)
-    if there := [path for path in taken if path.exists()]:
-        raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
-    if settings is not None:
-        measure.check_models([base, tuned], settings)
-    check_writable(out)
-    quiet_libraries()
-    average_models(base, tuned, alphas, out, settings, allow_older=args.allow_older)
+    if target.base is None:
+        raise ConfigError(f"--base: {target.model} does not say what it started from: name that model")
+    settings, out = None if args.no_eval else measure.read_arguments(args, target.mix_path), Path(args.out)
+    alphas = list(dict.fromkeys(args.alpha))
+    average_models(target.base, target.model, alphas, out, settings, allow_older=args.allow_older)
     if settings is not None:
         print((out / "average.md").read_text())
     return 0

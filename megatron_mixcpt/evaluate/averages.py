@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mixcpt.convert.average import average, num_tensors
+from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import measure
 from megatron_mixcpt.evaluate.comparison import CHANGES, Measured, add_measurements, change
+from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.evaluate.target import as_hf_directory
-from megatron_mixcpt.files import write_json
+from megatron_mixcpt.files import check_writable, write_json
 from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import Figure, Page, Table
@@ -33,7 +35,19 @@ def average_models(
     Args:
         base, tuned: run directories, checkpoints or Hugging Face directories.
         allow_older: an older checkpoint than the newest will do where that is damaged.
+
+    Raises ConfigError for an alpha outside 0 to 1, what cannot be measured, and where something is in the way.
     """
+    for alpha in alphas:
+        if not 0.0 <= alpha <= 1.0:
+            raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
+    written = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (settings is not None)
+    if there := [path for path in written if path.exists()]:
+        raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
+    if settings is not None:
+        measure.check_models([base, tuned], settings)
+    check_writable(out)
+    quiet_libraries()
     models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}
     paths = {name: str(path) for name, path in models.items()}
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -182,9 +183,14 @@ def _differences(now: Standing) -> Table:
     settings = {arm: flat(config.model_dump(mode="json", by_alias=True)) for arm, config in configs.items()}
     rows: list[list[Cell]] = []
     for key in dict.fromkeys(key for values in settings.values() for key in values):
-        found = [values.get(key) for values in settings.values()]
+        found = [None if values.get(key) in ({}, []) else values.get(key) for values in settings.values()]
         if key not in ("run_dir", "wandb.name", "train.lr") and any(value != found[0] for value in found):
-            rows.append([key, *(None if value is None else str(value) for value in found)])
+            texts = [None if value is None else str(value) for value in found]
+            if key == "data.mix":
+                paths = [Path(config.data.mix).absolute() for config in configs.values()]
+                common = Path(os.path.commonpath(paths))
+                texts = [str(path.relative_to(common)) for path in paths]
+            rows.append([key, *texts])
     return Table(["setting", *settings], rows)
 
 

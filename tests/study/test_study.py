@@ -26,6 +26,7 @@ from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
+from megatron_mixcpt.study.report import write_report
 from megatron_mixcpt.study.run import run_study
 from megatron_mixcpt.study.status import standing
 from tests.helpers.corpus import write_mix
@@ -263,8 +264,13 @@ def test_a_study_needs_a_model_to_compare_with(write_study, material, tmp_path):
 
 def test_arms_are_measured_on_the_training_file_s_mixture_unless_told_otherwise(write_study, material, tmp_path):
     other = write_mix(tmp_path / "other", seq_length=16)
-    cells = read(write_study(arms={"ce": {"data.mix": str(other)}}))
+    cells = read(write_study(arms={"ce": {"data.mix": str(other)}, "mixcpt": {}}))
     assert cells.mix_path == material / "data" / "mix.json"
+    write_report(standing(cells))
+    told = (cells.out / "study.md").read_text()
+    folder = Path(os.path.commonpath([other, cells.mix_path]))
+    assert f"| data.mix | {other.relative_to(folder)} | {cells.mix_path.relative_to(folder)} |" in told
+    assert "loss.by_kind" not in told  # of empty values there is nothing to tell
     assert read(write_study(measure={"mix": str(other)})).mix_path == other
 
 
