@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.study.plan import check, foretold
 
     check(cells)
-    print("\n".join(foretold(cells)), flush=True)
+    print("\n".join(foretold(cells, args.jobs)), flush=True)
     if args.dry_run:
         return 0
     from megatron_mixcpt.study.run import run_study

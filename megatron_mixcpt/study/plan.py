@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 from megatron_mixcpt.config import Config
@@ -27,8 +28,8 @@ def check(cells: Cells) -> None:
             raise ConfigError(f"arms.{arm}: {error}") from None
 
 
-def foretold(cells: Cells) -> list[str]:
-    """Runs, tokens, disk and, from the runs that are there, time: lines for people."""
+def foretold(cells: Cells, jobs: int) -> list[str]:
+    """Runs, tokens, disk and, from the runs that are there, time with `jobs` at a time: lines for people."""
     study = cells.study
     now = standing(cells)
     stages = sum(len(study.rates(arm)) for arm in study.arms)
@@ -50,8 +51,11 @@ def foretold(cells: Cells) -> list[str]:
     seconds = [run for cell in now.runs if not cells.missing(cell) and (run := read_run(cell.run_dir).seconds())]
     if seconds:
         each = sum(seconds) / len(seconds)
-        left = (cells.num_runs - now.num_ended) * each
-        lines.append(f"time        {duration(each)} of training a run so far, {duration(left)} left, without measuring")
+        left = math.ceil((cells.num_runs - now.num_ended) / jobs) * each
+        lines.append(
+            f"time        {duration(each)} of training a run so far, {duration(left)} left with {jobs} at a time, "
+            "without measuring"
+        )
     else:
         lines.append("time        `mixcpt plan` tells it for a run on a GPU; here the first run will")
     return lines

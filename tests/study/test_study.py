@@ -26,6 +26,7 @@ from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
 from megatron_mixcpt.study.cells import BASE, Cells
 from megatron_mixcpt.study.config import Study
+from megatron_mixcpt.study.plan import foretold
 from megatron_mixcpt.study.report import write_report
 from megatron_mixcpt.study.run import run_study
 from megatron_mixcpt.study.status import standing
@@ -288,6 +289,16 @@ def test_the_dry_run_says_what_it_takes_and_starts_nothing(write_study, tmp_path
     said = capsys.readouterr().out
     assert "6 = 4 (every learning rate of 2 arms, seed 1) + 2" in said and "12 models and the base" in said
     assert "MiB of checkpoints" in said and not (tmp_path / "out").exists()
+
+
+def test_the_time_that_is_left_is_told_for_so_many_at_a_time(write_study):
+    cells = read(write_study())
+    cell = cells.sweep("ce")[0]
+    write_json(cells.base_file, {"1": made_up(0.0, 0, 1.0)})
+    write_json(cells.measured_file(cell), {alpha: made_up(cell.lr, cell.seed, float(alpha)) for alpha in ("1", "0.5")})
+    cell.run_dir.mkdir()
+    (cell.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 4, "time/forward": 100.0}) + "\n")
+    assert "1m40s of training a run so far, 3m20s left with 3 at a time" in foretold(cells, 3)[-1]  # 5 runs in 2 rounds
 
 
 @pytest.mark.slow
