@@ -96,5 +96,5 @@ aot: install ## compile every kernel for sm_80, sm_90 and sm_100 without a GPU a
 lint: install ## ruff, mypy, and which room may import which
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-clean: ## remove the virtual environment and caches, nothing that a run has written
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove the virtual environments and caches, nothing that a run has written
+	@rm -rf $(VENV) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -137,7 +137,7 @@ def prepare(domain: str, general_file: Path | None, articles: Path | None, out: 
     if domain == "medquad" and articles is None:
         raise ConfigError("medquad: give its articles with --medquad FILE.jsonl")
     recall(base, out / "recalled")
-    documents, held_out = facts(folder) if articles is None else medquad(articles)
+    documents, held_out = facts(folder) if domain == "facts" else medquad(articles)
     texts = folder / "texts"
     write_jsonl(texts / "domain.jsonl", documents)
     write_jsonl(texts / "domain-heldout.jsonl", held_out)

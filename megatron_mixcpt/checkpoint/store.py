@@ -12,6 +12,7 @@ A name without suffix appears by one rename, after every file under it is on dis
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, render_info
+from megatron_mixcpt.checkpoint.info import INFO, CheckpointInfo, read_info, render_info
 from megatron_mixcpt.checkpoint.manifest import Entry, write_manifest
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import sync, write_json
@@ -71,6 +72,16 @@ def result_of(parent: Path) -> Path | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         return None
     return chosen if chosen is not None and is_checkpoint(chosen) else None
+
+
+def result_step(parent: Path) -> int | None:
+    """Step of the checkpoint that is the result of a forgetting budget, or would be if training ended now; None where
+    there is none among those in `parent`."""
+    if result := result_of(parent):
+        return step_of(result) if result.parent == parent else None
+    newest = next(iter(list_checkpoints(parent)), None)
+    training = read_info(newest).training if newest else None
+    return training.forget["controller"]["best_step"] if training and training.forget else None
 
 
 def result_described(parent: Path) -> dict[str, Any]:
@@ -141,8 +152,13 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes on disk."""
-    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    """Bytes on disk; of one that is being removed, what is left."""
+    size = 0
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(folder, name)).st_size
+    return size
 
 
 def require_space(parent: Path, needed: int) -> None:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in (
         ("list", "step, size and origin of every checkpoint, damaged ones that were set aside included"),
         ("verify", "read every byte and compare it with the manifest; exit code 3 where one differs"),
-        ("prune", "remove all but the newest"),
+        ("prune", "remove all but the newest, and the result of a forgetting budget"),
     ):
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("path", metavar="RUN", help="run directory, or for verify one checkpoint")
@@ -71,17 +71,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     from megatron_mixcpt.checkpoint.manifest import find_damage
-    from megatron_mixcpt.checkpoint.store import describe, prune
+    from megatron_mixcpt.checkpoint.store import describe, prune, result_step, step_of
 
     if args.keep < 1:
         raise ConfigError(f"--keep {args.keep}: at least one checkpoint is kept; remove the run directory by hand")
-    for kept in _checkpoints(Path(args.path))[: args.keep]:
+    checkpoints, parent = _checkpoints(Path(args.path)), Path(args.path) / "checkpoints"
+    result = result_step(parent)
+    for kept in checkpoints[: args.keep] + [old for old in checkpoints[args.keep :] if step_of(old) == result]:
         damage = find_damage(kept)
         if damage:
             raise VerificationError(
                 f"{kept.name}, which would be kept, is damaged; nothing removed: {describe(damage)}"
             )
-    for removed in prune(Path(args.path) / "checkpoints", args.keep, args.keep_every):
+    for removed in prune(parent, args.keep, args.keep_every, result):
         print(f"{removed.name}: removed")
     return 0
 

@@ -44,19 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config
     from megatron_mixcpt.config.reader import read_document, validate_document
+    from megatron_mixcpt.errors import ConfigError
 
     document = read_document(args.config, args.overrides)
     if "n" in document.values:  # which of all configurations `mixcpt recall`'s has alone
         from megatron_mixcpt.recall.config import RecallConfig
         from megatron_mixcpt.recall.cost import described
 
-        print("\n".join(described(validate_document(RecallConfig, document), args.nproc or 1, args.gpu, args.mfu)))
+        for option in ("peak_tflops", "model_shape", "tokens"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} is not for a file of `mixcpt recall`")
+        recall = validate_document(RecallConfig, document)
+        print("\n".join(described(recall, args.nproc or 1, args.gpu, args.memory, args.mfu)))
         return 0
     config = load_config(Config, args.config, args.overrides)
     from megatron_mixcpt.adapters.layout import describe_adapter
     from megatron_mixcpt.architecture.throughput import PEAK_BF16
     from megatron_mixcpt.data_prep.explain import explain_passes
-    from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.plan.documents import document_lengths
     from megatron_mixcpt.plan.estimate import kept_checkpoints, make_plan
     from megatron_mixcpt.plan.fitting import device, verdict

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 NAME = "rehearse"
-HELP = """Run a configuration in small on this machine's CPU: the same tensor x pipeline x data grid, data, schedule,
-loss and teacher code, with a small random model of the same family; a few steps, validation, saving and resuming. What
-goes wrong here would have gone wrong on the cluster. Example: mixcpt rehearse train.yaml --nproc 64"""
+HELP = """Run a configuration in small on this machine's CPU: the same tensor x pipeline x context grid, two
+data-parallel replicas at most, the same data, schedule, loss and teacher code, with a small random model of the same
+family; a few steps, validation, saving and resuming. What goes wrong here would have gone wrong on the cluster.
+ Example: mixcpt rehearse train.yaml --nproc 64"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: at least 1")
     cells = Cells(load_config(Study, args.config, args.overrides), args.config)
-    from megatron_mixcpt.study.plan import check, foretold
+    from megatron_mixcpt.study.plan import check, check_devices, foretold
 
+    check_devices(cells.study.nproc, args.jobs)
     check(cells)
     print("\n".join(foretold(cells, args.jobs)), flush=True)
     if args.dry_run:

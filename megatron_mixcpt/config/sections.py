@@ -192,7 +192,7 @@ class EvalConfig(Section):
     """Validation loss of each source."""
 
     every: NonNegative = 0
-    """Steps between validations; 0 validates only at the end."""
+    """Steps between validations; 0 validates only before the first step and at the end."""
     max_samples: Positive | Literal["all"] | None = 64
     """Samples a source; all, or None, takes the whole validation split."""
 

@@ -45,7 +45,7 @@ def average_models(
     if there := [path for path in written if path.exists()]:
         raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
     if settings is not None:
-        measure.check_models([base, tuned], settings)
+        measure.check_models([base, tuned], settings, allow_older=allow_older)
     check_writable(out)
     quiet_libraries()
     models = {"base": base, **{f"{alpha:g}": out / f"alpha-{alpha:g}" for alpha in alphas}, "tuned": tuned}

@@ -171,18 +171,37 @@ def run_gci(
     instances: Sequence[Instance],
     *,
     ask: Callable[[str], str],
+    special_tokens: bool,
+    dtype: str = "fp32",
     max_new_tokens: int = 48,
     batch_size: int = 16,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers of the model in a Hugging Face directory, judged. `ask` makes an instance's prompt the model's."""
+    """Greedy answers of the model in a Hugging Face directory, judged; on a GPU where there is one.
+
+    Args:
+        ask: makes an instance's prompt the model's.
+        special_tokens: see `say`.
+        dtype: fp32 or bf16, of weights and arithmetic.
+    """
     from megatron_mixcpt.evaluate.generate import say
     from megatron_mixcpt.evaluate.loading import load_directory
+    from megatron_mixcpt.huggingface.weights import DTYPES
+    from megatron_mixcpt.runtime.devices import cuda_devices
 
-    model, tokenizer = load_directory(hf_dir)
+    model, tokenizer = load_directory(hf_dir, dtype=DTYPES[dtype])
+    model = model.to("cuda" if cuda_devices() else "cpu")
     prompts = [ask(instance.prompt) for instance in instances]
-    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": 3, "batch_size": batch_size}
-    said = say(model, tokenizer, prompts, **length, on_progress=on_progress)
+    said = say(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=3,
+        special_tokens=special_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
     return score(instances, [answer.text for answer in said], [answer.sure for answer in said])
 
 
@@ -192,10 +211,16 @@ def read_instances(path: Path) -> list[Instance]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gci: {path}: cannot be read: {error}") from None
-    instances = [_read(line, f"--gci: {path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    instances: dict[str, Instance] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            instance = _read(line, f"--gci: {path}:{number}")
+            if instance.id in instances:
+                raise ConfigError(f"--gci: {path}:{number}: id {instance.id} stands in a line before: each has its own")
+            instances[instance.id] = instance
     if not instances:
         raise ConfigError(f"--gci: {path}: no instance in it")
-    return instances
+    return list(instances.values())
 
 
 def write_instances(path: Path, instances: Sequence[Instance]) -> None:

@@ -30,16 +30,19 @@ def say(
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,
+    special_tokens: bool = False,
     batch_size: int = 16,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Said]:
     """The greedy continuation of every prompt, cut at its first line break, in the order of the prompts.
 
     `min_new_tokens` forbids the end-of-text token at the beginning, so that a model cannot score by staying silent or
-    lose by having been tuned to be brief. `on_progress` receives the finished share (0 to 1).
+    lose by having been tuned to be brief. `special_tokens`: prompts begin as the tokenizer begins a text, with BOS
+    where it adds one; not for prompts of a chat template, which has its own. `on_progress` receives the finished share
+    (0 to 1).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    encoded = [tokenizer(prompts[i], add_special_tokens=False)["input_ids"] for i in order]
+    encoded = [tokenizer(prompts[i], add_special_tokens=special_tokens)["input_ids"] for i in order]
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = [Said("", 0.0)] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -55,8 +58,8 @@ def say(
             return scores
 
         output = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
+            input_ids=tokens.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,

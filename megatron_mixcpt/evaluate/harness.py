@@ -68,10 +68,28 @@ def resolve_task(task: str) -> str | dict[str, Any]:
     return definition
 
 
+def data_files(task: str) -> list[Path]:
+    """Files on this machine that a task's questions are in. Raises ConfigError as `resolve_task`."""
+    resolved = resolve_task(task)
+    files = {} if isinstance(resolved, str) else resolved.get("dataset_kwargs", {}).get("data_files", {})
+    return [Path(name) for name in files.values() if isinstance(name, str) and Path(name).is_file()]
+
+
 def require_harness() -> None:
     """Raise ConfigError unless the harness is installed."""
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs the lm-evaluation-harness: in the clone, pip install -e '.[eval]'")
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ConfigError unless the harness is installed and every task is bundled, a task file, or one of its own."""
+    require_harness()
+    names = [task for task in tasks if task != "bundled" and isinstance(resolve_task(task), str)]
+    if names:
+        manager = _task_manager(with_harness_tasks=True)
+        for name in names:
+            if not manager.match_tasks([name]):
+                raise ConfigError(_unknown(name))
 
 
 def run_harness(
@@ -126,12 +144,15 @@ def run_harness(
                 log_samples=True,
             )
         except KeyError as error:
-            bundled = ", ".join(bundled_tasks())
-            raise ConfigError(f"--tasks: the harness does not know {error}; bundled: {bundled}") from error
+            raise ConfigError(_unknown(str(error))) from error
         scores += _scores(output)
         items += [item for name, samples in output["samples"].items() for item in _items(name, samples)]
         done(1)
     return scores, items
+
+
+def _unknown(task: str) -> str:
+    return f"--tasks: the harness does not know {task}; bundled: {', '.join(bundled_tasks())}"
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.harness import bundled_tasks, require_harness, resolve_task, run_harness
+from megatron_mixcpt.evaluate.harness import bundled_tasks, check_tasks, run_harness
 from megatron_mixcpt.evaluate.prompts import chat_prompt, check_chat, plain_prompt
 from megatron_mixcpt.progress import Progress
 
@@ -74,10 +74,7 @@ def read_arguments(args: argparse.Namespace, mix_path: Path | None) -> EvalSetti
 def check_questions(settings: EvalSettings) -> None:
     """Raises ConfigError for tasks and questions that cannot be asked."""
     if settings.tasks:
-        require_harness()
-        for task in settings.tasks:
-            if task != "bundled":
-                resolve_task(task)
+        check_tasks(settings.tasks)
     if settings.gci:
         gci_instances(settings.gci)
 
@@ -118,21 +115,25 @@ def measure_model(
             if settings.gci:
                 from megatron_mixcpt.evaluate.gci import summarize
 
-                measured["gci_answers"] = _answers(folder, gci_instances(settings.gci), path.name, chat=settings.chat)
+                measured["gci_answers"] = _answers(folder, gci_instances(settings.gci), path.name, settings)
                 measured["gci"] = summarize(measured["gci_answers"])
                 done(measured)
     return measured
 
 
-def check_models(paths: Sequence[Path], settings: EvalSettings) -> None:
-    """Raise what measuring these models would, as far as it can be told without their weights."""
+def check_models(paths: Sequence[Path], settings: EvalSettings, *, allow_older: bool = False) -> None:
+    """Raise what measuring these models would, as far as it can be told without their weights.
+
+    Args:
+        allow_older: see `find_checkpoint`.
+    """
     from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.evaluate.held_out import check_vocabulary
     from megatron_mixcpt.evaluate.target import architecture_of
 
     mix = open_mix(settings.mix_path) if settings.mix_path is not None else None
     for path in paths:
-        arch = architecture_of(path)
+        arch = architecture_of(path, allow_older=allow_older)
         if mix is not None:
             check_vocabulary(path, arch, mix)
 
@@ -150,12 +151,18 @@ def gci_instances(text: str) -> list[Instance]:
         raise ConfigError(f"--gci {text}: {error}") from None
 
 
-def _answers(folder: Path, instances: list[Instance], name: str, *, chat: bool) -> list[Answer]:
+def _answers(folder: Path, instances: list[Instance], name: str, settings: EvalSettings) -> list[Answer]:
     from megatron_mixcpt.evaluate.gci import run_gci
 
-    ask = _asking(folder, chat)
     with Progress(f"{name}: answering", len(instances), "questions") as progress:
-        return run_gci(folder, instances, ask=ask, on_progress=lambda share: progress.reach(share * len(instances)))
+        return run_gci(
+            folder,
+            instances,
+            ask=_asking(folder, settings.chat),
+            special_tokens=not settings.chat,
+            dtype=settings.dtype,
+            on_progress=lambda share: progress.reach(share * len(instances)),
+        )
 
 
 def _asking(folder: Path, chat: bool) -> Callable[[str], str]:

@@ -19,8 +19,11 @@ def is_hf_directory(path: Path) -> bool:
     return (path / "config.json").is_file() or gguf_file(path) is not None
 
 
-def architecture_of(path: Path) -> Architecture:
+def architecture_of(path: Path, *, allow_older: bool = False) -> Architecture:
     """Of a Hugging Face directory or of the newest checkpoint of a run, which is verified.
+
+    Args:
+        allow_older: see `find_checkpoint`.
 
     Raises:
         ConfigError: it is neither.
@@ -28,7 +31,9 @@ def architecture_of(path: Path) -> Architecture:
     """
     from megatron_mixcpt.checkpoint import find_checkpoint, read_info
 
-    return architecture_from_hf(path) if is_hf_directory(path) else read_info(find_checkpoint(path)).architecture
+    if is_hf_directory(path):
+        return architecture_from_hf(path)
+    return read_info(find_checkpoint(path, allow_older=allow_older)).architecture
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_mixcpt.files import write_whole
 from megatron_mixcpt.observe import run_tables
 from megatron_mixcpt.observe.run_data import Point, Run, distinct_names, read_run
 from megatron_mixcpt.report.figures import Series, legend, line_chart
-from megatron_mixcpt.report.page import Figure, Html, Page, Text, html, join, key
+from megatron_mixcpt.report.page import COLOURS, Figure, Html, Page, Text, html, join, key
 from megatron_mixcpt.units import duration, number, percent
 
 REPORT = "report.html"  # in the run directory, unless another place is named
@@ -284,7 +284,7 @@ class _Charts:
             points = [(layer, value * scale) for layer, value in sorted(values.items()) if value is not None]
             shown = ", ".join([run.name] * (len(self._runs) > 1 or not short) + [short] * bool(short))
             if points:
-                series.append(Series(shown, points, i % 8))
+                series.append(Series(shown, points, i % COLOURS))
         if not series:
             return []
         names = legend((one.name, one.colour) for one in series) if len(series) > 1 else ""
@@ -336,7 +336,7 @@ class _Charts:
 
     def _series(self, run: Run, name: str, shown: str, colour: int, scale: float = 1.0) -> Series:
         points = [(self._x(p), None if p.value is None else p.value * scale) for p in run.series[name]]
-        return Series(shown, points, colour % 8)
+        return Series(shown, points, colour % COLOURS)
 
     def _figure(
         self, title: str, what: str, series: list[Series], *, zero: bool = False, smooth: bool = False

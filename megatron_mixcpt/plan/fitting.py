@@ -53,10 +53,15 @@ def device(text: str) -> tuple[str, float]:
     return name, float(match["memory"] or MEMORY[name])
 
 
+def usable(memory: float) -> float:
+    """GiB of a device with `memory` GiB that a run may take."""
+    return memory - max(LEAST, RESERVED * memory)
+
+
 def verdict(config: Config, arch: Architecture, mix: Mix, world_size: int, memory: float, check: Check) -> list[str]:
     """Whether the fullest rank has room in `memory` GiB and, where it has not, changes with which it would; what
     `check` refuses is none."""
-    room = memory - max(LEAST, RESERVED * memory)
+    room = usable(memory)
     taken = _fullest(config, arch, mix, world_size)
     left = f"{taken:.1f} of {memory:g} GiB on the fullest rank, {memory - room:.1f} of them left to libraries"
     if taken <= room:

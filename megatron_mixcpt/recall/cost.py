@@ -76,9 +76,18 @@ def hours(cost: Cost, device: str, peak: float, ranks: int, share: float) -> flo
     return cost.steps * seconds / share / ranks / 3600
 
 
-def described(config: RecallConfig, ranks: int, gpu: str | None, share: float) -> list[str]:
-    """Lines for `mixcpt plan`. Raises ConfigError for an unknown device."""
+def described(config: RecallConfig, ranks: int, gpu: str | None, memory: float | None, share: float) -> list[str]:
+    """Lines for `mixcpt plan`.
+
+    Args:
+        gpu: as `--gpu` names it; None takes an H100, and does not say whether it fits.
+        memory: GiB of a rank's device, in place of the one that `gpu` has.
+        share: of the device's peaks.
+
+    Raises ConfigError for an unknown device.
+    """
     from megatron_mixcpt.architecture.throughput import PEAK_BF16
+    from megatron_mixcpt.plan.fitting import device, usable
 
     tokens = most_tokens(config)
     lines = [
@@ -86,9 +95,7 @@ def described(config: RecallConfig, ranks: int, gpu: str | None, share: float) -
     ]
     if config.engine.transformers is None:
         return [*lines, "engine      a server computes; it knows what that takes"]
-    device = gpu or "H100"
-    if device not in BANDWIDTH:
-        raise ConfigError(f"--gpu {device}: known are {', '.join(BANDWIDTH)}")
+    name, of_device = device(gpu or "H100")
     cost, engine = estimate(config), config.engine.transformers
     lines += [
         f"model       {cost.num_parameters / 1e6:.1f} M parameters, {engine.dtype}, whole on each of {ranks} "
@@ -97,10 +104,17 @@ def described(config: RecallConfig, ranks: int, gpu: str | None, share: float) -
         f"limits {cost.cache / 2**30:.3f}, logits {cost.logits / 2**30:.3f}, total {cost.total / 2**30:.3f}",
         f"work        {2 * cost.num_parameters * tokens:.3g} FLOP, {cost.steps} steps of {engine.batch_size} samples",
     ]
-    if engine.dtype == "bf16":
-        time = hours(cost, device, PEAK_BF16[device], ranks, share)
+    if gpu or memory:
+        room, taken = memory or of_device, cost.total / 2**30
+        fits = "fits" if taken <= usable(room) else "does not fit"
         lines.append(
-            f"time        at most {time:.2f} h at {share:.0%} of the peaks of {ranks} x {device} (arithmetic, not "
+            f"room        {fits}: {taken:.1f} of {room:g} GiB, {room - usable(room):.1f} of them left to libraries; "
+            "engine.transformers.batch_size decides about cache and logits"
+        )
+    if engine.dtype == "bf16":
+        time = hours(cost, name, PEAK_BF16[name], ranks, share)
+        lines.append(
+            f"time        at most {time:.2f} h at {share:.0%} of the peaks of {ranks} x {name} (arithmetic, not "
             "measured), every sample at its limit"
         )
     return lines

@@ -101,6 +101,10 @@ class StopRequest:
         if self.early:
             raise stopped_early()
 
+    def taken(self) -> None:
+        """The stop is being carried out, which may take as long as it does: this process is not ended for that."""
+        self._left.set()
+
     def defer(self, device: torch.device) -> bool:
         """Collective: from now on stop at the end of a step; whether some rank is to stop before the first.
 

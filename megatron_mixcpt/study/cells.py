@@ -3,7 +3,7 @@
 Its name says what it is and ends with a hash of its settings, as far as they are not the defaults, so that a run with
 other settings is never taken for this one:
 
-    OUT/study.yaml                        the study as it runs
+    OUT/studies/HASH.yaml                 the study as it runs
     OUT/base/measured-HASH.json           the model that all runs start from
     OUT/cells/ARM-lr1e-05-seed1-HASH/
         train.yaml                        of `mixcpt train` (or align)
@@ -16,6 +16,9 @@ other settings is never taken for this one:
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,9 +33,10 @@ from megatron_mixcpt.checkpoint.manifest import MANIFEST
 from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.config import Config, load_config, save_config
 from megatron_mixcpt.config.history import flat
-from megatron_mixcpt.config.reader import Document, read_document, validate_document
+from megatron_mixcpt.config.reader import Document, read_document, rendered, validate_document
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.evaluate.harness import data_files
 from megatron_mixcpt.evaluate.measure import EvalSettings
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.study.config import RATES, Study
@@ -71,6 +75,11 @@ class Cell:
         save_config(self.config, path)
         return path
 
+    def remove_weights(self) -> None:
+        """The run's checkpoints, and the average that a forgetting budget may have made."""
+        for name in ("checkpoints", "average"):
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
+
 
 class Cells:
     """All runs that a study may make, and where their measurements are.
@@ -103,6 +112,18 @@ class Cells:
     def out(self) -> Path:
         return Path(self.study.out)
 
+    def write(self) -> Path:
+        """Write the study as it is, for the processes that measure; returns the file's path. Workers may do so at
+        once, and one that comes with another version changes nothing under them."""
+        content = rendered(self.study)
+        path = self.out / "studies" / f"{_hash(content)}.yaml"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                file.write(content)
+            os.replace(file.name, path)
+        return path
+
     def cell(self, arm: str, lr: float, seed: int) -> Cell:
         """The run of an arm. Raises ConfigError."""
         if (arm, lr, seed) not in self._made:
@@ -122,6 +143,8 @@ class Cells:
         except (OmegaConfBaseException, ConfigError) as error:
             raise ConfigError(f"{self._where}: arms.{arm}: {error}") from None
         told = {key: value for key, value in _own(config).items() if key not in WITHOUT_EFFECT}
+        if config.forget and config.checkpoint.every:
+            told["checkpoint"] = config.checkpoint.every  # its checkpoints are what a result is chosen from
         name = f"{arm}-lr{lr:g}-seed{seed}-{_hash([told, mix.fingerprint, *_weights(config)])}"
         folder = self.out / "cells" / name
         _refuse_other_defaults(folder / TRAIN_FILE, config)
@@ -150,7 +173,9 @@ class Cells:
     def file_name(self) -> str:
         """Of measurements: it changes with what is measured."""
         how = self.study.measure.model_dump(mode="json", exclude={"micro_batch_size"})
-        texts = [Path(name).read_text() for name in [*how["tasks"], how["gci"] or ""] if Path(name).is_file()]
+        asked = [Path(name) for name in [*how["tasks"], how["gci"] or ""] if Path(name).is_file()]
+        asked += [file for name in how["tasks"] if name != "bundled" for file in data_files(name)]
+        texts = [path.read_text() for path in asked]
         start = _weights(self.sweep(next(iter(self.study.arms)))[0].config)
         return f"measured-{_hash([how, open_mix(self.mix_path).fingerprint, *start, texts])}.json"
 

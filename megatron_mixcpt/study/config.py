@@ -12,6 +12,12 @@ ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
 Rate = Annotated[float, Field(gt=0.0)]
 RATES = "lr"
 """The key of an arm that is no setting of the training file: learning rates of its own."""
+OF_THE_STUDY = {
+    "train.lr": "give the arm its own learning rates by `lr: [...]`",
+    "train.seed": "see seeds",
+    "run_dir": "see out",
+}
+"""Settings that an arm cannot lay over the training file's, and what to do instead."""
 
 
 class MeasureConfig(Section):
@@ -85,6 +91,11 @@ class Study(Section):
                 raise ValueError(f"{prefix}lr: a list of learning rates above 0")
             if len({float(value) for value in values}) < len(values):
                 raise ValueError(f"{prefix}lr: a learning rate is given twice")
+        for name, arm in self.arms.items():
+            for key, instead in OF_THE_STUDY.items():
+                section, _, last = key.rpartition(".")
+                if key in arm or (section and last in (arm.get(section) or {})):
+                    raise ValueError(f"arms.{name}: {key} is the study's: {instead}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: a seed is given twice")
         if self.choose.gain != "domain" and self.measure.gci is None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +47,7 @@ def measure_run(cells: Cells, cell: Cell) -> None:
                 measured[f"{alpha:g}"] = rows_of(measure_model(model, cells.settings))
             write_json(path, measured)
     if not cells.study.keep_checkpoints:
-        shutil.rmtree(cell.run_dir / "checkpoints")
+        cell.remove_weights()
 
 
 def main(study: str, name: str) -> int:

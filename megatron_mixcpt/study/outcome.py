@@ -17,6 +17,7 @@ Outcome = dict[str, float]
 other), nats a token; `tasks`, change of the mean accuracy; `facts` and `both`, shares of the questions."""
 
 NAMES = {"domain_gain": "domain", "general_forgetting": "forgetting", "task_change": "tasks"}
+ROUNDING = 1e-9  # 7/20 - 8/20 is below -0.05
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, 1 to 9.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -59,8 +60,8 @@ def chosen(rule: ChooseConfig, sweep: Mapping[tuple[float, float], Outcome]) -> 
 def is_within(rule: ChooseConfig, one: Outcome) -> bool:
     """Whether an outcome costs no more than the rule allows."""
     limits = rule.within
-    forgotten = limits.forgetting is not None and one.get("forgetting", math.inf) > limits.forgetting
-    return not forgotten and (limits.tasks is None or one.get("tasks", -math.inf) >= -limits.tasks)
+    forgotten = limits.forgetting is not None and one.get("forgetting", math.inf) > limits.forgetting + ROUNDING
+    return not forgotten and (limits.tasks is None or one.get("tasks", -math.inf) >= -limits.tasks - ROUNDING)
 
 
 @dataclass(frozen=True)

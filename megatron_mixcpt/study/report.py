@@ -38,6 +38,7 @@ GAINS = {
     "facts": "questions whose fact is right, %",
     "both": "questions with fact and skill right, %",
 }
+PARTS_OF_BOTH = ("GCI, domain", "GCI, general")  # of the same questions as "GCI, both"
 FORGOTTEN = "largest rise of the loss on any other source, nats a token"
 
 
@@ -211,7 +212,8 @@ def _runs(now: Standing, described: Sequence[dict[str, Any]]) -> Table:
         for alpha in sorted(by_alpha, key=float, reverse=True):
             found = by_alpha[alpha]
             values = [MEASURES[name][1].format(found[name]) if name in found else None for name in known]
-            lost, learned = (sum(entry[key] for entry in found["ledger"]) for key in ("num_lost", "num_learned"))
+            flipped = [entry for entry in found["ledger"] if entry["task"] not in PARTS_OF_BOTH]
+            lost, learned = (sum(entry[key] for entry in flipped) for key in ("num_lost", "num_learned"))
             flips = f"{lost} / {learned}" if found["ledger"] else None
             rows.append([*head, alpha, *values, flips, *(cost if alpha == "1" else [None] * 3), ""])
     measures = [MEASURES[name][0] for name in known]

@@ -15,7 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_mixcpt.config import save_config
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.files import check_writable, write_json
 from megatron_mixcpt.progress import Progress
@@ -38,14 +37,16 @@ def run_study(cells: Cells, jobs: int) -> Standing:
     Raises StoppedError on a stop signal, which also stops the runs: they save.
     """
     check_writable(cells.out)
-    save_config(cells.study, cells.out / "study.yaml")
     for cell in standing(cells).runs:
         (cell.folder / FAILED).unlink(missing_ok=True)
+        if not cells.study.keep_checkpoints and not cells.missing(cell):
+            cell.remove_weights()  # of one that was killed before it did
     team = _Team(cells, jobs)
-    with StopRequest():
+    with StopRequest() as stop:
         try:
             return team.work()
         except StoppedError:
+            stop.taken()  # each run ends its step and saves
             team.stop()
             now = standing(cells)
             _report(now)
@@ -61,6 +62,7 @@ class _Team:
 
     def __init__(self, cells: Cells, jobs: int) -> None:
         self._cells, self._jobs = cells, jobs
+        self._study = cells.write()
         self._lock = threading.Lock()
         self._stopping = False
         self._taken: set[str] = set()
@@ -108,7 +110,10 @@ class _Team:
             progress.message(_sentence(now, cell))
             progress.advance()
         if new:
-            _report(now)
+            try:
+                _report(now)
+            except ConfigError as error:  # what is measured is not lost: the end of the study raises it
+                progress.message(f"the report stays as it was: {error}")
         return now
 
     def _worker(self, number: int) -> None:
@@ -154,7 +159,7 @@ class _Team:
         return (folder / FAILED).is_file() or not self._cells.missing(cell)
 
     def _make(self, folder: Path, environment: dict[str, str], cell: Cell | None) -> None:
-        measure = [str(self._cells.out / "study.yaml"), folder.name if cell else BASE]
+        measure = [str(self._study), folder.name if cell else BASE]
         steps = [["megatron_mixcpt.study.measuring", *measure]]
         if cell is not None:
             nproc = ["--nproc", str(self._cells.study.nproc)]
@@ -191,7 +196,11 @@ class _Team:
 
 def _report(now: Standing) -> None:
     """Write the report, unless another machine is at it: it will do so again when its runs end."""
-    with contextlib.suppress(ConfigError), RunLock(now.cells.out):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(RunLock(now.cells.out))
+        except ConfigError:
+            return
         write_report(now)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,6 @@ def _add(now: Standing, runs: list[Cell], base: dict) -> None:
         if base:
             now.measured[name] = now.cells.measured(cell)
             now.outcomes[name] = now.cells.outcomes(cell)
-        failure = cell.folder / FAILED
-        if now.cells.missing(cell) and failure.is_file():
-            now.failed[name] = json.loads(failure.read_text())["reason"]
+        if now.cells.missing(cell):
+            with contextlib.suppress(FileNotFoundError):  # a worker that starts removes it, to try again
+                now.failed[name] = json.loads((cell.folder / FAILED).read_text())["reason"]

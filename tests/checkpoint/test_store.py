@@ -1,6 +1,7 @@
 """Names, order, retention and the manifest, without a model."""
 
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -24,18 +25,20 @@ from megatron_mixcpt.checkpoint.store import (
     require_space,
     result_of,
     seal,
+    size_of,
     step_of,
 )
+from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.plan.estimate import kept_checkpoints
 from tests.helpers.checkpoints import checkpoint_info
 
 
-def save(parent, step, content=b"weights"):
+def save(parent, step, content=b"weights", **entries):
     folder = new_directory(parent, step)
     (folder / "__0_0.distcp").write_bytes(content)
-    return commit(folder, checkpoint_info(step))
+    return commit(folder, checkpoint_info(step, **entries))
 
 
 @given(st.binary(max_size=10_000_000 // 512))
@@ -94,6 +97,44 @@ def test_a_result_is_spared_and_named_until_the_next_checkpoint(tmp_path):
     assert json.loads((parent / "latest.json").read_text())["result"] == {"budget": 0.1}
     save(parent, 40)
     assert result_of(parent) is None and find_checkpoint(tmp_path) == parent / "step_00000040"
+
+
+def test_pruning_by_hand_spares_the_result_of_a_budget_and_the_best_so_far(tmp_path, capsys):
+    ended = tmp_path / "ended" / "checkpoints"
+    for step in (10, 20, 30):
+        save(ended, step)
+    choose_result(ended, ended / "step_00000010", {"budget": 0.1})
+    assert main(["checkpoint", "prune", str(ended.parent)]) == 0
+    assert [step_of(path) for path in list_checkpoints(ended)] == [30, 10]
+    assert result_of(ended) == ended / "step_00000010"
+
+    at_work = tmp_path / "at-work" / "checkpoints"
+    for step in (10, 20, 30):
+        save(at_work, step, forget={"controller": {"best_step": 20}})
+    (at_work / "step_00000020" / "__0_0.distcp").write_bytes(b"other")
+    assert main(["checkpoint", "prune", str(at_work.parent)]) == 3  # it would be kept, and is damaged
+    assert "step_00000020, which would be kept, is damaged; nothing removed" in capsys.readouterr().err
+    (at_work / "step_00000020" / "__0_0.distcp").write_bytes(b"weights")
+    assert main(["checkpoint", "prune", str(at_work.parent)]) == 0
+    assert [step_of(path) for path in list_checkpoints(at_work)] == [30, 20]
+
+
+def test_the_size_of_a_checkpoint_is_told_while_it_is_removed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "step" / name).mkdir(parents=True)
+        (tmp_path / "step" / name / "shard").write_bytes(b"1234")
+    assert size_of(tmp_path / "step") == 8
+    walk = os.walk
+
+    def removed_meanwhile(path):
+        for folder in walk(path):
+            shutil.rmtree(path, ignore_errors=True)
+            yield folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "walk", lambda path: removed_meanwhile(path))
+        assert size_of(tmp_path / "step") == 0
+    assert size_of(tmp_path / "step") == 0
 
 
 def test_a_result_may_lie_beside_the_checkpoints_and_one_that_is_gone_is_none(tmp_path):

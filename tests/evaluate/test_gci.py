@@ -132,6 +132,9 @@ def test_files_round_trip_and_mistakes_are_named_with_their_line(tmp_path):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
         with pytest.raises(ConfigError, match=rf"gci.jsonl:2.*{message}"):
             read_instances(path)
+    path.write_text((json.dumps(good) + "\n") * 2)
+    with pytest.raises(ConfigError, match=rf"gci.jsonl:2: id {good['id']} stands in a line before"):
+        read_instances(path)
     for text in ("facts:2", "facts:x", "nowhere.jsonl"):
         with pytest.raises(ConfigError, match="--gci"):
             gci_instances(text)

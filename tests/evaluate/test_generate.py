@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate.generate import generate_greedy, say
@@ -11,8 +12,8 @@ PROMPTS = ["The heron", "Water is shallow where the heron", "a", "Nothing moves 
 
 
 @torch.no_grad()
-def oracle(model, tokenizer, prompt, steps, min_steps):
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def oracle(model, tokenizer, prompt, steps, min_steps, begin=()):
+    ids = list(begin) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     new = []
     for step in range(steps):
         logits = model(torch.tensor([ids + new])).logits[0, -1]
@@ -35,6 +36,18 @@ def test_answers_equal_the_oracle_in_the_order_of_the_prompts(model_and_tokenize
     )
     assert answers == [oracle(model, tokenizer, prompt, 8, min_new_tokens) for prompt in PROMPTS]
     assert len(set(answers)) > 1
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text_where_that_is_asked_for(hf_dir):
+    model, tokenizer = load_directory(hf_dir)
+    first = tokenizer.convert_ids_to_tokens(5)
+    begin = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 5)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert tokenizer("a")["input_ids"][0] == 5
+    plain, begun = ([generate_greedy(model, tokenizer, [prompt], max_new_tokens=8, special_tokens=special)[0]
+                     for prompt in PROMPTS] for special in (False, True))  # fmt: skip
+    assert plain == [oracle(model, tokenizer, prompt, 8, 0) for prompt in PROMPTS]
+    assert begun == [oracle(model, tokenizer, prompt, 8, 0, [5]) for prompt in PROMPTS] != plain
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import harness, measure
 from megatron_mixcpt.evaluate.comparison import change, write_comparison
-from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, resolve_task, run_harness
+from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, check_tasks, resolve_task, run_harness
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from tests.model.families import make, make_tokenizer
 
@@ -87,6 +87,16 @@ def test_bundled_tasks_run_without_a_network(tmp_path, monkeypatch):
             assert score.value == sum(item.right for item in asked) / 4
     with pytest.raises(ConfigError, match="no_such_task"):
         run_harness(tmp_path / "model", ["no_such_task"], limit=1, dtype="fp32")
+
+
+@pytest.mark.skipif(HARNESS is None, reason="pip install -e '.[eval]'")
+def test_a_task_that_nobody_knows_is_told_before_any_model_is_opened(tmp_path, monkeypatch, capsys):
+    make("llama-untied", tmp_path / "model", vocab_size=40)
+    monkeypatch.setattr(measure, "measure_model", lambda *arguments: pytest.fail("it went on"))
+    command = ["eval", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--tasks", "bundled", "hellaswagg"]
+    assert main(command) == 2
+    assert "the harness does not know hellaswagg; bundled: " in capsys.readouterr().err
+    check_tasks(["bundled", "hellaswag", "mixcpt_grammar"])
 
 
 def measured(domain, general, accuracy):

@@ -42,6 +42,14 @@ def test_plan_tells_what_a_recall_takes(chat_model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "21 instructions, 13 texts" in shown and "2 ranks" in shown and "arithmetic, not measured" in shown
     assert not (tmp_path / "out").exists()
+    assert "fits" not in shown
+    assert main(["plan", str(path), "--gpu", "h100-80g"]) == 0
+    assert "room        fits: " in capsys.readouterr().out
+    assert main(["plan", str(path), "--memory", "0.4"]) == 0
+    assert "room        does not fit: " in capsys.readouterr().out
+    for option, value in (("--gpu", "abacus"), ("--tokens", "2e9")):
+        assert main(["plan", str(path), option, value]) == 2
+        assert f"{option} " in capsys.readouterr().err
 
 
 def test_recall_is_a_stage_of_a_chain_on_all_ranks_of_its_job(chat_model, tmp_path):

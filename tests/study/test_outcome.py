@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from megatron_mixcpt.study.config import ChooseConfig
-from megatron_mixcpt.study.outcome import chosen, front, mean
+from megatron_mixcpt.study.outcome import chosen, front, is_within, mean
 
 SWEEP = {
     1e-5: {"domain": 0.1, "forgetting": 0.00, "tasks": 0.0, "facts": 0.1},
@@ -42,6 +42,12 @@ def test_an_average_is_taken_where_it_is_the_best_of_those_within_unless_the_rul
     assert chosen(ChooseConfig(within=within), found) == (1e-3, 0.5, True)
     assert chosen(ChooseConfig(within=within, averages=False), found) == (1e-4, 1.0, True)
     assert chosen(ChooseConfig(averages=False), half) is None
+
+
+def test_at_most_means_at_most_whatever_the_rounding():
+    rule = ChooseConfig(within={"tasks": 0.05, "forgetting": 0.1})
+    assert is_within(rule, {"tasks": 7 / 20 - 8 / 20, "forgetting": 0.3 - 0.2})
+    assert not is_within(rule, {"tasks": -0.051, "forgetting": 0.0})
 
 
 def test_where_none_is_within_the_least_forgetting_is_taken_and_said():

@@ -12,81 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks.study.kept import ARCHIVE, keep, put_back
 from megatron_mixcpt.cli import main
-from megatron_mixcpt.config import load_config
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.gci import Answer, summarize
-from megatron_mixcpt.evaluate.held_out import SourcePerplexity
-from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.study import cells as cells_module
 from megatron_mixcpt.study import run
-from megatron_mixcpt.study.cells import BASE, Cells
-from megatron_mixcpt.study.config import Study
 from megatron_mixcpt.study.plan import foretold
 from megatron_mixcpt.study.report import write_report
 from megatron_mixcpt.study.run import run_study
 from megatron_mixcpt.study.status import standing
 from tests.helpers.corpus import write_mix
 from tests.observe.browser import open_page
-
-
-def read(path):
-    return Cells(load_config(Study, path), path)
-
-
-def made_up(lr, seed, alpha):
-    """What a model learned and forgot: more with the learning rate, and a little other with every seed."""
-    gain, forgotten = alpha * (lr * 100 + seed / 100), alpha * lr * 20
-    answers = [Answer(str(n), "speech", f"Say {n} <&>", "Yes.", n < 3 + 2 * gain, True, -0.5) for n in range(6)]
-    sources = [SourcePerplexity("facts", "domain", 8.0 * 2.718281828**-gain)]
-    sources += [SourcePerplexity("tasks", "instruction", 9.0 * 2.718281828**forgotten)]
-    return rows_of({"sources": sources, "gci": summarize(answers), "gci_answers": answers})
-
-
-class Pretended:
-    """In place of the processes of a study: what they would have written, and who was called."""
-
-    def __init__(self, cells, failing=(), seconds=0.0):
-        self.cells, self.failing, self.seconds = cells, list(failing), seconds
-        self.trained, self.measured, self.at_once, self.most = [], [], 0, 0
-        self.lock = threading.Lock()
-
-    def __call__(self, team, command, log, environment):
-        if "megatron_mixcpt.cli" in command:
-            values = yaml.safe_load(Path(command[command.index("train") + 1]).read_text())
-            with self.lock:
-                self.trained.append(values["run_dir"])
-                self.at_once += 1
-                self.most = max(self.most, self.at_once)
-            time.sleep(self.seconds)
-            with self.lock:
-                self.at_once -= 1
-            if any(name in values["run_dir"] for name in self.failing):
-                return 3, "the data is damaged"
-            return 0, ""
-        self.measured.append(command[-1])
-        if command[-1] == BASE:
-            write_json(self.cells.base_file, {"1": made_up(0.0, 0, 1.0)})
-            return 0, ""
-        cell = self.cells.named(command[-1])
-        alphas = {f"{alpha:g}": made_up(cell.lr, cell.seed, alpha) for alpha in self.cells.missing(cell)}
-        write_json(self.cells.measured_file(cell), self.cells.measured(cell) | alphas)
-        return 0, ""
-
-
-@pytest.fixture
-def pretend(monkeypatch):
-    def use(cells, **options):
-        pretended = Pretended(cells, **options)
-        monkeypatch.setattr(run, "POLL_SECONDS", 0.05)
-        monkeypatch.setattr(run._Team, "_process", lambda team, *arguments: pretended(team, *arguments))
-        return pretended
-
-    return use
+from tests.study.pretended import made_up, read
 
 
 def test_a_process_that_was_killed_is_told_as_that(write_study, tmp_path):
@@ -114,6 +53,15 @@ def test_all_rates_with_one_seed_and_then_all_seeds_at_the_chosen_rate(write_stu
     of_run = content["runs"][0]["by_alpha"]
     assert of_run["0.5"]["forgetting"] == pytest.approx(of_run["1"]["forgetting"] / 2)
     assert of_run["1"]["ledger"][0]["count"] == 6
+
+
+def test_a_question_that_flips_is_counted_once_whatever_of_it_is_judged(write_study, pretend):
+    cells = read(write_study())
+    pretend(cells)
+    run_study(cells, 1)
+    rows = [line.split(" | ") for line in (cells.out / "study.md").read_text().splitlines() if " / " in line]
+    # Three of six were right before, and all are after the learning rate of 1e-2; each has a fact, a skill and both.
+    assert {row[-5] for row in rows if row[1:4] == ["0.01", "1", "1"]} == {"0 / 3"}, rows
 
 
 def test_where_averages_are_to_choose_from_the_means_over_seeds_are_theirs(write_study, pretend):
@@ -237,10 +185,13 @@ def test_workers_share_a_study_and_none_makes_what_another_has(write_study, pret
     "changed, message",
     [
         ({"arms": {"ce": {"loss.targt": "none"}}}, r"arms\.ce: .*loss\.targt: unknown key; did you mean loss\.target"),
-        ({"arms": {"ce": {"train.lr": "fast"}}, "lr": ["x"]}, "lr"),
+        ({"lr": ["x"]}, "lr"),
         ({"arms": {"ce": {"lr": []}}}, r"arms\.ce\.lr: a list of learning rates"),
         ({"arms": {"ce": {"lr": [1e-3, 1e-3]}}}, r"arms\.ce\.lr: a learning rate is given twice"),
         ({"arms": {"a b": {}}}, "arms"),
+        ({"arms": {"ce": {"train.lr": 1e-3}}}, r"arms\.ce: train\.lr is the study's: give the arm its own .* `lr:"),
+        ({"arms": {"ce": {"train": {"seed": 4}}}}, r"arms\.ce: train\.seed is the study's: see seeds"),
+        ({"arms": {"ce": {"run_dir": "elsewhere"}}}, r"arms\.ce: run_dir is the study's: see out"),
         ({"seeds": [1, 1]}, "seeds: a seed is given twice"),
         ({"choose": {"gain": "facts"}}, r"choose\.gain facts .* measure\.gci"),
         ({"choose": {"within": {"tasks": 0.1}}}, r"choose\.within\.tasks needs measure\.tasks"),
