@@ -147,6 +147,30 @@ def test_a_stop_signal_reaches_forked_ranks_whenever_it_comes_and_their_save_is_
     assert process.returncode == 75 and out.count("saved") == 2
 
 
+ENDS_BADLY = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(3)
+time.sleep(3)
+print("why it ended", flush=True)
+time.sleep(60)
+"""
+PATIENT = """
+from megatron_mixcpt.runtime import launcher
+launcher.GRACE_SECONDS, launcher.FIRST_GRACE_SECONDS = 0.5, 12.0
+print("code", launcher.launch(2, [], program="ends_badly"))
+"""
+
+
+def test_rank_0_is_given_the_time_to_say_why_all_ranks_ended_and_no_more(tmp_path):
+    (tmp_path / "ends_badly.py").write_text(ENDS_BADLY)
+    environment = os.environ | {"MIXCPT_DEVICE": "cpu", "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    done = subprocess.run(
+        [sys.executable, "-c", PATIENT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=50
+    )
+    assert done.stdout.splitlines() == ["why it ended", "code 3"], done.stderr
+
+
 def test_what_a_command_loads_is_loaded_before_its_ranks_are_forked():
     """Otherwise every rank loads it for itself, and the fork saves nothing."""
     ask = "import sys; sys.path.insert(0, ''); {first}before = set(sys.modules); import megatron_mixcpt.train.loop; "

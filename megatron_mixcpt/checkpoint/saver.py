@@ -187,8 +187,9 @@ def _wait(pending: _Pending, progressed: Callable[[], None]) -> None:
 
 
 def _remove_later(folder: Path) -> None:
-    """Deleting takes a file system as long as writing; what a dying run leaves of it, the next save removes."""
-    threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove-checkpoint", daemon=True).start()
+    """Deleting takes a file system as long as writing. A run that ends waits for it; what one leaves that dies, the
+    next save removes."""
+    threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove-checkpoint", daemon=False).start()
 
 
 def _write(pending: _Pending) -> None:

@@ -48,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.config import Config, load_config, validate
+    from megatron_mixcpt.data.mix import open_mix
     from megatron_mixcpt.errors import ConfigError
     from megatron_mixcpt.slurm.chain import chain_jobs, describes
     from megatron_mixcpt.slurm.jobs import certify_job, command_jobs, study_job
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
+    from megatron_mixcpt.train.ended import check_run_dir
     from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             refuse_what_cannot_be_certified(config)
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size)
+        check_run_dir(config, open_mix(config.data.mix, config.data.seq_length))
     if args.dry_run:
         print(overview(jobs) if len(jobs) > 1 or kind == "chain" else jobs[0].script)
         print(submissions(jobs), file=sys.stderr)  # the script alone can go into a file

@@ -22,6 +22,7 @@ from megatron_mixcpt.runtime.forked import ForkedRank, can_fork, start_tracker
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
+FIRST_GRACE_SECONDS = 60.0  # for rank 0, which lets wandb finish and then says why
 # Below the ports that Linux, by default, gives to outgoing connections (net.ipv4.ip_local_port_range), one of which
 # could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
 # launch/mixcpt.sbatch takes.
@@ -130,7 +131,8 @@ def _wait(ranks: Sequence[subprocess.Popen | ForkedRank]) -> int:
         codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
         if codes and failed is None:
             failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > deadline:
+        grace = 0.0 if ranks[0].poll() is not None else FIRST_GRACE_SECONDS - GRACE_SECONDS
+        if time.monotonic() > deadline + grace:
             break
         time.sleep(0.05)
     codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]

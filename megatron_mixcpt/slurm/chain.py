@@ -13,9 +13,10 @@ from megatron_mixcpt.cli import COMMANDS
 from megatron_mixcpt.config import Positive, Section, load_config, validate
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.slurm.check import check_command
-from megatron_mixcpt.slurm.jobs import command_jobs, preprocess_jobs
+from megatron_mixcpt.slurm.jobs import command_jobs, preprocess_jobs, study_job
 from megatron_mixcpt.slurm.resources import Resources
 from megatron_mixcpt.slurm.submit import Job
+from megatron_mixcpt.study.config import Study
 
 
 class Stage(Resources):
@@ -72,7 +73,13 @@ def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
             written += check_command(words, stage.world_size, written)
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
-        if stage.array is None:
+        if words[0] == "study":
+            if stage.array is not None or any(word.startswith("-") for word in words):
+                raise ConfigError(
+                    f"{origin}: `study STUDY [key=value ...]`: the stage's ranks say how many runs at a time"
+                )
+            jobs.append(study_job(load_config(Study, words[1], words[2:]), words, stage, stage.name))
+        elif stage.array is None:
             jobs += command_jobs(stage.name, words, stage, Path(chain.out))
         elif words[0] == "preprocess" and len(words) == 2:
             jobs += preprocess_jobs(stage.name, words[1], stage.array, stage, Path(chain.out))

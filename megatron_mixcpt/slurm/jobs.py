@@ -54,7 +54,7 @@ def certify_job(words: list[str], ask: Resources) -> Job:
     return _job("certify", ["certify", *words[1:]], arguments, ask, job.folder, job.logs, job.files)
 
 
-def study_job(study: Study, words: list[str], ask: Resources) -> Job:
+def study_job(study: Study, words: list[str], ask: Resources, stage: str = "study") -> Job:
     """The job that works on a study: one process a node, each with as many runs at a time as its ranks allow.
 
     Args:
@@ -73,7 +73,7 @@ def study_job(study: Study, words: list[str], ask: Resources) -> Job:
     cores = ask.cpus_per_task * ask.ranks_per_node
     alone = ask.model_copy(update={"tasks_per_node": 1, "cpus_per_task": cores})
     arguments = ["study", str(frozen), "--jobs", str(jobs)]
-    return _job("study", words, arguments, alone, out / "launch", out / "logs", {frozen: rendered(study)})
+    return _job(stage, words, arguments, alone, out / "launch", out / "logs", {frozen: rendered(study)})
 
 
 def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:

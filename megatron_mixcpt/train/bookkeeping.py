@@ -172,7 +172,7 @@ class Bookkeeping:
             seq_length=mix.seq_length,
             data=self.position.state(),
             validated=self._validated_step == self._step,
-            tokens_by_source=self.tokens,
+            tokens_by_source=dict(self.tokens),  # written when the next step may have counted its own
             sample_stream=self.stream,
             validation_before=self._before,
             wandb_id=self._record.wandb_id if self._record else None,

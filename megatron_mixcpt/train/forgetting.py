@@ -123,9 +123,11 @@ class Forgetting:
             self._before = sums
             return {}, ""
         worst, forgotten, gain = self._since_the_start(sums)
-        self._best_before = self.controller.best
+        before = self.controller.best
         candidate = saves or not self._config.checkpoint.every  # where nothing says when, the best are saved
         message = self.controller.measured(step, forgotten.mean, forgotten.noise, gain, candidate=candidate)
+        if self.controller.best != before:
+            self._best_before = before
         message = f"{worst} {message}"
         self._apply()
         return {

@@ -14,7 +14,7 @@ from megatron_mixcpt.observe.provenance import record_provenance
 from megatron_mixcpt.runtime.failures import explained
 from megatron_mixcpt.runtime.parallel import ParallelState, parallel_context, seed_step
 from megatron_mixcpt.runtime.run_lock import hold
-from megatron_mixcpt.runtime.stop import StopRequest
+from megatron_mixcpt.runtime.stop import StopRequest, stopped_early
 from megatron_mixcpt.runtime.timing import section
 from megatron_mixcpt.runtime.watchdog import Watchdog
 from megatron_mixcpt.train.agreement import agree
@@ -98,7 +98,7 @@ def _train(
     bookkeeping.start_clock()
     stopping = stop.defer(state.device)
     if not stopping and validates:
-        stopping = evaluate(step)
+        stopping = evaluate(step, saves=step == settings.steps or _due(step, config.checkpoint.every))
     while step < settings.steps and not stopping and not forgetting.exhausted:
         watchdog.heartbeat(f"step {step + 1}")
         bookkeeping.begin_step(step + 1)
@@ -133,6 +133,8 @@ def _train(
             saver.save(step, last=stopping or last)
     watchdog.heartbeat("the end of the run")
     if stopping or (step < settings.steps and not forgetting.exhausted):
+        if step == 0:
+            raise stopped_early()
         raise StoppedError(
             f"stopped at step {step} of {settings.steps} as asked, and saved: run the same command to go on"
         )

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mixcpt.checkpoint.store import commit, new_directory
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import Resources, seconds
+from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.corpus import write_mix
 from tests.slurm.runs import write_run
 
@@ -147,6 +149,15 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(capsys, config, tm
     assert main(["launch", str(config), *options]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_other_settings_is_refused_before_anything_is_queued(capsys, config, tmp_path):
+    parent = tmp_path / "run" / "checkpoints"
+    folder = new_directory(parent, 4)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    commit(folder, checkpoint_info(4, tokenizer_hash="of other data"))
+    assert main(["launch", str(config), "--dry-run", *CPU]) == 2
+    assert "was trained on data of another tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
+import yaml
+
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.slurm.chain import chain_jobs
 from tests.faults.fleet import metrics
 from tests.helpers.studies import study_file, write_material
 from tests.slurm.runs import ASK, mixcpt
@@ -37,6 +42,14 @@ def test_a_node_makes_as_many_runs_at_a_time_as_its_ranks_allow(tmp_path, capsys
     script = capsys.readouterr().out
     assert "--jobs 4" in script and "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --nodes=3\n" in script
     assert "#SBATCH --gpus-per-node=8\n" in script and not (tmp_path / "out").exists()
+    chain = tmp_path / "chain.yaml"
+    stage = {"name": "methods", "command": f"study {path}", "nodes": 3, "gpus_per_node": 8}
+    chain.write_text(yaml.safe_dump({"out": str(tmp_path / "chain"), "stages": [stage]}))
+    (job,) = chain_jobs(str(chain), {})
+    assert job.stage == "methods" and "--jobs 4" in job.script and "#SBATCH --ntasks-per-node=1\n" in job.script
+    chain.write_text(yaml.safe_dump({"out": "chain", "stages": [stage | {"command": f"study {path} --jobs 2"}]}))
+    with pytest.raises(ConfigError, match=r"stage methods: .* how many runs at a time"):
+        chain_jobs(str(chain), {})
     assert main([*options, "--gpus-per-node=1"]) == 2
     assert "nproc: a run has 2 ranks" in capsys.readouterr().err
     assert main([*options, "--certify"]) == 2

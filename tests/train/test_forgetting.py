@@ -5,6 +5,7 @@ import html
 import json
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -15,11 +16,12 @@ from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of, step_o
 from megatron_mixcpt.checkpoint.verify import find_checkpoint
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.convert.card import model_card
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.errors import ConfigError, StoppedError
 from megatron_mixcpt.observe.names import METRICS, documented
 from megatron_mixcpt.runtime.stop import StopRequest
-from megatron_mixcpt.train import loop
+from megatron_mixcpt.train import loop, validation
 from megatron_mixcpt.train.cache_teacher import cache_teacher
+from megatron_mixcpt.train.forgetting import Forgetting
 from megatron_mixcpt.train.guard import StepGuard
 from megatron_mixcpt.train.setup import check_settings
 from tests.helpers.corpus import edit_mix, write_mix
@@ -287,6 +289,71 @@ def test_the_best_within_the_budget_is_the_result_and_is_kept(mix, tmp_path):
     names = {name for row in rows for name in row} - {"step"}
     assert all(documented(name) for name in names)
     assert {name for name in METRICS if name.startswith("forget/") and "<" not in name} <= names
+
+
+@pytest.mark.parametrize("steps, stopped", [(8, 3), (12, 3)], ids=["at the end", "in between"])
+def test_a_checkpoint_whose_validation_a_stop_cut_short_can_still_be_the_result(
+    mix, tmp_path, monkeypatch, steps, stopped
+):
+    chosen = {"forget": {"budget": 5.0}, "train": {"steps": steps}, "checkpoint": {"every": 4, "keep": 9}}
+    whole = measured(train(mix, tmp_path / "whole", **chosen))
+    calls, validate_all = [], validation.validate
+
+    def stop_meanwhile(*arguments, **options):
+        calls.append(1)
+        if len(calls) == stopped:  # the first is before the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate_all(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "validate", stop_meanwhile)
+        with pytest.raises(StoppedError, match=f"stopped at step {4 * (stopped - 1)} of {steps} as asked, and saved"):
+            train(mix, tmp_path / "run", **chosen)
+    rows = measured(train(mix, tmp_path / "run", **chosen))
+    assert [row["forget/gain"] for row in rows] == [row["forget/gain"] for row in whole]
+    results = [step_of(result_of(tmp_path / name / "checkpoints")) for name in ("run", "whole")]
+    assert results[0] == results[1] == steps
+
+
+def test_a_stop_before_the_first_step_does_not_say_that_it_saved(mix, tmp_path, monkeypatch):
+    measure = validation.validate
+    told = []
+
+    def stop_meanwhile(*arguments, **options):
+        told.append(os.kill(os.getpid(), signal.SIGTERM))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(validation, "validate", stop_meanwhile)
+    with pytest.raises(StoppedError, match="before the first step; nothing is lost"):
+        train(mix, tmp_path / "run", forget={"budget": 5.0})
+    assert told and not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_when_the_best_could_not_be_saved_the_best_before_it_stays(mix, tmp_path, monkeypatch):
+    """A save in the background fails when others have been measured since."""
+    chosen = {"forget": {"budget": 5.0}, "train": {"steps": 12}, "checkpoint": {"every": 4, "keep": 1}}
+    best = []
+    measure = Forgetting.measured
+
+    def measured_and_told(self, step, items, *, saves):
+        found = measure(self, step, items, saves=saves and step < 12)
+        if step == 12:  # only now it is known that the checkpoint of step 8 was not written
+            self.unsaved(8)
+        best.append((step, self.best_step))
+        return found
+
+    monkeypatch.setattr(Forgetting, "measured", measured_and_told)
+    train(mix, tmp_path / "run", **chosen)
+    assert best == [(0, None), (4, 4), (8, 8), (12, 4)]
+
+
+def test_a_checkpoint_written_in_the_background_counts_the_tokens_of_its_own_step(mix, tmp_path):
+    chosen = {"train": {"steps": 6}, "checkpoint": {"every": 1, "keep": 9, "async": True}}
+    rows = train(mix, tmp_path / "run", forget=None, **chosen)
+    seen = {row["step"]: row["train/tokens"] for row in rows if "train/loss" in row}
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    found = {step_of(path): sum(read_info(path).training.tokens_by_source.values()) for path in checkpoints}
+    assert found == seen and len(found) == 6
 
 
 @pytest.mark.parametrize(("kept", "budget", "every", "lr"), [(True, 0.02, EVERY, 2e-3), (False, 0.012, 12, 3e-3)])
