@@ -212,7 +212,9 @@ def _finished(
     state = xxhash.xxh3_128(
         orjson.dumps([stem, key, [block.hash for receipt in corpus.receipts for block in receipt.blocks]])
     )
-    state.update(np.ascontiguousarray(rows, dtype=np.int64).data)
+    # Rows may be pieces of documents.
+    for values in (rows, corpus.block[rows], corpus.start[rows], corpus.documents["tokens"][rows]):
+        state.update(np.ascontiguousarray(values, dtype=np.int64).data)
     receipt = builder.receipts / f"{stem}-{state.hexdigest()}.json"
     if receipt.is_file():
         known = orjson.loads(receipt.read_bytes())

@@ -51,7 +51,8 @@ class ChatRenderer:
                 continue
             begin = done
             if role == ROLE_ASSISTANT:
-                asked = self._text(messages[:index], tools, prompt=True) or done
+                # Nobody asked for an answer that stands first: it is given, with the opening that the template writes.
+                asked = (self._text(messages[:index], tools, prompt=True) or done) if index else upto
                 if not (asked.startswith(done) and upto.startswith(asked)):
                     raise BadRecord(
                         "unstable template", "the chat template rewrites earlier turns of this conversation"
@@ -74,7 +75,7 @@ class ChatRenderer:
 
         try:
             return self._render(messages, tools, prompt)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # what its code may meet
             if prompt or len(messages) < 2:
                 return None
             raise BadRecord("template", f"the chat template refuses this conversation: {error}") from None

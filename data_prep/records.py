@@ -117,7 +117,10 @@ def plain_content(message: Message) -> str:
     content = message.get("content") or ""
     calls = message.get("tool_calls")
     if calls:
-        content += ("\n" if content else "") + orjson.dumps(calls).decode()
+        try:
+            content += ("\n" if content else "") + orjson.dumps(calls).decode()
+        except TypeError as error:  # a value of a parquet file that JSON does not know
+            raise BadRecord("wrong type", f"tool_calls: {error}") from None
     return content
 
 

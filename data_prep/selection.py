@@ -24,8 +24,7 @@ def select(config: PreprocessConfig, plans: list[Plan], corpora: list[Corpus]) -
     if config.decontaminate is not None and config.decontaminate.action == "drop":
         for status, corpus, rows in zip(statuses, corpora, heads):
             status[(status == KEPT) & (corpus.documents["contaminated"][rows] != 0)] = CONTAMINATED
-    if config.exact_duplicates == "drop":
-        _mark_duplicates(statuses, plans, corpora, heads)
+    _mark_duplicates(statuses, plans, corpora, heads, all_of_them=config.exact_duplicates == "drop")
     if config.near_duplicates is not None:
         _mark_near_duplicates(config.near_duplicates.threshold, statuses, corpora, heads)
     return [_for_all_documents(status, corpus, rows) for status, corpus, rows in zip(statuses, corpora, heads)]
@@ -43,8 +42,14 @@ def _by_length(source: SourceConfig, corpus: Corpus, rows: np.ndarray) -> np.nda
 
 
 def _mark_duplicates(
-    statuses: list[np.ndarray], plans: list[Plan], corpora: list[Corpus], heads: list[np.ndarray]
+    statuses: list[np.ndarray],
+    plans: list[Plan],
+    corpora: list[Corpus],
+    heads: list[np.ndarray],
+    *,
+    all_of_them: bool,
 ) -> None:
+    """`all_of_them`: else those alone that would train on what is held out."""
     status = np.concatenate(statuses)
     hashes = np.concatenate([corpus.documents[["hash_high", "hash_low"]][rows] for corpus, rows in zip(corpora, heads)])
     held_out = np.concatenate(
@@ -52,8 +57,11 @@ def _mark_duplicates(
     )
     kept = np.flatnonzero(status == KEPT)
     order = kept[np.lexsort((kept, ~held_out[kept], hashes["hash_low"][kept], hashes["hash_high"][kept]))]
-    repeated = hashes[order][1:] == hashes[order][:-1]
-    status[order[1:][repeated]] = DUPLICATE
+    repeated = np.concatenate([[False], hashes[order][1:] == hashes[order][:-1]]) if len(order) else np.zeros(0, bool)
+    if not all_of_them:
+        first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(order))))  # of those that are equal
+        repeated &= held_out[order][first] & ~held_out[order]
+    status[order[repeated]] = DUPLICATE
     _give_back(status, statuses)
 
 

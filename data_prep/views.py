@@ -49,6 +49,8 @@ def remix(
     One pass over all views is exactly the mixture: every sequence of a source comes floor or ceil of `epochs` times.
     """
     mix = read_mix(folder)
+    if mix.view_of is not None:
+        raise ConfigError(f"{mix.folder} is a view of another mixture, with its repetitions: give that mixture instead")
     seed = mix.seed if seed is None else seed
     unknown = sorted(set(wanted) - {source.name for source in mix.sources})
     if unknown:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.files import new_directory
+from megatron_mixcpt.hf_alora import is_alora
+from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.metadata import TOKENIZER_FILES
+from megatron_mixcpt.huggingface.names import IGNORED_SUFFIXES
 from megatron_mixcpt.huggingface.stream import one_thread
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter, TensorSource
 from megatron_mixcpt.huggingface.weights import open_source, widest
@@ -50,9 +53,12 @@ def average(
         )
 
 
+LM_HEAD = "lm_head.weight"
+
+
 def num_tensors(folder: Path) -> int:
     """Of a Hugging Face directory. Raises ConfigError where it holds an adapter instead of a model."""
-    if not (folder / "config.json").is_file():
+    if is_alora(folder):
         raise ConfigError(f"{folder}: an ALoRA adapter cannot be merged into its base, so it has no average with it")
     return len(open_source(folder).names())
 
@@ -63,19 +69,28 @@ def _read(source: TensorSource, name: str) -> Tensor:
     return place
 
 
+def _names(source: TensorSource, folder: Path) -> set[str]:
+    """Of tensors that are read: a model may also store its rotation, or a copy of an output head that is tied."""
+    names = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if LM_HEAD in names and architecture_from_hf(folder).tie_word_embeddings:
+        names.remove(LM_HEAD)
+    return names
+
+
 def _common(first: TensorSource, second: TensorSource, base: Path, tuned: Path) -> list[str]:
     """Names of the tensors, which both have in the same shapes."""
-    differing = sorted(first.names() ^ second.names())
+    names, others = (_names(source, folder) for source, folder in ((first, base), (second, tuned)))
+    differing = sorted(names ^ others)
     if differing:
         raise ConfigError(
             f"{base} and {tuned} are not of one architecture: {differing[0]} is in one of them alone ({len(differing)} "
             "such tensors)"
         )
-    for name in sorted(first.names()):
+    for name in sorted(names):
         if first.shape(name) != second.shape(name):
             raise ConfigError(
                 f"{name} is {first.shape(name)} in {base} and {second.shape(name)} in {tuned}: only models of one "
                 "architecture and vocabulary have an average (a base without the tokens that training added: give the "
                 "converted checkpoint that the run started from)"
             )
-    return sorted(second.names())
+    return sorted(names)

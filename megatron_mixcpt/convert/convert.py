@@ -9,6 +9,7 @@ from megatron_mixcpt.convert.stream_write import write_weights
 from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.metadata import write_metadata
+from megatron_mixcpt.huggingface.names import hf_shapes
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.huggingface.weights import DTYPES, check_names, open_source, whole_tensor, widest
@@ -30,7 +31,7 @@ def convert(
         arch = dataclasses.replace(arch, vocab_size=extended_vocab_size(hf_dir, tokenizer, arch.vocab_size))
     source = open_source(hf_dir)
     check_names(source, source_arch, str(hf_dir))
-    stored = DTYPES[dtype] if dtype else widest({source.dtype(name) for name in source.names()})
+    stored = DTYPES[dtype] if dtype else widest({source.dtype(name) for name in hf_shapes(source_arch)})
     with new_directory(out) as partial:
         with one_thread(), Progress(f"converting {hf_dir.name}", len(whole_shapes(arch)), "tensors") as progress:
             tensors = read_ahead(

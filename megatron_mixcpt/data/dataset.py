@@ -156,8 +156,10 @@ def _dataset(split: MixSplit | None, config: GPTDatasetConfig) -> TokenFlagsData
 
 def _check_size(prefix: Path, index: _IndexReader) -> None:
     """Megatron's reader does not compare a .bin with its .idx: a truncated one would end a run in the middle."""
-    tokens = int(index.sequence_lengths.sum(dtype=np.int64))
-    for suffix, size in ((".bin", tokens * np.dtype(index.dtype).itemsize), (".flags.bin", tokens)):
+    itemsize = np.dtype(index.dtype).itemsize
+    ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * itemsize  # a view repeats and leaves out
+    size_of_tokens = int(ends.max(initial=0))
+    for suffix, size in ((".bin", size_of_tokens), (".flags.bin", size_of_tokens // itemsize)):
         path = Path(f"{prefix}{suffix}")
         found = path.stat().st_size if path.exists() else 0
         if found < size:

@@ -9,13 +9,13 @@ import xxhash
 from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.huggingface.gguf import gguf_option
 
-FILES = ("tokenizer.json", "tokenizer.model")  # either says all about ids
+JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
 
 def _definition(folder: Path) -> dict[str, Any]:
     """The fast tokenizer of a Hugging Face directory as the JSON of its tokenizer.json."""
-    if (folder / "tokenizer.json").exists():
-        return json.loads((folder / "tokenizer.json").read_text())
+    if (folder / JSON).exists():
+        return json.loads((folder / JSON).read_text())
     from transformers import AutoTokenizer
 
     try:
@@ -35,6 +35,12 @@ def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
     return base | {added["content"]: added["id"] for added in definition.get("added_tokens", [])}
 
 
+def _merges(definition: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Pairs; tokenizers below 0.20 wrote "a b" where later ones write ["a", "b"]."""
+    merges = definition["model"].get("merges") or []
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
 def _hash(definition: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
@@ -47,14 +53,17 @@ def extended_vocab_size(hf_dir: str | Path, tokenizer_dir: str | Path, vocab_siz
     Raises:
         VerificationError: it gives some piece of text other ids than the model was trained with; both hashes are named.
     """
-    if any(_same_file(Path(hf_dir) / name, Path(tokenizer_dir) / name) for name in FILES):
+    folders = Path(hf_dir), Path(tokenizer_dir)
+    same_pieces = _same_file(*(folder / SENTENCEPIECE for folder in folders))  # which says nothing of added tokens
+    both_have_json = all((folder / JSON).is_file() for folder in folders)
+    if _same_file(*(folder / JSON for folder in folders)) or (same_pieces and not both_have_json):
         return vocab_size
-    own, other = _definition(Path(hf_dir)), _definition(Path(tokenizer_dir))
+    own, other = map(_definition, folders)
     vocabulary, extended = _vocabulary(own), _vocabulary(other)
     same_rules = all(own.get(part) == other.get(part) for part in ("normalizer", "pre_tokenizer"))
-    same_model = own["model"].get("merges") == other["model"].get("merges")
+    same_rules = same_pieces or (same_rules and _merges(own) == _merges(other))
     moved = next((token for token, i in vocabulary.items() if extended.get(token) != i), None)
-    if moved is None and same_rules and same_model:
+    if moved is None and same_rules:
         return max(vocab_size, 1 + max(extended.values()))
     what = f"token {moved!r} has another id" if moved is not None else "it splits text by other rules"
     raise VerificationError(

@@ -86,7 +86,7 @@ def reference_log_probs(
     stage.model.eval()
     parts = compute_parts(
         Path(config.run_dir) / FOLDER / name,
-        _fingerprint(config, stage.start, split, stride),
+        _fingerprint(config, stage.start, split, stride, rows.row_length),
         -(-len(rows) // stride),
         compute,
         state,
@@ -98,9 +98,10 @@ def reference_log_probs(
     return reference
 
 
-def _fingerprint(config: Config, start: Start, split: Split, stride: int) -> str:
-    """Of what the log-probabilities follow from. The layout is no part of it, but where it cuts the parts."""
+def _fingerprint(config: Config, start: Start, split: Split, stride: int, row_length: int) -> str:
+    """Of what the log-probabilities follow from, and their order, which is that of rows packed to `row_length` tokens.
+    The layout is no part of it, but where it cuts the parts."""
     adapter = [config.adapter.model_dump() if config.adapter else None, start.adapter]
     weights = [config.model.model_dump(), start.weights, config.train.seed if config.model.preset else None, adapter]
-    parts = [weights, split.content, config.train.dtype, stride]
+    parts = [weights, split.content, config.train.dtype, stride, row_length]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

@@ -30,7 +30,7 @@ def assumed_mix(config: Config, tokens: float, vocab_size: int | None) -> Mix:
         preset = PRESETS.get(config.model.preset or "")
         vocab_size = preset.vocab_size if preset else 1
     length, count = config.data.seq_length, int(tokens)
-    train = Split(prefix=NOWHERE, sequences=-(-count // length), tokens=count, content="")
+    train = Split(prefix=NOWHERE, sequences=-(-count // (config.row_sequences * length)), tokens=count, content="")
     kind = "preference" if config.kind == "dpo" else "domain"
     source = Source("text to be prepared", kind, 1.0, train, None)
     tokenizer = TokenizerEntry("none", NOWHERE, vocab_size, "", None, 0, 0)

@@ -18,7 +18,7 @@ import xxhash
 from megatron_mixcpt.config import save_config
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.data_prep.assemble import flags_prefix
-from megatron_mixcpt.data_prep.config import parse_config
+from megatron_mixcpt.data_prep.config import PreprocessConfig, parse_config
 from megatron_mixcpt.data_prep.format import ROLE_ASSISTANT, ROLE_MASK, ROLE_SHIFT, TARGET, open_indexed
 from megatron_mixcpt.data_prep.manifest import read_manifest
 from megatron_mixcpt.data_prep.pipeline import preprocess
@@ -104,7 +104,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     table = score_table(candidates, records, scores)
     mix = open_mix(config.data.mix)
     folder = mix.folder
-    texts = _texts(candidates, records, load_tokenizer(mix.tokenizer.path))
+    texts = _texts(candidates, records, load_tokenizer(mix.tokenizer.path, eos_token=_prepared(folder).eos_token))
     chosen: dict[str, np.ndarray] = {}
     ranked = ranking(table, settings.column, settings.order, settings.seed)
     for kind, count in (("instruction", settings.n), ("preference", settings.pairs)):
@@ -181,10 +181,16 @@ def _write_table(path: Path, table: dict[str, np.ndarray]) -> None:
         pq.write_table(pa.table(columns), file)
 
 
+def _prepared(folder: Path) -> PreprocessConfig:
+    """What the mixture was made by."""
+    config = read_manifest(folder).config
+    assert config is not None  # as `prepare_candidates` found
+    return config
+
+
 def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]], rows: np.ndarray, out: Path) -> Path:
     """The chosen records as they were read, and a mixture of them in the format asked for; returns its mix.json."""
-    before = read_manifest(folder).config
-    assert before is not None  # as `prepare_candidates` found
+    before = _prepared(folder)
     sources = {source.name: source.model_dump() for source in before.sources}
     picks = out / "records"
     picks.mkdir(parents=True, exist_ok=True)
@@ -192,7 +198,7 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
     for row in rows.tolist():
         chosen.setdefault(records[row]["source"], []).append(json.dumps(records[row]["record"], ensure_ascii=False))
     changes = {"format": config.select.format, "loss": "answer", "responses": "chosen", "layout": "pack"}
-    dropped = ("weight", "tokens", "epochs", "max_epochs", "min_tokens", "max_tokens")
+    dropped = ("weight", "tokens", "epochs", "max_epochs", "min_tokens", "max_tokens", "heldout")
     entries = []
     for name, lines in chosen.items():
         path = picks / f"{name}.jsonl"
@@ -200,7 +206,7 @@ def _write_mix(config: SelectConfig, folder: Path, records: list[dict[str, Any]]
         kept = {key: value for key, value in sources[name].items() if key not in dropped and value is not None}
         if config.select.format == PLAIN:
             kept.pop("tools", None)
-        entries.append({**kept, **changes, "paths": [str(path)], "weight": float(len(lines))})
+        entries.append({**kept, **changes, "paths": [str(path)], "epochs": 1.0})
     kept = before.model_dump(include={"seq_length", "add_bos", "eos_token", "engine"})
     prepared = parse_config(
         {

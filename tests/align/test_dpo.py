@@ -1,15 +1,21 @@
 """DPO on every process grid against transformers in fp64, one answer at a time; and stopping changes nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_mixcpt.checkpoint import list_checkpoints
-from megatron_mixcpt.config import AlignSettings
+from megatron_mixcpt.config import AlignSettings, Config, validate
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import TARGET, open_indexed
+from megatron_mixcpt.data_prep.mix import Split
+from megatron_mixcpt.model.stage import Start
+from megatron_mixcpt.objectives.reference import _fingerprint
+from megatron_mixcpt.plan.assumed import assumed_mix
 from tests.align.oracle import plain
-from tests.align.runs import first_steps, train_all
+from tests.align.runs import align_values, first_steps, train_all
 from tests.helpers.ports import free_port
 from tests.helpers.spawn import run_distributed
 from tests.train.runs import keep_only_step, losses, saved_tensors
@@ -127,6 +133,16 @@ def test_every_grid_agrees_with_one_process(results, layout):
 
 
 @pytest.mark.distributed
+def test_kept_references_are_of_rows_of_one_length_and_a_plan_without_data_counts_such_rows():
+    """The same pairs in longer rows stand in another order."""
+    config = validate(Config, align_values("mix.json", data={"mix": "mix.json", "seq_length": 64}), "test")
+    split = Split(Path("pairs"), sequences=4, tokens=400, content="c")
+    kept = {_fingerprint(config, Start(), split, stride=8, row_length=length) for length in (2048, 2048, 4096)}
+    assert len(kept) == 2
+    (source,) = assumed_mix(config, 1000, 100).sources
+    assert source.train.sequences == 8  # of 128 tokens, as a chosen and a rejected answer take
+
+
 def test_resume_is_bitwise_and_takes_the_reference_from_the_run(tmp_path, stage1):
     """From step 2 of 4 on two data-parallel ranks; before the first step the loss is log 2 exactly."""
 

@@ -150,6 +150,8 @@ def test_what_is_chosen_is_ready_for_training(outs, stage1):
 
     mix = read_pair_mix(validate(Config, align_values(out / "dpo" / "mix.json"), "test"))
     assert {source.name for source in mix.sources} == {"pairs", "more"}
+    # Every chosen record comes as often as every other, whatever its length.
+    assert {source.share.requested["epochs"] for source in mix.sources} == {1.0}
 
 
 @pytest.mark.distributed

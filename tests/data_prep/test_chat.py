@@ -100,6 +100,21 @@ def test_targets_are_the_answers_with_their_end_and_nothing_else(chat):
     assert runs == ["an organ<|im_end|>", call, "5 mg\n\nof x<|im_end|>"]
 
 
+def test_an_answer_that_nobody_asked_for_is_given_and_not_learned(chat):
+    renderer, ours, _ = chat()
+    asked = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "an organ"}]
+    tokens, flags = tokens_and_flags(renderer, ours, [{"role": "assistant", "content": "how can I help?"}, *asked])
+    assert "how can I help?" in ours.decode(tokens)
+    assert ours.decode([token for token, flag in zip(tokens, flags.tolist()) if flag & TARGET]) == "an organ<|im_end|>"
+
+
+def test_a_record_that_the_template_s_code_cannot_take_is_a_bad_record(chat):
+    renderer, _, _ = chat("{% for m in messages %}<|im_start|>{{ m['role'] + m['content'] }}<|im_end|>{% endfor %}")
+    turns = [{"role": "user", "content": {"an": "object"}}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(BadRecord, match="the chat template refuses this conversation: can only concatenate str"):
+        renderer.document(turns, KIND_INSTRUCTION, None)
+
+
 def test_loss_on_everything_leaves_out_only_the_first_token(chat):
     renderer, ours, _ = chat(loss="all")
     plain = [message for message in CONVERSATION if "content" in message]

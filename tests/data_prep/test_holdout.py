@@ -49,6 +49,20 @@ def test_named_files_are_held_out_whole_and_nothing_of_them_is_trained_on(config
     assert verify(out, sample=60).problems == []
 
 
+def test_pieces_of_texts_are_held_out_also_where_whole_ones_were_prepared_before(config_values, tmp_path):
+    """Row numbers mean other things then, and may be the same."""
+    docs = config_values["sources"][0]
+    docs["paths"] = [write(tmp_path / "one.jsonl", [{"text": " ".join(f"w{i}" for i in range(30))}])]
+    config_values |= {"sources": [docs], "seq_length": 16}
+    for seed in range(4):
+        out = tmp_path / f"out-{seed}"
+        before, _ = run(config_values | {"out": str(out), "seed": seed, "valid_fraction": 0.0})
+        after, mix = run(config_values | {"out": str(out), "seed": seed, "valid_fraction": 0.02})
+        _, fresh = run(config_values | {"out": str(tmp_path / f"fresh-{seed}"), "seed": seed, "valid_fraction": 0.02})
+        assert before == after
+        assert source_of(mix, "docs")["train"]["tokens"] == source_of(fresh, "docs")["train"]["tokens"]
+
+
 def test_a_source_may_be_held_out_only(config_values, tmp_path):
     path = write(tmp_path / "general.jsonl", texts(30, "general"))
     general = {"name": "general", "kind": "general", "heldout": [path], "text": "{text}"}

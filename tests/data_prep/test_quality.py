@@ -53,6 +53,17 @@ def test_exact_duplicates_are_dropped_over_all_sources_and_the_first_stays(confi
     assert {status for found in statuses(config_values).values() for status in found} == {"kept"}
 
 
+def test_what_is_held_out_is_not_trained_on_also_where_duplicates_are_kept(one_source, tmp_path):
+    texts = sentences(4, seed=9)
+    docs = one_source["sources"][0]
+    docs["paths"] = [str(write_jsonl(tmp_path / "1.jsonl", [{"text": text} for text in [*texts, texts[0], texts[1]]]))]
+    docs["heldout"] = [str(write_jsonl(tmp_path / "2.jsonl", [{"text": texts[1]}, {"text": texts[1]}]))]
+    one_source["exact_duplicates"] = "keep"
+    found = statuses(one_source)["docs"]
+    # Both in the training file go, and both that are held out stay.
+    assert found == ["kept", "duplicate", "kept", "kept", "kept", "duplicate", "kept", "kept"]
+
+
 def test_a_pair_and_an_instruction_are_not_duplicates_of_a_text(config_values, tmp_path):
     (text,) = sentences(1)
     config_values["valid_fraction"] = 0.0

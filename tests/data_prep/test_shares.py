@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mixcpt.commands import mix as mix_cli
+from megatron_mixcpt.data.dataset import check_files
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
+from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.data_prep.pipeline import preprocess
 from megatron_mixcpt.data_prep.shares import Request, apportion, resolve_shares
 from megatron_mixcpt.data_prep.verify import verify
@@ -102,6 +104,14 @@ def test_a_view_holds_every_sequence_as_often_as_asked(result, tmp_path):
         assert set(times.values()) <= ({1} if epochs < 1 else {2, 3})
     assert sum(source["weight"] for source in mix["sources"]) == pytest.approx(1)
     assert verify(out, sample=5).problems == []
+    check_files(read_mix(out))  # as the trainer asks before a run
+    train = read_mix(out).sources[0].train
+    tokens = (out / f"{train.prefix.name}.bin").resolve()
+    tokens.write_bytes(tokens.read_bytes()[:-400])
+    with pytest.raises(ConfigError, match="it is truncated"):
+        check_files(read_mix(result))
+    with pytest.raises(ConfigError, match="is a view of another mixture"):
+        remix(out, tmp_path / "again", {})
 
 
 def test_a_view_copies_no_tokens_and_megatron_reads_it(result, tmp_path):

@@ -66,6 +66,24 @@ def test_models_that_have_no_average_are_refused(pair, tmp_path):
         average(base, tuned, 1.5, tmp_path / "out")
 
 
+def test_what_a_model_stores_and_nobody_reads_is_no_difference(tmp_path):
+    """A rotation, as Llama-2 has, and a copy of a tied output head."""
+    make("qwen2", tmp_path / "base")
+    make("qwen2", tmp_path / "tuned")
+    stored = tensors(tmp_path / "base")
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    average(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "tuned").keys()
+    make("llama-untied", tmp_path / "untied")
+    make("llama-untied", tmp_path / "headless")
+    rest = {name: value for name, value in tensors(tmp_path / "headless").items() if name != "lm_head.weight"}
+    save_file(rest, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"not of one architecture: lm_head\.weight is in one of them alone"):
+        average(tmp_path / "untied", tmp_path / "headless", 0.5, tmp_path / "no")
+
+
 def test_the_command_measures_ends_and_averages_in_one_report(hf_dir, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     shutil.copytree(hf_dir, tuned)

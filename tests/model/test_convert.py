@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.convert_cpu import write_model
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.exporting import export_model
 from tests.helpers.spawn import run_distributed
@@ -130,6 +132,50 @@ def test_added_tokens_get_the_mean_of_the_others(source, tmp_path):
     tokens = tokenizer("abc <mix>", return_tensors="pt")["input_ids"]
     assert tokens.max() == rows
     assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_tokens_may_be_added_to_a_tokenizer_whose_file_is_in_an_older_form(source, tmp_path):
+    """Before 0.20 tokenizers wrote merges as one text; what is saved today has them as pairs."""
+    size = make_tokenizer(tmp_path / "tokenizer", added=["<mix>"])
+    (tmp_path / "old").mkdir()
+    definition = json.loads((source / "tokenizer.json").read_text())
+    definition["model"]["merges"] = [" ".join(merge) for merge in definition["model"]["merges"]]
+    (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(definition))
+    assert extended_vocab_size(tmp_path / "old", tmp_path / "tokenizer", size - 1) == size
+
+
+def test_equal_sentencepiece_files_hide_no_added_tokens_and_no_other_ids(source, tmp_path):
+    size = make_tokenizer(tmp_path / "tokenizer", added=["<mix>"])
+    shutil.copytree(source, tmp_path / "own")
+    for folder in ("own", "tokenizer"):
+        (tmp_path / folder / "tokenizer.model").write_bytes(b"the same pieces")
+    assert extended_vocab_size(tmp_path / "own", tmp_path / "tokenizer", size - 1) == size
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    entries = definition["model"]["vocab"]
+    entries["a"], entries["b"] = entries["b"], entries["a"]
+    path.write_text(json.dumps(definition))
+    with pytest.raises(VerificationError, match=r"'[ab]' has another id"):
+        extended_vocab_size(tmp_path / "own", tmp_path / "tokenizer", size - 1)
+    path.unlink()  # then the pieces are all there is
+    assert extended_vocab_size(tmp_path / "own", tmp_path / "tokenizer", size - 1) == size - 1
+
+
+def test_the_type_of_a_checkpoint_is_that_of_the_weights_that_are_read(source, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(source, folder)
+    weights = {name: value.bfloat16() for name, value in read_all(source).items()}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    save_file(
+        {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert main(["convert", "--hf", str(folder), "--out", str(tmp_path / "ckpt")]) == 0
+    assert main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
+    found = read_all(tmp_path / "out")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("how", ["merges", "pieces"])
