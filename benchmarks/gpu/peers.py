@@ -42,9 +42,7 @@ def run(findings: Findings, *, small: bool) -> None:
             attention = _attention(case)
             try:
                 step, optimize = _step(arch, case, attention)
-                values |= workload.measured(
-                    arch, case.tokens, case.document, step, optimize, with_teacher=False, small=small
-                )
+                values |= workload.measured(arch, case.tokens, case.document, step, optimize, small=small)
             except Exception as error:  # a peer's failure is a result
                 traceback.print_exc()
                 raise LeftOut(reason(error)) from None

@@ -87,7 +87,7 @@ def _measured(
                         case.document,
                         lambda batch=batch: step(batch),
                         optimize,
-                        with_teacher=case.loss != "CE only",
+                        teacher=arch if case.loss != "CE only" else None,
                         small=small,
                     )
                     findings.add(case.name, "ok", "" if recompute == "none" else f"recompute {recompute}", **values)

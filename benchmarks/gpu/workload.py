@@ -123,7 +123,7 @@ def measured(
     forward_backward: Callable[[], object],
     optimize: Callable[[], object],
     *,
-    with_teacher: bool,
+    teacher: Architecture | None = None,
     small: bool,
 ) -> dict[str, Any]:
     """Median times of a step's two halves, speed, MFU and the most memory that a step took."""
@@ -146,7 +146,7 @@ def measured(
     first, second = (statistics.median(half) for half in zip(*halves))
     speed = tokens / (first + second)
     peak = peak_flops(device(), "bf16")
-    flops = flops_per_token(arch, {document: 1.0}, with_teacher=with_teacher)
+    flops = flops_per_token(arch, {document: 1.0}, teacher=teacher)
     return {
         "forward + backward ms": 1000 * first,
         "optimizer ms": 1000 * second,

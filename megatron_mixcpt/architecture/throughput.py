@@ -21,7 +21,7 @@ PEAK_BF16 = {
 
 
 def flops_per_token(
-    arch: Architecture, lengths: Mapping[int, float], *, with_teacher: bool, frozen: bool = False
+    arch: Architecture, lengths: Mapping[int, float], *, teacher: Architecture | None = None, frozen: bool = False
 ) -> float:
     """Model FLOPs to train on one token: three forward passes (one forward, two for the gradients) and the teacher's.
 
@@ -31,19 +31,22 @@ def flops_per_token(
 
     Args:
         lengths: of documents, each with the share of all tokens that are in such documents.
+        teacher: of the model that each token passes through as well.
         frozen: adapters are trained, the weights' own gradients not computed. What the adapters themselves take, a
             percent or so, is not counted.
     """
-    matrices = 2.0 * (arch.num_layers * layer_weights(arch) + arch.vocab_size * arch.hidden_size)
-    forward = matrices + _attention(arch, lengths, causal=True)
-    return forward * (4.0 if with_teacher else 3.0) - (matrices if frozen else 0.0)
+    matrices = _matrices(arch)
+    passes = 3.0 * (matrices + _attention(arch, lengths, causal=True))
+    if teacher is not None:
+        passes += _matrices(teacher) + _attention(teacher, lengths, causal=True)
+    return passes - (matrices if frozen else 0.0)
 
 
 def executed_flops_per_token(
     arch: Architecture,
     lengths: Mapping[int, float],
     *,
-    with_teacher: bool,
+    teacher: Architecture | None = None,
     recompute: str = "none",
     fuse_lm_head: bool = False,
     tensor: int = 1,
@@ -56,20 +59,32 @@ def executed_flops_per_token(
     window of the layer.
 
     Args:
-        lengths: as in `flops_per_token`.
+        lengths, teacher: as in `flops_per_token`.
         recompute: `train.recompute`.
         fuse_lm_head: `loss.fuse_lm_head`.
         tensor: tensor-parallel ranks, which decide on the padding.
         frozen: as in `flops_per_token`.
     """
     attention = _attention(arch, lengths, causal=False)
-    layers = 2.0 * arch.num_layers * layer_weights(arch) + attention
+    matrices = _matrices(arch, arch.padded_vocab_size(tensor))
     again = recomputed_weights(arch, recompute) * 2.0 * arch.num_layers
     again += attention if recompute in ("attention", "full") else 0.0
-    head = 2.0 * arch.padded_vocab_size(tensor) * arch.hidden_size
-    passes = 4.0 if with_teacher else 3.0
-    executed = layers * passes + again + head * (passes + (2.0 if fuse_lm_head else 0.0))
-    return executed - (2.0 * arch.num_layers * layer_weights(arch) + head if frozen else 0.0)
+    executed = 3.0 * (matrices + attention) + again
+    if teacher is not None:
+        executed += _matrices(teacher, arch.padded_vocab_size(tensor)) + _attention(teacher, lengths, causal=False)
+    if fuse_lm_head:
+        models = (arch,) if teacher is None else (arch, teacher)
+        executed += sum(_head(model, arch.padded_vocab_size(tensor)) for model in models)
+    return executed - (matrices if frozen else 0.0)
+
+
+def _head(arch: Architecture, rows: int) -> float:
+    return 2.0 * rows * arch.hidden_size
+
+
+def _matrices(arch: Architecture, vocab_size: int | None = None) -> float:
+    """FLOPs a token of one forward pass in all layers and the output head, attention's own left out."""
+    return 2.0 * arch.num_layers * layer_weights(arch) + _head(arch, vocab_size or arch.vocab_size)
 
 
 def layer_weights(arch: Architecture) -> float:

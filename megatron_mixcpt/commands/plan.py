@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"work        {work.model / 1e9:.4g} GFLOP a token for the model (what MFU counts), {work.executed / 1e9:.4g} "
         "executed with recomputation, padding and attention without a causal saving"
+        + ("" if work.counts_teacher else "; without the teacher, whose family is not known: give it time of its own")
     )
     if train.dtype == "fp32" and not args.peak_tflops:
         print(f"time        {tokens * work.model:.3g} FLOP in fp32; --peak-tflops T of a rank's device gives hours")

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.families import FAMILIES
+from megatron_mixcpt.huggingface.families.family import Family
 from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option
 from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
 
@@ -91,7 +92,7 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
-        own = read_rotary(config, head_dim) | _windows(config) | family.read(config)
+        own = read_rotary(config, head_dim) | _windows(config, family) | family.read(config)
     except ValueError as error:
         refuse(str(error))
     if "rotary_dim" in own and not family.partial_rotary:
@@ -124,22 +125,16 @@ def _check_family(model_type: Any, where: str) -> None:
         )
 
 
-def _windows(config: Any) -> dict[str, Any]:
-    types = getattr(config, "layer_types", None)
-    others = sorted(set(types or ()) - {"full_attention", "sliding_attention"})
+def _windows(config: Any, family: Family) -> dict[str, Any]:
+    types = getattr(config, "layer_types", None) or ()
+    others = sorted(set(types) - {"full_attention", "sliding_attention"})
     if others:
         raise ValueError(f"layers of {', '.join(others)} are not supported")
     window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
+    if family.windows == "none" or window is None:
         return {}
-    if types is None:  # transformers 4
-        first, pattern = getattr(config, "max_window_layers", 0), getattr(config, "sliding_window_pattern", 0)
-        types = [
-            "full_attention" if n < first or (pattern and (n + 1) % pattern == 0) else "sliding_attention"
-            for n in range(config.num_hidden_layers)
-        ]
-    full = tuple(n for n, kind in enumerate(types) if kind == "full_attention")
-    return {} if len(full) == len(types) else {"sliding_window": int(window), "full_layers": full}
+    full = tuple(n for n, kind in enumerate(types) if family.windows == "layer_types" and kind == "full_attention")
+    return {} if len(full) == config.num_hidden_layers else {"sliding_window": int(window), "full_layers": full}
 
 
 def config_dict(arch: Architecture) -> dict[str, Any]:
@@ -148,6 +143,9 @@ def config_dict(arch: Architecture) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(Architecture)}
     features = {key: defaults[key] for other in FAMILIES.values() for key in other.features} | dict(family.features)
     differing = [f"{key}={getattr(arch, key)}" for key, value in features.items() if getattr(arch, key) != value]
+    unlike = {"none": True, "every": bool(arch.full_layers), "layer_types": False}[family.windows]
+    if arch.sliding_window is not None and unlike:
+        differing.append(f"sliding_window={arch.sliding_window}, full_layers={arch.full_layers}")
     if differing:
         raise ValueError(f"model_type {arch.model_type!r} does not have {', '.join(differing)}")
     return {

@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.architecture.throughput import flops_per_token
 from megatron_mixcpt.attention.documents import Documents
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.data.batch import Batch, collate
@@ -21,6 +20,7 @@ from megatron_mixcpt.model.stage import Stage
 from megatron_mixcpt.objectives.mixcpt import STATISTICS, MixCPTLoss
 from megatron_mixcpt.objectives.task import COUNT
 from megatron_mixcpt.plan.documents import document_lengths
+from megatron_mixcpt.plan.work import work_of
 from megatron_mixcpt.runtime.parallel import ParallelState
 from megatron_mixcpt.teacher import Teacher
 from megatron_mixcpt.teacher.build import build_teacher
@@ -39,10 +39,8 @@ class PackedTextTask:
         self.objective, self.validation = objective, validation
         self._kinds = {source.name: source.kind for source in mix.train_sources}
         self.row_length = mix.seq_length
-        frozen = config.adapter is not None
-        self.flops_per_token: float | None = flops_per_token(
-            arch, document_lengths(mix), with_teacher=config.runs_teacher, frozen=frozen
-        )
+        work = work_of(config, arch, document_lengths(mix))
+        self.flops_per_token: float | None = work.model if work.counts_teacher else None
 
     def train_dataset(self, seed: int, cache_dir: Path) -> Mixture:
         return train_dataset(self._mix, seed, cache_dir)

@@ -121,6 +121,17 @@ FAMILIES = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen3-experts-windows": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
 }

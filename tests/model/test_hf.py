@@ -13,7 +13,7 @@ from megatron_mixcpt.runtime.parallel import parallel_context
 from tests.helpers.exporting import export_model
 from tests.helpers.spawn import run_distributed
 from tests.model.conversion import our_logits, round_trip, tokens_of
-from tests.model.families import BASE, FAMILIES, OLDER, absent, assert_same_bits, make, read_all
+from tests.model.families import BASE, FAMILIES, OLDER, WINDOWS, absent, assert_same_bits, make, read_all
 
 GRIDS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2)}
 EXPERTS = ("qwen3-experts", "mixtral", "olmoe")
@@ -84,6 +84,12 @@ def test_dense_layers_between_experts_are_those_that_config_json_names(step, wit
     check_bits_and_logits(make("qwen3-experts", tmp_path / "in", **changes), tmp_path)
     routers = {name for name in read_all(tmp_path / "out") if name.endswith("mlp.gate.weight")}
     assert routers == {f"model.layers.{layer}.mlp.gate.weight" for layer in mixed}
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "olmo2"])
+def test_a_window_that_the_family_does_not_have_is_none(name, tmp_path):
+    """As in transformers, whatever config.json says."""
+    check_bits_and_logits(make(name, tmp_path / "in", sliding_window=3, layer_types=WINDOWS), tmp_path)
 
 
 def check_bits_and_logits(reference, folder):

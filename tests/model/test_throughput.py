@@ -1,6 +1,7 @@
 """The analytic FLOP counts against the matrix products that the model runs."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from megatron_mixcpt.data.dataset import train_dataset
 from megatron_mixcpt.data.position import Position
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
+from megatron_mixcpt.huggingface.config import config_dict
+from megatron_mixcpt.plan.work import work_of
 from megatron_mixcpt.runtime.parallel import parallel_context
 from megatron_mixcpt.train.setup import build
 from tests.helpers.corpus import write_mix
@@ -94,7 +97,7 @@ def test_the_count_is_what_a_step_executes(tmp_path, mix, monkeypatch, case):
     found = executed_flops_per_token(
         parts.arch,
         lengths,
-        with_teacher=config.uses_teacher,
+        teacher=parts.arch if config.uses_teacher else None,
         recompute=config.train.recompute,
         fuse_lm_head=config.loss.fuse_lm_head,
     )
@@ -109,8 +112,8 @@ def test_attention_is_counted_by_the_pairs_that_see_each_other(window, full):
     pairs = sum(int(dense_mask(starts, arch.window(layer)).sum()) for layer in range(4)) / starts.numel()
     lengths, alone = shares_of(Documents.of(starts)), {1: 1.0}
     assert min(lengths) < 5 and max(lengths) > 12
-    for teacher, frozen, passes in ((False, False, 3), (True, False, 4), (False, True, 3)):
-        options = {"with_teacher": teacher, "frozen": frozen}
+    for teacher, frozen, passes in ((None, False, 3), (arch, False, 4), (None, True, 3)):
+        options = {"teacher": teacher, "frozen": frozen}
         found = flops_per_token(arch, lengths, **options) - flops_per_token(arch, alone, **options)
         more = pairs - arch.num_layers  # than each token with itself in each layer
         assert found == pytest.approx(passes * 4 * arch.num_attention_heads * arch.head_dim * more, rel=1e-9)
@@ -137,19 +140,41 @@ def test_plan_and_mfu_count_the_pairs_of_the_mixture(tmp_path, mix, monkeypatch,
     assert f"{expected / 1e9:.4g} GFLOP a token for the model" in capsys.readouterr().out
 
 
+def test_a_teacher_of_another_size_is_counted_as_what_it_is(tmp_path, mix):
+    """Of teacher.source deepspeed; one whose family nobody knows is left out, and that is told."""
+    large = dataclasses.replace(DENSE, num_layers=6, hidden_size=128)
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_dict(large)))
+    teacher = {"source": "deepspeed", "hf": str(folder)}
+    config = validate(Config, settings(mix, tmp_path / "run", teacher=teacher), "test")
+    lengths = {8: 0.25, 32: 0.75}
+    alone, of_teacher = flops_per_token(DENSE, lengths), flops_per_token(large, lengths) / 3
+    assert work_of(config, DENSE, lengths).model == pytest.approx(alone + of_teacher, rel=1e-12)
+    assert of_teacher > alone
+    padded = {"vocab_size": DENSE.padded_vocab_size(1)}  # the teacher's head has the student's rows
+    students = executed_flops_per_token(DENSE, lengths)
+    executed = executed_flops_per_token(dataclasses.replace(large, **padded), lengths) / 3
+    assert work_of(config, DENSE, lengths).executed == pytest.approx(students + executed, rel=1e-12)
+
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    work = work_of(config, DENSE, lengths)
+    assert work.model == pytest.approx(alone, rel=1e-12) and not work.counts_teacher
+
+
 def test_executed_attention_goes_without_what_causality_saves():
     arch = dataclasses.replace(DENSE, vocab_size=256, sliding_window=6, full_layers=(1,))  # no padding
-    for teacher in (False, True):
-        executed = executed_flops_per_token(arch, {32: 1.0}, with_teacher=teacher)
+    for teacher in (None, arch):
+        executed = executed_flops_per_token(arch, {32: 1.0}, teacher=teacher)
         saved = 31 / 2 + 6 * 5 / 2 / 32  # keys a token: of a whole square, and of the first queries of a window
         causal = 4.0 * arch.num_attention_heads * arch.head_dim * saved * (4 if teacher else 3)
-        assert flops_per_token(arch, {32: 1.0}, with_teacher=teacher) == pytest.approx(executed - causal, rel=1e-12)
+        assert flops_per_token(arch, {32: 1.0}, teacher=teacher) == pytest.approx(executed - causal, rel=1e-12)
 
 
 def test_a_llama_takes_six_flops_a_weight_and_token():
     arch = dataclasses.replace(PRESETS["small"], num_layers=32)
     weights = arch.num_parameters  # tied: the embedding is the head
-    assert flops_per_token(arch, {1: 1.0}, with_teacher=False) == pytest.approx(6.0 * weights, rel=2e-3)
+    assert flops_per_token(arch, {1: 1.0}) == pytest.approx(6.0 * weights, rel=2e-3)
 
 
 def test_an_unknown_device_has_no_peak_and_so_no_mfu(monkeypatch):

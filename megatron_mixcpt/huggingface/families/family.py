@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_mixcpt.architecture.architecture import Architecture
 
@@ -33,17 +33,17 @@ def _nothing(_: Any) -> dict[str, Any]:
     return {}
 
 
-def layer_types(arch: Architecture) -> list[str]:
-    """As config.json has them."""
-    return ["full_attention" if arch.window(n) is None else "sliding_attention" for n in range(arch.num_layers)]
+def windows_by_layer(arch: Architecture) -> dict[str, Any]:
+    """Entries of config.json that say which layers have a window."""
+    types = ["full_attention" if arch.window(n) is None else "sliding_attention" for n in range(arch.num_layers)]
+    return {"sliding_window": arch.sliding_window, "layer_types": types}
 
 
-def window_entries(arch: Architecture) -> dict[str, Any]:
-    """What Qwen2 and Qwen3 say of windows."""
+def qwen_windows(arch: Architecture) -> dict[str, Any]:
+    """The same of Qwen2 and Qwen3."""
     if arch.sliding_window is None:
         return {"use_sliding_window": False}
-    entries = {"sliding_window": arch.sliding_window, "layer_types": layer_types(arch)}
-    return entries | {"use_sliding_window": True, "max_window_layers": len(arch.full_layers)}
+    return windows_by_layer(arch) | {"use_sliding_window": True, "max_window_layers": len(arch.full_layers)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Family:
         read: further fields of Architecture, from a transformers configuration. Raises ValueError, which says what is
             not supported.
         write: further entries of config.json, from an architecture.
+        windows: which layers have the `sliding_window` of config.json, as transformers' class reads it: none (whatever
+            the file says), every, or those that `layer_types` names.
         partial_rotary: whether rotary positions may be those of a part of each head.
     """
 
@@ -67,6 +69,7 @@ class Family:
     names: Mapping[str, Names] = field(default_factory=dict)
     read: Callable[[Any], dict[str, Any]] = _nothing
     write: Callable[[Architecture], dict[str, Any]] = _nothing
+    windows: Literal["none", "every", "layer_types"] = "none"
     partial_rotary: bool = False
 
     def layer_names(self, rest: str, num_experts: int) -> Names:

@@ -4,7 +4,7 @@
 from typing import Any
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.huggingface.families.family import Family, Names, layer_types
+from megatron_mixcpt.huggingface.families.family import Family, Names, windows_by_layer
 
 NAMES: dict[str, Names] = {
     "self_attention.linear_proj.post_layernorm.weight": ("post_attention_layernorm.weight",),
@@ -29,13 +29,11 @@ def _read(config: Any) -> dict[str, Any]:
 
 def _write(arch: Architecture) -> dict[str, Any]:
     assert arch.attention_scale is not None
-    return {
+    return windows_by_layer(arch) | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(arch.attention_scale**-2),
-        "sliding_window": arch.sliding_window,
-        "layer_types": layer_types(arch),
         "pad_token_id": None,
     }
 
 
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", FEATURES, NAMES, _read, _write)
+FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", FEATURES, NAMES, _read, _write, windows="layer_types")

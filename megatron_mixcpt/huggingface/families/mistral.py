@@ -2,4 +2,6 @@
 
 from megatron_mixcpt.huggingface.families.family import Family
 
-FAMILY = Family("mistral", "MistralForCausalLM", write=lambda arch: {"sliding_window": arch.sliding_window})
+FAMILY = Family(
+    "mistral", "MistralForCausalLM", write=lambda arch: {"sliding_window": arch.sliding_window}, windows="every"
+)

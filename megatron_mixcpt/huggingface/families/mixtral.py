@@ -33,4 +33,4 @@ def _write(arch: Architecture) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("mixtral", "MixtralForCausalLM", {}, NAMES, _read, _write)
+FAMILY = Family("mixtral", "MixtralForCausalLM", {}, NAMES, _read, _write, windows="every")

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.huggingface.families.family import Family, layer_types
+from megatron_mixcpt.huggingface.families.family import Family, windows_by_layer
 from megatron_mixcpt.huggingface.families.olmo2 import FEATURES, NAMES
 
 
@@ -13,8 +12,4 @@ def _read(config: Any) -> dict[str, Any]:
     return {"local_rope_theta": float(config.rope_theta)}  # transformers 4
 
 
-def _write(arch: Architecture) -> dict[str, Any]:
-    return {"sliding_window": arch.sliding_window, "layer_types": layer_types(arch)}
-
-
-FAMILY = Family("olmo3", "Olmo3ForCausalLM", FEATURES, NAMES, _read, _write)
+FAMILY = Family("olmo3", "Olmo3ForCausalLM", FEATURES, NAMES, _read, windows_by_layer, windows="layer_types")

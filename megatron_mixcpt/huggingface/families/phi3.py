@@ -25,4 +25,4 @@ def _write(arch: Architecture) -> dict[str, Any]:
     return entries
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", {}, NAMES, write=_write, partial_rotary=True)
+FAMILY = Family("phi3", "Phi3ForCausalLM", {}, NAMES, write=_write, windows="every", partial_rotary=True)

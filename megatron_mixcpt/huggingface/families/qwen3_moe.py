@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_mixcpt.architecture.architecture import Architecture
-from megatron_mixcpt.huggingface.families.family import Family, window_entries
+from megatron_mixcpt.huggingface.families.family import Family
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def _read(config: Any) -> dict[str, Any]:
 
 
 def _write(arch: Architecture) -> dict[str, Any]:
-    return window_entries(arch) | {
+    return {
+        "use_sliding_window": arch.sliding_window is not None,
+        "sliding_window": arch.sliding_window,
         "num_experts": arch.num_experts,
         "num_experts_per_tok": arch.experts_per_token,
         "moe_intermediate_size": arch.expert_ffn_size,
@@ -29,4 +31,4 @@ def _write(arch: Architecture) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", {"qk_norm": True}, read=_read, write=_write)
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", {"qk_norm": True}, read=_read, write=_write, windows="every")
