@@ -23,11 +23,13 @@ class LossConfig(Section):
 
     target: Literal["swap", "plain", "mft", "none"] = "swap"
     """swap: top-1 and gold probability exchanged (Mix-CPT, arXiv 2407.10804); plain: the teacher as it is; mft: gold
-    raised by a margin (arXiv 2506.15702); none: cross-entropy alone."""
+    raised by a margin (arXiv 2506.15702); none: cross-entropy alone. At equal learning rates swap learned more than
+    plain; whether it beats none, averaged with the base, is not decided (docs/study.md)."""
     ce_weight: Weight = 1.0
     """Weight of next-token prediction."""
     kd_weight: Weight = 1.0
-    """Weight of the distillation."""
+    """Weight of the distillation. 1 is the middle of a sweep with one seed (docs/forgetting.md): 0.25 learned and
+    forgot more, 4 and 16 less. None is best for all data."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Divides teacher and student logits in the distillation term."""
     margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
