@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.slurm.jobs import certify_job, command_jobs, study_job
     from megatron_mixcpt.slurm.overview import overview, submissions
     from megatron_mixcpt.slurm.resources import Resources
-    from megatron_mixcpt.train.ended import check_run_dir
+    from megatron_mixcpt.train.ended import check_run_dir, ending, finished
     from megatron_mixcpt.train.setup import check
 
     options = _resources(args)
@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         # What the command would refuse is refused before anything waits in a queue.
         check(config, ask.world_size)
         check_run_dir(config, open_mix(config.data.mix, config.data.seq_length))
+        if finished(config) and not args.certify and not args.dry_run:
+            print(ending(config))
+            return 0
     if args.dry_run:
         print(overview(jobs) if len(jobs) > 1 or kind == "chain" else jobs[0].script)
         print(submissions(jobs), file=sys.stderr)  # the script alone can go into a file

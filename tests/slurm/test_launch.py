@@ -10,12 +10,13 @@ import yaml
 
 from megatron_mixcpt.checkpoint.store import commit, new_directory
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import Resources, seconds
 from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.corpus import write_mix
-from tests.slurm.runs import write_run
+from tests.slurm.runs import STEPS, write_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sbatch"), *(ROOT / "launch").glob("*.sh")])
@@ -158,6 +159,21 @@ def test_a_run_directory_of_other_settings_is_refused_before_anything_is_queued(
     commit(folder, checkpoint_info(4, tokenizer_hash="of other data"))
     assert main(["launch", str(config), "--dry-run", *CPU]) == 2
     assert "was trained on data of another tokenizer" in capsys.readouterr().err
+
+
+def test_a_run_at_its_end_is_told_and_not_queued_but_trained_on_where_it_shall_be_longer(
+    capsys, config, mix, tmp_path, monkeypatch
+):
+    folder = new_directory(tmp_path / "run" / "checkpoints", STEPS)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    data = open_mix(str(mix))
+    state = {"tokenizer_hash": data.tokenizer_hash, "seq_length": data.seq_length, "global_batch_size": 16}
+    commit(folder, checkpoint_info(STEPS, **state))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", str(config), *CPU]) == 0
+    assert f"finished: {STEPS} of {STEPS} steps" in capsys.readouterr().out
+    assert main(["launch", str(config), f"train.steps={STEPS + 1}", *CPU]) == 1
+    assert "there is no sbatch here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
