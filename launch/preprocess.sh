@@ -10,5 +10,6 @@ shift
 script=$(dirname "$0")/preprocess.sbatch
 tasks=$(sbatch --parsable "$@" "$script" "$config" tokenize)
 tasks=${tasks%%;*}
-last=$(sbatch --parsable "$@" --array=1-1 --dependency="afterok:$tasks" "$script" "$config" assemble)
+last=$(sbatch --parsable "$@" --array=1-1 --dependency="afterok:$tasks" --kill-on-invalid-dep=yes \
+    "$script" "$config" assemble)
 echo "tokenize: job $tasks, assemble and verify: job ${last%%;*}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mixcpt.train.ended import check_run_dir, ending, finished
     from megatron_mixcpt.train.setup import check
 
+    _give_back_overrides(args)
     options = _resources(args)
     kind = describes(args.config)
     if kind == "study":
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         if args.overrides:
             raise ConfigError(f"{args.config} is a chain: write {args.overrides[0]} into the command of its stage")
         if args.certify:
-            raise ConfigError(f"{args.config} is a chain: write a stage of its own, with `certify` in place of `train`")
+            raise ConfigError(f"{args.config} is a chain: write a stage of its own: certify CONFIG --nproc RANKS")
         jobs = chain_jobs(args.config, options)
     else:
         ask = validate(Resources, options, "mixcpt launch")
@@ -102,6 +104,16 @@ def run(args: argparse.Namespace) -> int:
     for job, number in submit_all(jobs):
         print(f"job {number}: {job.stage}, {job.path}; logs in {job.logs}", flush=True)
     return 0
+
+
+def _give_back_overrides(args: argparse.Namespace) -> None:
+    """`--modules cuda/12.8 train.lr=1e-5`: what argparse took for a module is a setting."""
+    for option in ("modules", "container_mounts"):
+        words = getattr(args, option) or []
+        settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+        if settings:
+            setattr(args, option, [word for word in words if word not in settings])
+            args.overrides = [*args.overrides, *settings]
 
 
 def _resources(args: argparse.Namespace) -> dict[str, Any]:

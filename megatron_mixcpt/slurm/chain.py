@@ -62,7 +62,7 @@ def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
     written: list[Path] = []
     for index, values in enumerate(chain.stages):
         origin = f"{path}: stage {values.get('name', index + 1)}"
-        stage = validate(Stage, chain.defaults | options | values, origin)
+        stage = validate(Stage, _over(_over(chain.defaults, options), values), origin)
         words = shlex.split(stage.command)
         if not words or words[0] not in COMMANDS:
             raise ConfigError(f"{origin}: {stage.command!r} is no mixcpt command; these are: {', '.join(COMMANDS)}")
@@ -86,3 +86,10 @@ def chain_jobs(path: str, options: dict[str, Any]) -> list[Job]:
         else:
             raise ConfigError(f"{origin}: array is for `preprocess CONFIG` alone")
     return jobs
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; of `options`, each of them."""
+    options = below.get("options"), above.get("options")
+    both = {"options": options[0] | options[1]} if isinstance(options[0], dict) and isinstance(options[1], dict) else {}
+    return below | above | both

@@ -34,7 +34,7 @@ def command_jobs(stage: str, words: list[str], ask: Resources, folder: Path) -> 
         config = load_config(Config, config_path, overrides)
         run_dir = Path(config.run_dir).resolve()
         # A copy: what was submitted is what runs, after every restart too, whatever becomes of the file meanwhile.
-        frozen = run_dir / "launch" / "config.yaml"
+        frozen = run_dir / "launch" / f"{stage}.yaml"
         arguments = [words[0], str(frozen), *flags]
         return [_job(stage, words, arguments, ask, run_dir / "launch", run_dir / "logs", {frozen: rendered(config)})]
     run_folder = _run_dir(words)
@@ -79,7 +79,11 @@ def study_job(study: Study, words: list[str], ask: Resources, stage: str = "stud
 def preprocess_jobs(stage: str, config: str, tasks: int, ask: Resources, folder: Path) -> list[Job]:
     """Two jobs after launch/preprocess.sbatch: an array that tokenizes, and one that assembles and verifies."""
     folder = folder.resolve() / stage
-    settings = {"MIXCPT": f"{Path(ask.python or sys.executable).parent / 'mixcpt'}"}
+    settings = {
+        "PYTHON": ask.python or sys.executable,
+        "MODULES": " ".join(ask.modules),
+        "MAX_RESTARTS": str(ask.max_restarts),
+    }
     if ask.container:
         raise ConfigError(f"stage {stage}: an array preprocesses without a container; leave one of the two out")
     jobs = []
@@ -110,7 +114,8 @@ def _job(
     files: dict[Path, str],
 ) -> Job:
     """`words`: the command as it was asked for; `arguments`: as the job runs it."""
-    name = job_name(stage, folder.parent)
+    # Whatever a chain calls its stage, two jobs that train one run have one name, and so never run at once.
+    name = job_name(words[0] if words[0] in ("train", "align") else stage, folder.parent)
     if words[0] not in DISTRIBUTED:
         ask = ask.model_copy(update={"nodes": 1, "tasks_per_node": 1})
     options = _common_options(name, ask) | {
@@ -162,7 +167,7 @@ def _run_dir(words: list[str]) -> Path | None:
             return Path(word.removeprefix("run_dir=")).resolve()
     for word in words[1:]:
         if word.endswith((".yaml", ".yml")) and Path(word).is_file():
-            content = OmegaConf.to_container(OmegaConf.load(word))
-            if isinstance(content, dict) and content.get("run_dir"):
+            content = OmegaConf.load(word)
+            if OmegaConf.is_dict(content) and content.get("run_dir"):  # with what it refers to
                 return Path(str(content["run_dir"])).resolve()
     return None

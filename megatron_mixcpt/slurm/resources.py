@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -71,8 +72,11 @@ class Resources(Section):
         return self.nodes * self.ranks_per_node
 
 
-def seconds(time: str) -> int:
-    """Seconds of a SLURM time limit: `90`, `90:30`, `12:00:00`, `2-12`, `2-12:30`, `2-12:30:00`. Raises ValueError."""
+def seconds(time: str) -> float:
+    """Seconds of a SLURM time limit: `90`, `90:30`, `12:00:00`, `2-12`, `2-12:30`, `2-12:30:00`; of `0` and `UNLIMITED`
+    infinitely many. Raises ValueError."""
+    if time == "0" or time.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
     match = TIME.fullmatch(time)
     if not match:
         raise ValueError(f"time {time!r}: write minutes, hours:minutes:seconds or days-hours, as 24:00:00")

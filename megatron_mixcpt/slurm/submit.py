@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mixcpt.errors import ConfigError, MixcptError
-from megatron_mixcpt.files import write_whole
+from megatron_mixcpt.files import check_writable, write_whole
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,11 @@ def sbatch_command(job: Job, after: str | None) -> list[str]:
 
 
 def submit(job: Job, after: str | None) -> str:
-    """Write the job's files and submit it; returns its number.
+    """Submit a job whose files are there; returns its number.
 
     Args:
         after: number of a job that must end well before this one starts; if it does not, this one is cancelled.
     """
-    for folder in (job.folder, job.logs):
-        folder.mkdir(parents=True, exist_ok=True)
-    for path, text in {**job.files, job.path: job.script}.items():
-        write_whole(path, text)
     shown = _call(*sbatch_command(job, after))
     match = re.match(r"\d+", shown)
     if not match:
@@ -91,13 +87,19 @@ def submit(job: Job, after: str | None) -> str:
 
 
 def submit_all(jobs: list[Job]) -> Iterator[tuple[Job, str]]:
-    """Submit jobs, each after the one before; yields them with their numbers. If one is refused, none stays."""
+    """Write the jobs' files, then submit them, each after the one before; yields them with their numbers. If one is
+    refused, none stays."""
+    for job in jobs:
+        for folder in (job.folder, job.logs):
+            check_writable(folder)
+        for path, text in {**job.files, job.path: job.script}.items():
+            write_whole(path, text)
     numbers: list[str] = []
     try:
         for job in jobs:
             numbers.append(submit(job, numbers[-1] if numbers else None))
             yield job, numbers[-1]
-    except MixcptError:
+    except (MixcptError, KeyboardInterrupt):
         if numbers:
             _call("scancel", *numbers)
         raise

@@ -58,7 +58,7 @@ def test_a_plan_counts_preferences_in_rows_of_two_sequences_and_fine_tuning_as_t
 def test_a_job_runs_the_command_whose_configuration_it_is(written, capsys, name):
     assert main(["launch", written[name], "--gpus-per-node", "0", "--dry-run"]) == 0
     command = "train" if name == "train" else "align"
-    assert re.search(rf"\b{command} \S*/launch/config.yaml", capsys.readouterr().out)
+    assert re.search(rf"\b{command} \S*/launch/{command}.yaml", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("command", ["train", "rehearse"])

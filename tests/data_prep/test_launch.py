@@ -28,7 +28,8 @@ number = len(open({log!r}).readlines()) + 100
 open({log!r}, "a").write(" ".join(words) + "\\n")
 for task in range(first, last + 1):
     env = dict(os.environ, SLURM_ARRAY_JOB_ID=str(number), SLURM_ARRAY_TASK_ID=str(task), SLURM_CPUS_PER_TASK="1",
-               SLURM_ARRAY_TASK_MIN=str(first), SLURM_ARRAY_TASK_COUNT=str(last - first + 1))
+               SLURM_ARRAY_TASK_MIN=str(first), SLURM_ARRAY_TASK_MAX=str(last),
+               SLURM_ARRAY_TASK_COUNT=str(last - first + 1))
     subprocess.run(["bash", script, *rest], env=env, check=True, stdout=sys.stderr)
 print(f"{{number}};cluster")
 """
@@ -56,7 +57,7 @@ def test_a_slurm_array_gives_the_bytes_of_a_single_run(config_values, tmp_path):
     log.write_text("")
     (tools / "sbatch").write_text(SBATCH.format(python=sys.executable, log=str(log)))
     (tools / "sbatch").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "MIXCPT": str(Path(sys.executable).parent / "mixcpt")}
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
     command = [str(ROOT / "launch" / "preprocess.sh"), str(config), "--array=3-5"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -70,14 +71,14 @@ def test_a_task_that_is_told_to_stop_goes_back_into_the_queue(tmp_path):
     """SLURM signals the batch shell; the program must get the signal, and exit code 75 must lead to a requeue."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "mixcpt").write_text("#!/bin/bash\ntrap 'exit 75' TERM\ntouch started\nwhile true; do sleep 0.05; done\n")
+    (tools / "python").write_text("#!/bin/bash\ntrap 'exit 75' TERM\ntouch started\nwhile true; do sleep 0.05; done\n")
     (tools / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
     (tools / "squeue").write_text("#!/bin/bash\necho RUNNING\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "MIXCPT": str(tools / "mixcpt")}
-    env.update(SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_COUNT="3")
-    env["SLURM_CPUS_PER_TASK"] = "1"
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")}
+    env.update(SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="3")
+    env.update(SLURM_ARRAY_TASK_COUNT="3", SLURM_CPUS_PER_TASK="1")
     command = ["bash", str(ROOT / "launch" / "preprocess.sbatch"), "c.yaml", "tokenize"]
     process = subprocess.Popen(command, env=env, cwd=tmp_path)
     while not (tmp_path / "started").exists():
@@ -85,3 +86,12 @@ def test_a_task_that_is_told_to_stop_goes_back_into_the_queue(tmp_path):
     process.terminate()
     assert process.wait(timeout=30) == 75
     assert (tmp_path / "requeued").read_text().strip() == "requeue 7_2"
+
+
+def test_an_array_with_gaps_is_refused(tmp_path):
+    """Its tasks would take shards that nobody else knows of, and some would be nobody's."""
+    task = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}
+    env = os.environ | task | {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1", "PYTHON": "false"}
+    command = ["bash", str(ROOT / "launch" / "preprocess.sbatch"), "c.yaml", "tokenize"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "give all of them, as 1-16" in done.stdout

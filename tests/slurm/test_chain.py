@@ -54,7 +54,7 @@ def test_a_chain_prepares_trains_and_exports(cluster, prepared, tmp_path):
     state = cluster.wait_for(jobs["export"], "COMPLETED", "CANCELLED", "FAILED")["JobState"]
     assert state == "COMPLETED", logs()
     assert digests(tmp_path / "array") == expected
-    assert yaml.safe_load((tmp_path / "run" / "launch" / "config.yaml").read_text())["train"]["seed"] == 3
+    assert yaml.safe_load((tmp_path / "run" / "launch" / "train.yaml").read_text())["train"]["seed"] == 3
     assert "finished: 2 of 2 steps" in logs()
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
@@ -71,24 +71,24 @@ def test_when_a_stage_fails_those_after_it_do_not_run(cluster, prepared, tmp_pat
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-# mixcpt, but the first task waits to be told to stop when it runs for the first time.
+# python -m megatron_mixcpt.cli, but the first task waits to be told to stop when it runs for the first time.
 STOPPED_ONCE = """#!/bin/bash
-if [ "$5 $6" = "--shard 1/2" ] && ! [ -e stopped ]; then
+if [ "$7 $8" = "--shard 1/2" ] && ! [ -e stopped ]; then
     trap 'touch stopped; exit 75' TERM
     touch waiting
     while true; do sleep 0.1; done
 fi
-exec {mixcpt} "$@"
+exec {python} "$@"
 """
 
 
 def test_preprocess_sh_submits_the_same_array_whose_stopped_tasks_continue(cluster, prepared, tmp_path):
     config, expected = prepared
-    stand_in = tmp_path / "mixcpt"
-    stand_in.write_text(STOPPED_ONCE.format(mixcpt=Path(sys.executable).parent / "mixcpt"))
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STOPPED_ONCE.format(python=sys.executable))
     stand_in.chmod(0o755)
     script = [str(ROOT / "launch" / "preprocess.sh"), str(config), "--array=1-2", "--cpus-per-task=1", "--mem=1G"]
-    environment = cluster.environment | {"MIXCPT": str(stand_in)}
+    environment = cluster.environment | {"PYTHON": str(stand_in)}
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     first, last = (word.rstrip(",") for word in done.stdout.split() if word.rstrip(",").isdigit())

@@ -1,5 +1,7 @@
 """What `mixcpt launch` writes and refuses; the scripts are accepted by bash, shellcheck and SLURM."""
 
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from megatron_mixcpt.checkpoint.store import commit, new_directory
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.data.mix import open_mix
 from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.slurm.chain import chain_jobs
+from megatron_mixcpt.slurm.jobs import command_jobs
 from megatron_mixcpt.slurm.render import render, template
 from megatron_mixcpt.slurm.resources import Resources, seconds
 from tests.helpers.checkpoints import checkpoint_info
@@ -96,7 +100,7 @@ def test_every_option_ends_up_in_the_script(capsys, config, tmp_path):
         "SAVE_SECONDS=540",
     ):
         assert any(written.startswith(line) for written in script.splitlines()), line
-    assert f"[ $# -gt 0 ] || set -- train {tmp_path}/run/launch/config.yaml" in script
+    assert f"[ $# -gt 0 ] || set -- train {tmp_path}/run/launch/train.yaml" in script
     assert not (tmp_path / "run").exists()
 
 
@@ -176,9 +180,23 @@ def test_a_run_at_its_end_is_told_and_not_queued_but_trained_on_where_it_shall_b
     assert "there is no sbatch here" in capsys.readouterr().err
 
 
+def test_settings_after_an_option_that_takes_several_words_are_settings(capsys, config):
+    script = dry_run(capsys, config, *CPU, "--modules", "cuda/12.8", "gcc", "train.seed=7", "run_dir=elsewhere")
+    assert "MODULES='cuda/12.8 gcc'" in script and "elsewhere/launch/train.yaml" in script
+
+
 @pytest.mark.parametrize(
     ("time", "expected"),
-    [("90", 5400), ("90:30", 5430), ("12:00:01", 43201), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:5", 86405)],
+    [
+        ("0", math.inf),
+        ("UNLIMITED", math.inf),
+        ("90", 5400),
+        ("90:30", 5430),
+        ("12:00:01", 43201),
+        ("2-12", 216000),
+        ("1-1:30", 91800),
+        ("1-0:0:5", 86405),
+    ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(time, expected):
     assert seconds(time) == expected
@@ -240,6 +258,70 @@ def test_options_of_the_command_line_are_laid_over_a_chain_s_defaults_and_stages
     assert {(options_of(script)["account"], options_of(script)["partition"]) for script in scripts} == {("x", "gpu")}
     assert main(["launch", str(chain), "train.lr=1", "--dry-run"]) == 2
     assert "write train.lr=1 into the command of its stage" in capsys.readouterr().err
+
+
+def test_stages_of_one_run_have_one_name_and_each_its_own_settings(capsys, mix, tmp_path):
+    """One name: SLURM never runs two at once (singleton), and `launch` refuses what is in the queue already."""
+    config = write_run(mix, tmp_path, global_batch_size=16)
+    stages = [{"name": "a", "command": f"train {config}"}, {"name": "b", "command": f"train {config} train.steps=50"}]
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "stages": stages}))
+    jobs = [*chain_jobs(str(chain), {}), *command_jobs("train", ["train", str(config)], Resources(), Path())]
+    assert len({job.name for job in jobs}) == 1 and len({job.path for job in jobs}) == 3
+    frozen = [next(iter(job.files.items())) for job in jobs]
+    assert [yaml.safe_load(text)["train"]["steps"] for _, text in frozen] == [STEPS, 50, STEPS]
+    assert all(f"-- train {path}" in job.script for job, (path, _) in zip(jobs, frozen))
+
+
+def test_further_options_are_laid_over_each_other_one_by_one(tmp_path):
+    stage = {"name": "a", "command": "export run --out hf", "options": {"qos": "low"}}
+    defaults = {"options": {"constraint": "a100", "qos": "high"}}
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "defaults": defaults, "stages": [stage]}))
+    (job,) = chain_jobs(str(chain), {"options": {"reservation": "r1"}})
+    found = options_of(job.script)
+    assert (found["constraint"], found["qos"], found["reservation"]) == ("a100", "low", "r1")
+
+
+def test_an_array_that_preprocesses_has_the_stage_s_environment(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    source = {"name": "s", "kind": "domain", "paths": [str(tmp_path / "text.jsonl")], "weight": 1.0}
+    source["text"] = "{text}"
+    values = {"tokenizer": "t", "out": str(tmp_path / "data"), "seq_length": 16, "sources": [source]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
+    stage = {"name": "data", "command": f"preprocess {tmp_path / 'p.yaml'}", "array": 2, "modules": ["x/1", "y"]}
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": "out", "stages": [stage | {"max_restarts": 3}]}))
+    for job in chain_jobs(str(chain), {}):
+        assert "\nMODULES='x/1 y'" in job.script and "\nMAX_RESTARTS=3" in job.script
+        assert f"\nPYTHON={sys.executable}" in job.script
+
+
+def test_a_run_directory_may_refer_to_a_variable(mix, tmp_path, monkeypatch):
+    config = write_run(mix, tmp_path)
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "there"))
+    values = yaml.safe_load(config.read_text()) | {"run_dir": "${oc.env:ELSEWHERE}/run"}
+    config.write_text(yaml.safe_dump(values))
+    for command in ("train", "certify"):
+        (job,) = command_jobs(command, [command, str(config)], Resources(), Path())
+        assert job.folder == tmp_path / "there" / "run" / "launch"
+
+
+def test_nothing_is_submitted_where_a_later_job_s_files_cannot_be_written(capsys, mix, tmp_path, monkeypatch):
+    config = write_run(mix, tmp_path, global_batch_size=16)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sbatch", "squeue"):
+        (tools / name).write_text(f"#!/bin/bash\ntouch {tmp_path}/{name}-called\n[ {name} = squeue ] || echo 7\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    (tmp_path / "file").write_text("")
+    stages = [{"name": "a", "command": f"train {config}"}, {"name": "b", "command": "export run --out hf"}]
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"out": str(tmp_path / "file" / "below"), "stages": stages}))
+    assert main(["launch", str(chain)]) == 1
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert (tmp_path / "squeue-called").exists() and not (tmp_path / "sbatch-called").exists()
 
 
 def test_a_command_that_works_in_one_process_gets_one(capsys, tmp_path):

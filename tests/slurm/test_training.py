@@ -56,7 +56,7 @@ def test_a_run_that_is_preempted_and_loses_a_node_ends_as_if_nothing_had_happene
     assert_same_end(run.run_dir, straight)
 
     assert "ranks" not in run.rank_log(1)[-200:] and run.log().rstrip().endswith("done")
-    for name in ("launch/train.sbatch", "launch/config.yaml", "config.yaml"):
+    for name in ("launch/train.sbatch", "launch/train.yaml", "config.yaml"):
         assert (run.run_dir / name).is_file(), name
     starts = sorted((run.run_dir / "provenance").glob("start_*.json"))
     records = [json.loads(path.read_text()) for path in starts]
