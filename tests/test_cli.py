@@ -98,6 +98,24 @@ def test_mistakes_are_told_without_importing_a_library(values, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["plan", "x.yaml", "--tokens", number] for number in ("nan", "inf", "0")),
+        *(["plan", "x.yaml", option, "-5"] for option in ("--memory", "--peak-tflops", "--nproc", "--mfu")),
+        ["plan", "x.yaml", "--mfu", "1.1"],
+        ["inspect", "x", "--sample", "-1"],
+        ["inspect", "x", "--seed", "-1"],
+        ["rehearse", "x.yaml", "--nproc", "0"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_mean_nothing_are_refused_as_such(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 2 and f"argument {options[-2]}: must be" in capsys.readouterr().err
+
+
 def test_runs_that_are_at_their_end_or_cannot_go_on_answer_without_importing_a_library(values, mix, tmp_path):
     """The first is told as such, whatever else is set now, and its record stays; the others name the key."""
     config = tmp_path / "train.yaml"

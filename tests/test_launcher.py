@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mixcpt.runtime import launcher
 from megatron_mixcpt.runtime.forked import can_fork
-from megatron_mixcpt.runtime.launcher import LISTENING_PORTS, free_port
+from megatron_mixcpt.runtime.launcher import LISTENING_PORTS, free_port, unplaced
 
 
 def test_ports_are_distinct_free_and_not_those_of_outgoing_connections():
@@ -28,6 +28,13 @@ def test_a_port_in_use_is_passed_over(monkeypatch):
         taken.bind(("127.0.0.1", port))
         monkeypatch.setattr(launcher, "_offers", itertools.count(LISTENING_PORTS.index(port)))
         assert free_port() != port
+
+
+def test_what_torchrun_has_set_is_kept_from_ranks_of_our_own():
+    """TORCHELASTIC_USE_AGENT_STORE above all: rank 0 would look for a store that nobody serves."""
+    others = {"PATH": "/bin", "RANKS": "1", "SLURM_JOB_ID": "7"}
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "0", "MASTER_PORT": "1"}
+    assert unplaced(others | torchrun | {"RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}) == others
 
 
 BLOCKED = """

@@ -181,6 +181,27 @@ def test_what_cannot_begin_says_why(monkeypatch):
     assert "not installed: no-such-package" in program._obstacle(small=True)
 
 
+def test_a_file_of_tests_that_cannot_be_imported_is_a_failed_finding(tmp_path):
+    (tmp_path / "test_works.py").write_text("def test_one():\n    pass\n")
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_findings", "-p", "no:cacheprovider"]
+    environment = os.environ | {"MIXCPT_GPU_FINDINGS": str(tmp_path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    options = ["--continue-on-collection-errors", f"--rootdir={tmp_path}", str(tmp_path)]
+    done = subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 1
+    states = {found.name: (found.state, found.told) for found in read_findings(tmp_path)}
+    assert states["test_works.py::test_one"] == ("ok", "")
+    state, told = states["test_broken.py"]
+    assert state == "failed" and "No module named 'no_such_module'" in told
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert program.main(["--small", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_of_it_runs_in_small(tmp_path):

@@ -49,9 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the parts' own cleaning up
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (options.out / name).unlink(missing_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:
+            (options.out / name).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"error: --out {options.out}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="mixcpt-wheels-") as site:
         paths = [str(ROOT), *([site] if options.wheels else []), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)

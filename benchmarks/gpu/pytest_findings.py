@@ -9,7 +9,18 @@ PART = "kernel_tests"
 
 
 def pytest_runtest_logreport(report):
-    if "PYTEST_XDIST_WORKER" in os.environ or not (report.when == "call" or report.outcome != "passed"):
+    if report.when == "call" or report.outcome != "passed":
+        _add(report, report.when)
+
+
+def pytest_collectreport(report):
+    """Of a file that cannot be imported, or that skips as a whole."""
+    if report.outcome != "passed":
+        _add(report, "collection")
+
+
+def _add(report, phase):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         return
     findings = Findings(Path(os.environ["MIXCPT_GPU_FINDINGS"]), PART)
     name = report.nodeid.removeprefix("tests/")
@@ -17,6 +28,8 @@ def pytest_runtest_logreport(report):
         findings.add(name, "left out", str(report.longrepr[-1]))
     elif report.outcome == "failed":
         crash = getattr(report.longrepr, "reprcrash", None)
-        findings.add(name, "failed", crash.message.splitlines()[0][:300] if crash else f"in {report.when}")
+        # Of a file that cannot be imported there is text alone, whose last line has the error.
+        line = crash.message.splitlines()[0] if crash else str(report.longrepr).strip().rpartition("\n")[2]
+        findings.add(name, "failed", f"in {phase}: {line[:300]}")
     else:
         findings.add(name, "ok")

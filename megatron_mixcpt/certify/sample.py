@@ -15,13 +15,11 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.data_prep.format import DOC_START, PAD, TARGET, open_indexed
 from megatron_mixcpt.data_prep.mix import Mix, Split
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.rehearse.excerpt import write_rows
+from megatron_mixcpt.rehearse.excerpt import Row, piece, richest, write_rows
 
 SHARES = (0.4, 0.25, 0.35)  # of a row that its documents take
 PADDING = 3  # of a row, at most this part: rows, and so micro-batches, differ in how many tokens count
 PAIRS = 3  # of preferences for each row, which takes as many at most
-
-Row = tuple[np.ndarray, np.ndarray]  # tokens and flags
 
 
 def write_sample(mix: Mix, arch: Architecture, tensor: int, seq_length: int, rows: int, folder: Path) -> Path:
@@ -65,14 +63,14 @@ def small_vocabulary(used: int, arch: Architecture, tensor: int) -> int:
 def _rows(split: Split, length: int, count: int) -> Iterator[Row]:
     """Rows of one piece each of several stored sequences, documents of their own."""
     tokens, flags = open_indexed(split.prefix), open_indexed(f"{split.prefix}.flags")
-    pieces = [round(share * length) for share in SHARES[:-1]]
-    pieces.append(length - sum(pieces))
+    sizes = [round(share * length) for share in SHARES[:-1]]
+    sizes.append(length - sum(sizes))
     drawn = 0
     for row in range(count):
         parts: list[Row] = []
-        for piece in pieces:
+        for size in sizes:
             number, turn = drawn % len(tokens), drawn // len(tokens)
-            parts.append(_piece(np.asarray(tokens[number]), np.asarray(flags[number]), piece, turn))
+            parts.append(_piece(np.asarray(tokens[number]), np.asarray(flags[number]), size, turn))
             drawn += 1
         whole, marks = np.concatenate([part for part, _ in parts]), np.concatenate([mark for _, mark in parts])
         padding = row * 7 % (length // PADDING)
@@ -84,15 +82,10 @@ def _rows(split: Split, length: int, count: int) -> Iterator[Row]:
 
 def _piece(tokens: np.ndarray, flags: np.ndarray, length: int, turn: int) -> Row:
     """`length` tokens in a row with as many targets as there are, from another place at every turn."""
-    targets = np.concatenate([[0], np.cumsum((flags & TARGET) != 0)])
-    counts = targets[length:] - targets[:-length]
-    if len(counts) == 0:
+    if len(tokens) < length:
         raise ConfigError(f"data.mix: sequences of {len(tokens)} tokens are too short for mixcpt certify")
-    best = np.flatnonzero(counts == counts.max())
-    begin = int(best[(turn * length) % len(best)])
-    marks = flags[begin : begin + length].copy()
-    marks[0] = (marks[0] | DOC_START) & ~np.uint8(TARGET)
-    return tokens[begin : begin + length].copy(), marks
+    best = richest(flags, length)
+    return piece(tokens, flags, int(best[(turn * length) % len(best)]), length)
 
 
 def _pairs(split: Split, length: int, count: int) -> Iterator[Row]:

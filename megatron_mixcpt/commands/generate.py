@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_mixcpt.commands.options import add_allow_older
+from megatron_mixcpt.commands.options import add_allow_older, count
 from megatron_mixcpt.progress import Progress
 
 NAME = "generate"
@@ -17,17 +17,11 @@ by line from standard input."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_HF", help="run directory, checkpoint or Hugging Face directory")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
     add_allow_older(parser)
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 def _temperature(text: str) -> float:

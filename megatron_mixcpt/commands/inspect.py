@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_mixcpt.commands.options import count, not_negative
 from megatron_mixcpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +20,11 @@ no colours); of preference pairs both answers side by side."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to `parser`."""
     parser.add_argument("data", help="folder with mix.json, or the prefix of one .bin/.idx pair beside it")
-    parser.add_argument("--sample", type=int, default=5, metavar="N", help="sequences, or pairs, from each prefix (5)")
+    parser.add_argument(
+        "--sample", type=count, default=5, metavar="N", help="sequences, or pairs, from each prefix (5)"
+    )
     parser.add_argument("--sequence", type=int, metavar="I", help="show this sequence, or pair, instead of a sample")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the sample (0)")
     parser.add_argument("--html", metavar="FILE", help="write a page instead")
 
 

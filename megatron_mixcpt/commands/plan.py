@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mixcpt.commands.options import count, positive, share
+
 if TYPE_CHECKING:
     from megatron_mixcpt.architecture.architecture import Architecture
     from megatron_mixcpt.config import Config
@@ -22,22 +24,25 @@ is a model or data: `mixcpt plan train.yaml --nproc 8 --model-shape llama3-8b --
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train`, `mixcpt align` or `mixcpt recall` takes")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
-    parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one model replica)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
+    parser.add_argument("--nproc", type=count, metavar="N", help="number of ranks (default: one model replica)")
+    parser.add_argument("--mfu", type=share, default=0.4, help="share of the peak that is reached (default 0.4)")
     parser.add_argument(
         "--gpu",
         help="device whose bf16 peak counts: A100, H100 (default), H200, B200; with its memory, as a100-40g, "
         "also whether the run fits",
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of a rank's device: says whether the run fits")
-    parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak of another device, in TFLOP/s a rank")
+    parser.add_argument("--memory", type=positive, metavar="GIB", help="of a rank's device: says whether the run fits")
+    parser.add_argument("--peak-tflops", type=positive, metavar="T", help="peak of another device, in TFLOP/s a rank")
     parser.add_argument(
         "--model-shape",
         metavar="NAME",
         help="plan with the dimensions of a published model, as llama3-8b, or of a config.json: no weights are needed",
     )
     parser.add_argument(
-        "--tokens", type=float, metavar="N", help="plan with so many tokens of text, as 2e9: no prepared data is needed"
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="plan with so many tokens of text, as 2e9: no data is needed",
     )
 
 
@@ -72,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
     world_size = args.nproc or grid.fewest
     gpu, memory = device(args.gpu or "H100")
     arch, mix = _model_and_mix(config, world_size, args)
-    if not 0.0 < args.mfu <= 1.0:
-        raise ConfigError(f"--mfu {args.mfu}: a share between 0 and 1")
     if args.gpu is not None and train.dtype == "fp32" and not args.peak_tflops:
         raise ConfigError(f"--gpu {args.gpu}: its bf16 peak is known, but train.dtype is fp32; give --peak-tflops")
     row_length = config.row_sequences * mix.seq_length

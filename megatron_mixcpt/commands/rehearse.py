@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_mixcpt.commands.options import count
+
 NAME = "rehearse"
 HELP = """Run a configuration in small on this machine's CPU: the same tensor x pipeline x context grid, two
 data-parallel replicas at most, the same data, schedule, loss and teacher code, with a small random model of the same
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the YAML file that `mixcpt train` takes")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the file's")
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="ranks of the real run (default: two model replicas, or one)"
+        "--nproc", type=count, metavar="N", help="ranks of the real run (default: two model replicas, or one)"
     )
 
 

@@ -77,7 +77,8 @@ def _code() -> tuple[dict[str, Any], str]:
 def _git(folder: Path, *arguments: str) -> str:
     """Output of git; empty where it is not installed or refuses, for example to look at another user's checkout."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60)
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -11,12 +11,13 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_mixcpt.runtime.forked import ForkedRank, can_fork, start_tracker
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
@@ -27,7 +28,8 @@ FIRST_GRACE_SECONDS = 60.0  # for rank 0, which lets wandb finish and then says 
 # could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
 # launch/mixcpt.sbatch takes.
 LISTENING_PORTS = range(10000, 20000)
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set
+# Variables that launchers set; torchrun's own tell torch to look for a store that torchrun serves.
+LAUNCHED_BY = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME|TORCHELASTIC_.*)")
 _offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
 
 
@@ -57,14 +59,18 @@ def is_distributed() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def unplaced(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher has put there."""
+    return {name: value for name, value in environment.items() if not LAUNCHED_BY.fullmatch(name)}
+
+
 @contextlib.contextmanager
 def ranks_of_our_own(device: str) -> Iterator[None]:
     """For a run in small inside of another command: what this process may have from a launcher is kept away from the
     ranks that are launched in the context, which run on `device` (cpu or cuda)."""
     kept = dict(os.environ)
-    for name in LAUNCHED_BY:
-        os.environ.pop(name, None)
-    os.environ |= {"MIXCPT_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    os.environ.clear()
+    os.environ.update(unplaced(kept) | {"MIXCPT_DEVICE": device, "OMP_NUM_THREADS": "1"})
     try:
         yield
     finally:
@@ -96,7 +102,7 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for rank in range(nproc):
-            environment = os.environ | {
+            environment = unplaced(os.environ) | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(nproc),

@@ -167,7 +167,7 @@ def _run_dir(words: list[str]) -> Path | None:
             return Path(word.removeprefix("run_dir=")).resolve()
     for word in words[1:]:
         if word.endswith((".yaml", ".yml")) and Path(word).is_file():
-            content = OmegaConf.load(word)
-            if OmegaConf.is_dict(content) and content.get("run_dir"):  # with what it refers to
-                return Path(str(content["run_dir"])).resolve()
+            run_dir = OmegaConf.select(OmegaConf.load(word), "run_dir")  # with what it refers to
+            if run_dir:
+                return Path(str(run_dir)).resolve()
     return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_mixcpt.errors import ConfigError, MixcptError, StoppedError
 from megatron_mixcpt.files import check_writable, write_json
 from megatron_mixcpt.progress import Progress
-from megatron_mixcpt.runtime.launcher import LAUNCHED_BY
+from megatron_mixcpt.runtime.launcher import unplaced
 from megatron_mixcpt.runtime.run_lock import RunLock
 from megatron_mixcpt.runtime.stop import StopRequest
 from megatron_mixcpt.study.cells import BASE, Cell, Cells
@@ -206,8 +206,9 @@ def _report(now: Standing) -> None:
 
 def _environment(number: int, jobs: int, nproc: int) -> dict[str, str]:
     """Of a worker's processes: cores and GPUs are shared out among the workers of a machine."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * nproc))))
+    environment, share = unplaced(os.environ), max(1, len(os.sched_getaffinity(0)) // (jobs * nproc))
+    # A batch script gives all cores of its job to each process.
+    environment["OMP_NUM_THREADS"] = str(min(int(environment.get("OMP_NUM_THREADS", share)), share))
     if jobs > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(jobs * nproc)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * nproc : (number + 1) * nproc])

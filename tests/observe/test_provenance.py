@@ -51,6 +51,12 @@ def test_commit_changes_libraries_and_variables_are_kept_and_secrets_are_not(che
     assert code["changed"] and code["untracked"] == ["megatron_mixcpt/new.py"]
 
 
+def test_a_change_that_is_no_text_is_kept_as_far_as_it_is(checkout, tmp_path):
+    (checkout / "__init__.py").write_bytes(b"one = '\xe9'\n")  # Latin-1
+    record_provenance(tmp_path / "provenance")
+    assert "+one = '\ufffd'" in (tmp_path / "provenance" / "start_0001.diff").read_text()
+
+
 def test_an_installed_package_has_its_version_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(megatron_mixcpt, "__file__", str(tmp_path / "site" / "megatron_mixcpt" / "__init__.py"))
     record_provenance(tmp_path / "provenance")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -10,12 +11,12 @@ from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import AdapterConfig, Config, validate
-from megatron_mixcpt.data_prep.format import DOC_START, open_indexed
+from megatron_mixcpt.data_prep.format import DOC_START, TARGET, open_indexed
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.rehearse import grid
-from megatron_mixcpt.rehearse.excerpt import SEQUENCES, write_excerpt
+from megatron_mixcpt.rehearse.excerpt import SEQUENCES, piece, richest, write_excerpt
 from megatron_mixcpt.rehearse.grid import fitting_grid
 from megatron_mixcpt.rehearse.rehearsal import _checked
 from megatron_mixcpt.rehearse.scale import small_architecture, small_run, write_random_model
@@ -138,6 +139,18 @@ def test_an_excerpt_holds_the_beginnings_of_the_samples(tmp_path, mix):
                 assert len(cut) == min(len(long), SEQUENCES)
                 assert all((cut[i] == long[i][:20]).all() for i in range(len(cut)))
         assert open_indexed(f"{after.train.prefix}.flags")[0][0] & DOC_START
+
+
+def test_of_a_sample_whose_beginning_teaches_nothing_an_excerpt_has_a_piece_that_does(tmp_path):
+    """A prompt that is longer than the excerpt's rows."""
+    tokens = np.arange(40)
+    flags = np.zeros(40, np.uint8)
+    flags[0], flags[30:36] = DOC_START, TARGET
+    begin = int(richest(flags, 20)[0])
+    row, marks = piece(tokens, flags, begin, 20)
+    assert row.tolist() == list(range(begin, begin + 20)) and ((marks & TARGET) > 0).sum() == 6
+    assert marks[0] & DOC_START and flags[0] == DOC_START and not flags[begin] & DOC_START
+    assert richest(flags[:10], 20).tolist() == [0]  # a sample that is shorter
 
 
 def test_pairs_which_only_alignment_reads_are_not_part_of_an_excerpt(tmp_path, preferences):
