@@ -82,4 +82,4 @@ def _weight(name: str, weight: float | Tensor, labels: Tensor) -> float | Tensor
         raise ValueError(f"{name} {list(weight.shape)} on {weight.device} must be a number or a tensor like labels")
     if weight.requires_grad:
         raise ValueError(f"{name} requires a gradient, which is not computed: pass {name}.detach()")
-    return weight.reshape(-1).float()
+    return weight.reshape(-1).float().contiguous()  # which reshape leaves strided

@@ -93,7 +93,7 @@ def linear_lssd_loss(
         student_head,
         teacher_hidden,
         teacher_head,
-        plan.arrange(labels.reshape(-1)),
+        plan.arrange(labels.reshape(-1).contiguous()),
         constants,
         plan,
         head_grad,

@@ -112,7 +112,9 @@ def _loss(backend: ModuleType, student, teacher, labels, group, grad_buffer, ret
         padded = options.get("valid_vocab") is not None
         check_teacher_logits(teacher, student, constants.valid, padded=padded, overwrite=overwrite)
         teacher = teacher.detach() if is_grid(teacher) else teacher.detach().contiguous()
-    outputs = _LSSD.apply(student, teacher, labels.reshape(-1), constants, group, overwrite, return_details, backend)
+    outputs = _LSSD.apply(
+        student, teacher, labels.reshape(-1).contiguous(), constants, group, overwrite, return_details, backend
+    )
     return shape_outputs(outputs, labels.shape, return_details)
 
 

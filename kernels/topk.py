@@ -77,7 +77,7 @@ def topk_lssd_loss(
         ids.reshape(-1, ids.shape[-1]),
         logp.detach().reshape(-1, ids.shape[-1]).float(),
         gold_logp.detach().reshape(-1).float(),
-        labels.reshape(-1),
+        labels.reshape(-1).contiguous(),
         constants,
         group,
         return_details,

@@ -51,6 +51,9 @@ def attention(
     if window is not None and documents.max_keys <= window:
         window = None
     if documents.are_rows and window is None:
+        if query.is_cuda and query.dtype not in FLASH_DTYPES and key.shape[2] != query.shape[2]:
+            # Of the kernels without a square of scores fp32 has one, which knows no groups. No GPU has confirmed it.
+            key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
         return out.permute(2, 0, 1, 3)

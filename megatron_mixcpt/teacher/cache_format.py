@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from megatron_mixcpt.checkpoint.manifest import hash_file
-from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.files import write_json, write_whole
 
 FORMAT = "mixcpt-teacher-cache/2"
@@ -64,7 +64,14 @@ def dequantized(stored: np.ndarray) -> np.ndarray:
 def fill_record(
     record: np.ndarray, ids: np.ndarray, logp: np.ndarray, gold: np.ndarray, tail: np.ndarray, content: int
 ) -> None:
-    """Write a sequence (ids, logp `[s, k]`; gold, tail `[s]`) into `record`, a slice `[1]` of an array of records."""
+    """Write a sequence (ids, logp `[s, k]`; gold, tail `[s]`) into `record`, a slice `[1]` of an array of records.
+
+    Raises MixcptError for an answer that is no number, which 16 bits would keep as a certain one.
+    """
+    if any(np.isnan(part).any() for part in (logp, gold, tail)):
+        raise MixcptError(
+            "the teacher's answer to a sequence is not a number (NaN): its weights, or its dtype, are bad"
+        )
     bits = 8 * record["gold"].dtype.itemsize
     record["ids"], record["logp"] = ids, quantized(logp, bits)
     record["gold"], record["tail"] = quantized(gold, bits), quantized(tail, bits)

@@ -105,7 +105,9 @@ class CachedTeacher:
     def _read(self, keys: tuple[SampleKey, ...]) -> tuple[Tensor, ...]:
         """ids `[b, s, k]` int32, logp `[b, s, k]`, gold and tail `[b, s]` fp32."""
         records = np.stack([self._record(key) for key in keys])
-        numbers = (torch.from_numpy(dequantized(records[name])) for name in ("logp", "gold", "tail"))
+        numbers = (
+            torch.from_numpy(dequantized(np.ascontiguousarray(records[name]))) for name in ("logp", "gold", "tail")
+        )
         return torch.from_numpy(records["ids"].astype(np.int32)), *numbers
 
     def _record(self, key: SampleKey) -> np.ndarray:

@@ -23,6 +23,7 @@ from megatron_mixcpt.config import TeacherConfig
 from megatron_mixcpt.data.batch import Batch, of_part
 from megatron_mixcpt.data.mix import Mix
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.huggingface.config import load_config
 from megatron_mixcpt.huggingface.tokenizers import extended_vocab_size
 from megatron_mixcpt.kernels.collectives import all_gather
 from megatron_mixcpt.runtime.parallel import ParallelState
@@ -50,9 +51,14 @@ def check_hf_teacher(config: TeacherConfig, mix: Mix) -> None:
                 "teacher.offload nvme: DeepSpeed cannot build its asynchronous file operations here: install the "
                 "development files of libaio (Debian: libaio-dev) and a C++ compiler, or set teacher.offload=cpu"
             )
-    from transformers import AutoConfig
-
-    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    text = load_config(folder).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and mix.seq_length > positions:
+        raise ConfigError(
+            f"teacher.hf: {folder} takes {positions} tokens, and the rows of {mix.path} have {mix.seq_length}: choose "
+            "a teacher with a longer context, or preprocess with a smaller seq_length"
+        )
+    rows = text.vocab_size
     needed = extended_vocab_size(folder, mix.tokenizer_dir, rows)
     if needed > rows:
         raise ConfigError(
@@ -136,7 +142,8 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     logger.setLevel("ERROR")
     # On CPUs it would compile collectives of its own, for minutes at the first start; gloo's do.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
-    os.environ.setdefault("LOCAL_RANK", str(state.local_rank))  # deepspeed asks for it, one process or many
+    # DeepSpeed takes the device of this number, which is another where each process sees one device alone.
+    os.environ["LOCAL_RANK"] = str(state.local_rank if state.device.index is None else state.device.index)
     if not deepspeed.comm.is_initialized():
         backend = "nccl" if state.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -146,7 +153,7 @@ def _load_in_pieces(config: TeacherConfig, dtype: torch.dtype, state: ParallelSt
     pieces = HfDeepSpeedConfig(settings)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.hf, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION
+            config.hf, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.hf: {config.hf}: transformers cannot open it: {error}") from error

@@ -103,16 +103,25 @@ class DocumentsInside:
                 "each other: choose another architecture"
             )
         self._body, self._name = body, name
+        self._window = getattr(config, "sliding_window", None)
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+            self._window = None
 
     def __call__(self, packing: Documents, **inputs: Any) -> Any:
         """What the body returns for `inputs`."""
-        _Current.packing, _Current.calls, _Current.name = packing, 0, self._name
+        _Current.packing, _Current.calls, _Current.windows, _Current.name = packing, 0, 0, self._name
         try:
             output = self._body(attention_mask=None, **inputs)
             if _Current.calls == 0:
                 raise ConfigError(
                     f"teacher.hf: {self._name} has an attention of its own, in which packed documents would see each "
                     "other: choose another architecture"
+                )
+            if self._window is not None and packing.max_keys > self._window and _Current.windows == 0:
+                raise ConfigError(
+                    f"teacher.hf: {self._name} keeps its sliding_window of {self._window} in a mask of its own, which "
+                    "packed documents do not have: choose another architecture, or remove sliding_window from its "
+                    "config.json if its layers have none"
                 )
             return output
         finally:
@@ -125,6 +134,7 @@ class _Current:
 
     packing: Documents | None = None
     calls = 0
+    windows = 0  # calls that were given a sliding window
     name = ""
 
 
@@ -144,18 +154,22 @@ def _attention(
     """query `[b, n, s, d]`, key and value `[b, g, s, d]` -> `[b, s, n, d]`, as transformers calls attention."""
     assert _Current.packing is not None
     _Current.calls += 1
+    _Current.windows += sliding_window is not None
     if s_aux is not None or position_bias is not None:
         raise ConfigError(
             f"teacher.hf: {_Current.name} adds {'sinks' if s_aux is not None else 'a bias'} to its attention scores, "
             "which is not implemented: choose another architecture"
         )
+    options: dict[str, Any] = {"window": sliding_window, "scale": scaling or query.shape[-1] ** -0.5}
+    width = value.shape[-1]  # with multi-head latent attention (arXiv 2405.04434) another than that of the keys
+    size = max(width, query.shape[-1])
+    query, key, value = (nn.functional.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     query, key, value = (x.permute(2, 0, 1, 3) for x in (query, key, value))  # [s, b, n, d]
-    options: dict[str, Any] = {"window": sliding_window, "scale": scaling}
     if softcap is not None:
         out = attention_in_blocks(query, key, value, _Current.packing, **options, softcap=softcap)
     else:
         out = attention(query, key, value, _Current.packing, **options)
-    return out.transpose(0, 1), None
+    return out.transpose(0, 1)[..., :width], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -155,6 +155,8 @@ class BudgetController:
             what there is to tell.
         """
         state = self._state
+        if not (math.isfinite(forgotten) and math.isfinite(noise) and math.isfinite(gain)):
+            return f"what was measured at step {step} is no finite number: it changes nothing"
         between = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
         state.pace = (max(forgotten, 0.0) - max(state.forgotten, 0.0)) * self.every / between
         if forgotten > max(noise, state.forgotten):  # that general text is learned at first says nothing of later

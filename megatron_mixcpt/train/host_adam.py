@@ -106,8 +106,10 @@ def offload(optimizer: MegatronOptimizer, model: DistributedDataParallel, *, cop
 
 
 def _lend(single: Any, adam: HostAdam) -> None:
-    copy = single._copy_main_params_to_model_params
-    single._copy_main_params_to_model_params = lambda: adam.lend_masters(copy)
+    """Whoever copies between masters and model gets the masters' values."""
+    down, up = single._copy_main_params_to_model_params, single._copy_model_params_to_main_params
+    single._copy_main_params_to_model_params = lambda: adam.lend_masters(down)
+    single._copy_model_params_to_main_params = lambda *args, **kwargs: adam.lend_masters(lambda: up(*args, **kwargs))
 
 
 def _masters(single: Any) -> list[Tensor]:

@@ -229,3 +229,18 @@ def test_loses_no_more_than_plain_pytorch_against_fp64(device, dtype, share_of_g
     assert (loss - expected).abs().max() <= share_of_loss_error * (plain_loss - expected).abs().max()
     error, plain_error = ((g.double() - expected_gradient).norm() for g in (gradient, plain_gradient))
     assert error <= share_of_gradient_error * plain_error
+
+
+def test_labels_and_weights_may_be_columns_of_something(device):
+    """Strided, or of stride 0: kernels read them one after the other."""
+    generator = torch.Generator().manual_seed(1)
+    logits, teacher = torch.randn(2, 4, 10, generator=generator).to(device)
+    columns, weights = torch.tensor([[3, 1], [0, 9], [7, 2], [5, 5]]).to(device), torch.rand(4, 2).to(device)
+    found = []
+    for own in (lambda x: x, torch.Tensor.contiguous):
+        student = logits.clone().requires_grad_()
+        given = {"ce_weight": own(weights[:, 0]), "kd_weight": own(torch.tensor(0.5, device=device).expand(4))}
+        loss = lssd_loss(student, teacher, own(columns[:, 0]), **given)
+        loss.sum().backward()
+        found.append((loss.detach(), student.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

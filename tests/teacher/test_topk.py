@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.errors import MixcptError, VerificationError
 from megatron_mixcpt.kernels import lssd_loss, topk_lssd_loss
 from megatron_mixcpt.teacher.cache_format import STEP, check_record, dequantized, fill_record, quantized, record_dtype
 from megatron_mixcpt.teacher.topk import sparsify
@@ -79,6 +79,20 @@ def test_a_close_second_choice_stays_second():
     fill_record(records[0:1], np.array([[7, 2, 5]]), logp, np.log(np.array([0.2])), np.array([-32.0]), content=1)
     first, second, third = dequantized(records["logp"])[0, 0]
     assert first > second > third and first - second <= STEP * 1.01
+
+
+@pytest.mark.parametrize(("length", "kept"), [(15, 5), (16, 5), (15, 4)])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_records_of_odd_sizes_are_read_and_what_is_no_number_is_not_written(bits, length, kept):
+    records = np.zeros(2, record_dtype(length, kept, 1000, bits))
+    logp, gold = np.full((length, kept), -1.0), np.full(length, -2.0)
+    fill_record(records[0:1], np.zeros((length, kept)), logp, gold, gold, content=3)
+    # As a batch reads them: rows of a packed array.
+    read = torch.from_numpy(dequantized(np.ascontiguousarray(records["gold"])))
+    assert read[0].tolist() == pytest.approx([-2.0] * length)
+    gold[0] = np.nan
+    with pytest.raises(MixcptError, match="not a number"):
+        fill_record(records[0:1], np.zeros((length, kept)), logp, gold, gold, content=3)
 
 
 def test_a_damaged_record_and_one_of_another_sequence_are_told_apart():

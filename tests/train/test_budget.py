@@ -93,6 +93,20 @@ def test_what_would_take_budgets_between_two_measurements_takes_hardly_more_than
     assert max(forgotten) < 1.5 * budget and free[EVERY - 1] > 3 * budget
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["forgotten", "noise", "gain"])
+def test_a_measurement_that_is_no_number_changes_nothing(which, bad):
+    controller, undisturbed = BudgetController(0.02, EVERY), BudgetController(0.02, EVERY)
+    for step in (10, 20, 30):
+        good = {"forgotten": 0.001 * step, "noise": 0.001, "gain": 0.1 * step}
+        if step == 20:
+            assert "no finite number" in controller.measured(step, **(good | {which: bad}))
+        else:
+            for each in (controller, undisturbed):
+                each.measured(step, **good)
+    assert controller.state() == undisturbed.state() and math.isfinite(controller.rate_factor)
+
+
 def test_where_averages_follow_training_may_forget_more_and_its_best_step_may_not():
     plant, controller = Plant(0.003, noise=0.0005), BudgetController(0.02, EVERY, allowance=6.0)
     forgotten = {}

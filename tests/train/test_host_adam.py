@@ -144,3 +144,24 @@ def test_the_plan_shows_what_leaves_the_device(mix, tmp_path):
     assert plans[0].optimizer == plans[1].offloaded == 12 * plans[0].num_parameters
     assert plans[1].optimizer == plans[0].offloaded == 0
     assert plans[0].total - plans[1].total == plans[0].optimizer
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16 distributed"])
+def test_weights_that_are_put_into_the_model_reach_the_masters_on_the_host(mix, tmp_path, kind):
+    """As `mixcpt certify` puts them there."""
+    values = settings(mix, tmp_path / "run", **{"train": {}} | KINDS[kind] | OFFLOAD)
+    with parallel_context() as state, _AsOnADevice():
+        components = build(validate(Config, values, "test"), state)
+        with torch.no_grad():
+            for parameter in components.model.parameters():
+                parameter.add_(0.25)
+        components.optimizer.reload_model_params()
+        masters = [
+            (adam, master)
+            for adam in (single.optimizer for single in host_adam.singles(components.optimizer))
+            for group in adam.param_groups
+            for master in group["params"]
+        ]
+        assert sum(adam.master(p).sum().item() for adam, p in masters) == pytest.approx(
+            sum(p.float().sum().item() for p in components.model.parameters()), rel=1e-4
+        )
