@@ -39,6 +39,10 @@ GAINS = {
     "both": "questions with fact and skill right, %",
 }
 PARTS_OF_BOTH = ("GCI, domain", "GCI, general")  # of the same questions as "GCI, both"
+PAIRED = (
+    "Each arm less the one with the highest mean gain within the rule, over the seeds that both have (±: 95 % "
+    "interval). Runs of a seed on one mixture see the same data in the same order, so much of chance falls out."
+)
 FORGOTTEN = "largest rise of the loss on any other source, nats a token"
 
 
@@ -53,6 +57,8 @@ def write_report(now: Standing) -> None:
     if any(now.outcomes.values()):
         page.figures("", _figures(now))
         page.section("Arms, as the rule chose", Text(_rule(now)), _arms(now))
+        if _to_best(now):
+            page.section(f"Difference from {_best(now)}, seed by seed", Text(PAIRED), _against(now))
     page.section("What differs between the arms", _differences(now))
     page.section("Every run", _runs(now, content["runs"]))
     page.write(out / "study.html")
@@ -74,6 +80,14 @@ def describe(now: Standing) -> dict[str, Any]:
                 },
             }
             for arm in cells.study.arms
+        },
+        "best": _best(now),
+        "from_best": {
+            arm: {
+                name: {"mean": value.value, "half_width": value.half, "seeds": count}
+                for name, (value, count) in found.items()
+            }
+            for arm, found in _to_best(now).items()
         },
         "runs": [_describe_run(now, cell) for cell in now.runs],
     }
@@ -123,18 +137,47 @@ def _ledger(measured: Path, base: Path, alpha: str) -> list[dict[str, Any]]:
     return [dataclasses.asdict(entry) for entry in ledger(before, after) if entry.group is None] if before else []
 
 
-def _means(now: Standing, arm: str) -> dict[str, tuple[Mean, int]]:
-    """Of what the rule chose, over the seeds that are measured."""
+def _by_seed(now: Standing, arm: str) -> dict[int, Outcome]:
+    """Of what the rule chose."""
     if arm not in now.chosen:
         return {}
     cells, choice = now.cells, now.chosen[arm]
     runs = [cells.cell(arm, choice.lr, seed) for seed in cells.study.seeds]
-    found = [one for run in runs if (one := now.of(run, choice.alpha)) is not None]
+    return {run.seed: one for run in runs if (one := now.of(run, choice.alpha)) is not None}
+
+
+def _means(now: Standing, arm: str) -> dict[str, tuple[Mean, int]]:
+    """Of what the rule chose, over the seeds that are measured."""
+    found = list(_by_seed(now, arm).values())
     return {
         name: (mean([one[name] for one in found]), len(found))
         for name in MEASURES
         if found and all(name in one for one in found)
     }
+
+
+def _best(now: Standing) -> str | None:
+    """The arm with the highest mean gain of those within the rule and with the most seeds, two at least."""
+    gain = now.cells.study.choose.gain
+    found = {arm: one[gain] for arm in now.chosen if now.chosen[arm].within and gain in (one := _means(now, arm))}
+    most = max([2, *(count for _, count in found.values())])
+    return max((arm for arm in found if found[arm][1] == most), key=lambda arm: found[arm][0].value, default=None)
+
+
+def _to_best(now: Standing) -> dict[str, dict[str, tuple[Mean, int]]]:
+    """Each arm less the best one, seed by seed: means over the seeds that both have, two at least."""
+    best = _best(now)
+    if best is None:
+        return {}
+    of_best, differences = _by_seed(now, best), {}
+    for arm in now.chosen:
+        pairs = [(one, of_best[seed]) for seed, one in _by_seed(now, arm).items() if seed in of_best]
+        if arm != best and len(pairs) > 1:
+            known = [name for name in MEASURES if all(name in one and name in other for one, other in pairs)]
+            differences[arm] = {
+                name: (mean([one[name] - other[name] for one, other in pairs]), len(pairs)) for name in known
+            }
+    return differences
 
 
 def _rule(now: Standing) -> str:
@@ -176,6 +219,19 @@ def _arms(now: Standing) -> Table:
         told = [means[name][0].told(MEASURES[name][1]) if name in means else None for name in known]
         rows.append([arm, *told_choice, str(seeds), *told])
     return Table(["arm", "learning rate", "alpha", "seeds", *(MEASURES[name][0] for name in known)], rows)
+
+
+def _against(now: Standing) -> Table:
+    known, differences = _known(now), _to_best(now)
+    rows: list[list[Cell]] = []
+    for arm, found in differences.items():
+        told = [found[name][0].told(_signed(MEASURES[name][1])) if name in found else None for name in known]
+        rows.append([arm, str(max(count for _, count in found.values())), *told])
+    return Table(["arm", "seeds", *(MEASURES[name][0] for name in known)], rows)
+
+
+def _signed(form: str) -> str:
+    return form if "+" in form else form.replace(":", ":+")
 
 
 def _differences(now: Standing) -> Table:

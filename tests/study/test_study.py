@@ -76,6 +76,22 @@ def test_where_averages_are_to_choose_from_the_means_over_seeds_are_theirs(write
     assert "| ce | 0.01 | 0.5 | 2 |" in (cells.out / "study.md").read_text()
 
 
+def test_arms_are_compared_seed_by_seed_with_the_best(write_study, pretend):
+    """What a seed does to both arms falls out of their difference."""
+    arms = {"ce": {"loss.target": "none"}, "mixcpt": {"lr": [2e-3, 4e-3]}}
+    cells = read(write_study(arms=arms, choose={"within": {"forgetting": 0.1}, "averages": False}))
+    pretend(cells)
+    run_study(cells, 1)
+    content = json.loads((cells.out / "study.json").read_text())
+    assert content["best"] == "mixcpt" and list(content["from_best"]) == ["ce"]
+    gained = content["from_best"]["ce"]["domain"]
+    assert gained["mean"] == pytest.approx(100 * (1e-3 - 4e-3)) and gained["seeds"] == 2
+    assert gained["half_width"] == pytest.approx(0.0, abs=1e-9)
+    assert content["arms"]["ce"]["over_seeds"]["domain"]["half_width"] > 0.05
+    page = (cells.out / "study.md").read_text()
+    assert "## Difference from mixcpt, seed by seed" in page and "| ce | 2 | -0.300 ± 0.000 |" in page
+
+
 def test_the_same_command_again_makes_nothing_and_a_changed_setting_what_depends_on_it(
     write_study, pretend, material, monkeypatch
 ):
