@@ -35,6 +35,7 @@ def process_context() -> Any:
 def _entry(fn, rank, world_size, port, folder, deadline, environment, args):
     os.setsid()  # a group of its own, so that what the rank starts can be ended with it
     gc.freeze()  # what the server has loaded stays: to look through it took each grid of ranks half a second at its end
+    os.environ.clear()  # of the server, which may have been started in a test that had set something
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_told_with_keys_that_make_it_fit(capsys, memory):
     [
         (("--gpu", "abacus-8g"), "--gpu abacus-8g: known are"),
         (("--model-shape", "llama9"), "--model-shape llama9: neither a folder with a config.json nor one of"),
-        (("--model-shape", "llama3-8b", "--tokens", "0"), "--tokens 0: at least 1"),
+        (("--model-shape", "llama3-8b", "--tokens", "0.5"), "--tokens 0.5: at least 1"),
         (("--model-shape", "llama3-8b", "--tokens", "1e9", "data.seq_length=null"), "set data.seq_length=N"),
     ],
 )
