@@ -52,18 +52,19 @@ def trade_chart(
 ) -> Html:
     """An `<svg>`: x grows with the square root, so that a run that forgot everything leaves room for the others.
 
-    Rings are averages, dots runs, the large dot with its cross the mean over seeds with its intervals.
+    Rings are averages, dots runs, the large dot with its cross the mean over seeds with its intervals, which are cut
+    off where they leave the figure: that over two seeds is thirteen times as wide as what lies between them.
     """
     marks = [mark for curve in curves for mark in _all(curve)]
-    xs = [_root(value) for mark in marks for value in _span(mark, 0)] + [0.0]
-    ys = [value for mark in marks for value in _span(mark, 1)] + [0.0]
+    xs, ys = [_root(mark.x) for mark in marks] + [0.0], [mark.y for mark in marks] + [0.0]
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     wide, tall = max(right - left, 0.05), max(high - low, 1e-6)
     left, right = left - ROOM * wide, right + ROOM * wide
     axis = Axis(low - ROOM * tall, high + ROOM * tall)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + ACROSS * (_root(x) - left) / (right - left), axis.place(y)
+        inside = min(max(_root(x), left), right), min(max(y, axis.low), axis.high)
+        return LEFT + ACROSS * (inside[0] - left) / (right - left), axis.place(inside[1])
 
     lines = ticks(axis.low, axis.high, 5)
     parts = [
