@@ -83,7 +83,7 @@ def test_launch_submits_it_before_the_run_and_runs_it_on_the_same_copy(tmp_path,
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["certify", "train"] and rows[1][-3] == "certify"
-    frozen = tmp_path / "run" / "launch" / "config.yaml"
+    frozen = tmp_path / "run" / "launch" / "train.yaml"
     assert f"certify {frozen} --nproc 8" in out and f"train {frozen}" in out
     assert "afterok:JOB-OF-certify" in err
     chain = tmp_path / "chain.yaml"
