@@ -73,8 +73,9 @@ class Tokenizer:
             shutil.copyfile(path, folder / self._final_name(path))
 
 
-def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Load a Hugging Face directory, a `tokenizer.json` or a SentencePiece `.model`.
+def load_tokenizer(path: str | Path, *, eos_token: str | int | None = None) -> Tokenizer:
+    """Load a Hugging Face directory, a `tokenizer.json` or a SentencePiece `.model`. `eos_token`: the end-of-document
+    token's spelling or id, in place of what the files say.
 
     Raises ConfigError when there is no such tokenizer or it has no usable end-of-document token.
     """
@@ -102,7 +103,7 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
     return _load_huggingface(path, None, eos_token)
 
 
-def _load_huggingface(path: Path, folder: Path | None, eos_token: str | None) -> Tokenizer:
+def _load_huggingface(path: Path, folder: Path | None, eos_token: str | int | None) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     try:
@@ -121,7 +122,7 @@ def _load_huggingface(path: Path, folder: Path | None, eos_token: str | None) ->
         if value is not None:
             names[key] = value
     if eos_token is not None:
-        names["eos_token"] = eos_token
+        names["eos_token"] = eos_token if isinstance(eos_token, str) else backend.id_to_token(eos_token)
     eos = names.get("eos_token")
     if eos is None:
         raise ConfigError(
@@ -186,7 +187,7 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template
 
 
-def _load_sentencepiece(path: Path, eos_token: str | None) -> Tokenizer:
+def _load_sentencepiece(path: Path, eos_token: str | int | None) -> Tokenizer:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -196,7 +197,8 @@ def _load_sentencepiece(path: Path, eos_token: str | None) -> Tokenizer:
         raise ConfigError(f"tokenizer: {path} is not a SentencePiece model") from None
     size = processor.GetPieceSize()
     control = {processor.IdToPiece(i): i for i in range(size) if processor.IsControl(i)}
-    eos = processor.eos_id() if eos_token is None else control.get(eos_token, -1)
+    eos = processor.eos_id() if eos_token is None else eos_token
+    eos = control.get(eos, -1) if isinstance(eos, str) else eos
     if eos < 0:
         raise ConfigError(
             f"tokenizer: {path} has no end-of-document token; set eos_token to one of: {', '.join(control) or '(none)'}"

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = path.name.removesuffix(".bin").removesuffix(".idx").removesuffix(".flags")
     if not whole and wanted not in known:
         raise ConfigError(f"{mix.path} names no prefix {wanted!r}; it has: {', '.join(known)}")
-    decode = load_tokenizer(mix.tokenizer.path, eos_token=_eos_name(mix.folder)).decode
+    decode = load_tokenizer(mix.tokenizer.path, eos_token=mix.tokenizer.eos_id).decode
     page, console = Page(f"Records of {path.name}", str(mix.path)), Console(highlight=False)
     if args.html:
         page.section("", legend_block())
@@ -71,13 +71,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"page: {args.html}")
     return 0
 
-
-def _eos_name(out: Path) -> str | None:
-    """The eos_token of the configuration, which a bare tokenizer.json needs."""
-    from megatron_mixcpt.data_prep.manifest import FILE_NAME, read_manifest
-
-    config = read_manifest(out).config if (out / FILE_NAME).is_file() else None
-    return config.eos_token if config else None
 
 
 def _kinds() -> Any:

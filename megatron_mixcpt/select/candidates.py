@@ -78,7 +78,7 @@ def prepare_candidates(config: SelectConfig) -> Candidates:
     sources = [source for source in prepared.sources if not source.is_text]
     if not sources:
         raise ConfigError(f"data.mix: {folder} has neither instructions nor preference pairs to select from")
-    tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=prepared.eos_token)
+    tokenizer = load_tokenizer(mix.tokenizer.path, eos_token=mix.tokenizer.eos_id)
     if config.select.format == "chat" and tokenizer.chat_template is None:
         raise ConfigError(
             f"select.format chat: the tokenizer of {folder} has no chat template; set select.format=plain, or "

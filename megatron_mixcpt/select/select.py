@@ -104,7 +104,7 @@ def finish(config: SelectConfig, candidates: Candidates, scores: np.ndarray) -> 
     table = score_table(candidates, records, scores)
     mix = open_mix(config.data.mix)
     folder = mix.folder
-    texts = _texts(candidates, records, load_tokenizer(mix.tokenizer.path, eos_token=_prepared(folder).eos_token))
+    texts = _texts(candidates, records, load_tokenizer(mix.tokenizer.path, eos_token=mix.tokenizer.eos_id))
     chosen: dict[str, np.ndarray] = {}
     ranked = ranking(table, settings.column, settings.order, settings.seed)
     for kind, count in (("instruction", settings.n), ("preference", settings.pairs)):

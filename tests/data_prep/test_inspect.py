@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mixcpt.cli import main
 from megatron_mixcpt.commands import inspect as inspect_cli
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.format import open_indexed
@@ -96,3 +97,15 @@ def test_a_preference_pair_is_shown_whole_side_by_side_and_as_a_page(result, tmp
 def test_a_path_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere: neither a folder"):
         run(str(tmp_path / "nowhere"))
+
+
+def test_a_view_of_data_with_a_bare_tokenizer_is_shown(config_values, tokenizer_dir, tmp_path, capsys):
+    """Its manifest has no settings of preprocessing, and the tokenizer's own file names no end of a document."""
+    alone = tmp_path / "tokenizer.json"
+    alone.write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    preprocess(parse_config(config_values | {"tokenizer": str(alone), "eos_token": "<|endoftext|>"}))
+    assert main(["mix", config_values["out"], "--out", str(tmp_path / "view"), "--drop", "ask"]) == 0
+    capsys.readouterr()
+    assert run(str(tmp_path / "view"), "--sample", "1") == 0
+    shown = capsys.readouterr().out
+    assert "docs train" in shown and "ask train" not in shown

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from unittest import mock
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_ranks_get_their_place_and_a_log_each(cluster, tmp_path):
     for rank in range(2):
         log = (tmp_path / "logs" / f"{script.job}-rank_{rank:05d}.log").read_text()
         assert log == f"rank {rank} of 2, local 0, 127.0.0.1:{port}, done with space\n"
+
+
+def test_modules_may_read_variables_that_nobody_has_set(cluster, tmp_path):
+    module = {"BASH_FUNC_module%%": '() { echo "$*$NOT_SET_ANYWHERE" >modules; }'}  # as sites define it, for every shell
+    with mock.patch.dict(cluster.environment, module):
+        script = Script(cluster, tmp_path, "done", nodes=1, MODULES="cuda/12.8 gcc")
+    cluster.wait_for(script.job, "COMPLETED")
+    assert (tmp_path / "modules").read_text() == "load cuda/12.8 gcc\n"
 
 
 @pytest.mark.parametrize(("command", "limit"), [("wait", 1), ("unready", 0)])
