@@ -72,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-
 def _kinds() -> Any:
     from rich.text import Text
 

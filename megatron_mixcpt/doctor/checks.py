@@ -162,8 +162,10 @@ def _open_files() -> Finding:
 def _memory() -> Finding:
     import psutil
 
-    memory = psutil.virtual_memory()
-    return Finding("ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {os.cpu_count()} cores")
+    from megatron_mixcpt.runtime.memory import available_memory
+
+    free, size = available_memory(), psutil.virtual_memory().total
+    return Finding("ok", f"{free / GIB:.1f} of {size / GIB:.1f} GiB may be taken, {os.cpu_count()} cores")
 
 
 def _clock(folder: Path, reference: float | None) -> Finding:

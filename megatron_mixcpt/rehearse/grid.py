@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.data.mix import Mix
@@ -13,6 +11,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.plan.estimate import make_plan
 from megatron_mixcpt.rehearse.scale import small_run
 from megatron_mixcpt.rehearse.size import Grid
+from megatron_mixcpt.runtime.memory import available_memory
 
 MAX_DATA_SIZE = 2
 LIBRARIES_GIB = 0.8  # of a process and its data worker, measured
@@ -32,7 +31,7 @@ def fitting_grid(config: Config, arch: Architecture, data_size: int, small: Arch
     """The grid of the run of `small`, in place of `arch`, on `mix`. Raises ConfigError where one replica does not fit
     this machine."""
     tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
-    free, gib = psutil.virtual_memory().available / 2**30, 0.0
+    free, gib = available_memory() / 2**30, 0.0
     for data in range(min(data_size, MAX_DATA_SIZE), 0, -1):
         grid = Grid(tensor, pipeline, data, context)
         values = small_run(config, arch, data_size, grid, Path("model"), mix.path, Path("run"))

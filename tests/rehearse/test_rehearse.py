@@ -173,13 +173,12 @@ def grid_of_32(mix, nproc):
     [(64, 100, Grid(8, 4, 2)), (64, 30, Grid(8, 4, 1)), (32, 100, Grid(8, 4, 1)), (256, 100, Grid(8, 4, 2))],
 )
 def test_data_parallel_ranks_are_as_many_as_have_room(monkeypatch, mix, nproc, free_gib, expected):
-    memory = type("Memory", (), {"available": free_gib * 2**30})
-    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(grid, "available_memory", lambda: free_gib * 2**30)
     assert fitting_grid(*grid_of_32(mix, nproc)) == expected
 
 
 def test_a_machine_without_room_for_one_replica_is_refused(monkeypatch, mix):
-    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**33}))
+    monkeypatch.setattr(grid, "available_memory", lambda: 2**33)
     with pytest.raises(ConfigError, match=r"takes 32 processes of about 0.8 GiB, but 8.0 GiB are free"):
         fitting_grid(*grid_of_32(mix, 32))
 

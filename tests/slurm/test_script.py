@@ -57,7 +57,7 @@ def test_ranks_get_their_place_and_a_log_each(cluster, tmp_path):
 
 
 def test_modules_may_read_variables_that_nobody_has_set(cluster, tmp_path):
-    module = {"BASH_FUNC_module%%": '() { echo "$*$NOT_SET_ANYWHERE" >modules; }'}  # as sites define it, for every shell
+    module = {"BASH_FUNC_module%%": '() { echo "$*$NOT_SET_ANYWHERE" >modules; }'}  # as sites define it
     with mock.patch.dict(cluster.environment, module):
         script = Script(cluster, tmp_path, "done", nodes=1, MODULES="cuda/12.8 gcc")
     cluster.wait_for(script.job, "COMPLETED")
