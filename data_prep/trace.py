@@ -80,15 +80,18 @@ def _trace_source(
         file, spans = scan_file(Path(path), 0, 1 << 22, text_allowed=True)
         for line, record in _lines(file, spans, set(wanted), config, source.keys):
             for row in wanted[line]:
-                where = f"{path}:{line}"
-                if isinstance(record, BadRecord):
-                    findings.problems.append(f"{where}: is in the data, but cannot be read any more: {record}")
+                try:
+                    if isinstance(record, BadRecord):
+                        raise record
+                    documents = render(record)
+                except BadRecord as error:
+                    findings.problems.append(f"{path}:{line}: is in the data, but cannot be read any more: {error}")
                     continue
                 stored = _stored(row, *opened[row["split"]], mix.seq_length)
-                problem = _difference(row, render(record), tokenizer, stored, mix.seq_length)
+                problem = _difference(row, documents, tokenizer, stored, mix.seq_length)
                 findings.num_records += 1
                 if problem:
-                    findings.problems.append(f"{where}: {problem}")
+                    findings.problems.append(f"{path}:{line}: {problem}")
 
 
 def _difference(

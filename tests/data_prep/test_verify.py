@@ -180,6 +180,14 @@ def test_a_changed_source_is_found_by_tracing(result, corpus):
     assert findings.problems == [] and any("not here" in note for note in findings.notes)
 
 
+def test_records_that_lost_a_field_are_named(result, corpus):
+    records = [json.loads(line) for line in corpus["instruction"].read_text().splitlines()]
+    corpus["instruction"].write_text("".join(json.dumps(dict(list(record.items())[1:])) + "\n" for record in records))
+    problems = verify(result, sample=60).problems
+    assert problems and all(f"{corpus['instruction']}:" in problem for problem in problems)
+    assert "is in the data, but cannot be read any more: missing key: no key" in problems[0]
+
+
 def test_the_command_says_what_it_did_and_fails_with_code_3(result, capsys):
     args = argparse.Namespace(data=str(result), sample=3)
     assert verify_cli.run(args) == 0
