@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import os
 import sys
 import warnings
 
 from megatron_mixcpt import __version__
-from megatron_mixcpt.errors import MixcptError
+from megatron_mixcpt.errors import MixcptError, tell
 from megatron_mixcpt.files import FULL, reason
 from megatron_mixcpt.quick_import import quicken
 
@@ -55,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except MixcptError as error:
-        if os.environ.get("RANK", "0") == "0":
-            # What was stopped on request says so itself, and is no error.
-            print(error if error.exit_code == 75 else f"error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     except OSError as error:
         if error.errno not in FULL:

@@ -1,10 +1,21 @@
 """Errors a user can act on. The command line prints the message alone and exits with `exit_code`."""
 
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+LAST_WORDS = "MIXCPT_LAST_WORDS"
+"""Variable of ranks that `--nproc` started: the folder for what each ended with."""
+
 
 class MixcptError(Exception):
     """What was wrong, where (file, line or key), and what to do about it."""
 
     exit_code = 1
+    told = False
+    """Whether it has been printed."""
 
 
 class ConfigError(MixcptError):
@@ -33,3 +44,25 @@ class StoppedError(MixcptError):
 
 class LostRankError(MixcptError):
     """Another rank ended. It has its own message; this one says only how the loss was noticed."""
+
+
+def tell(error: MixcptError) -> None:
+    """Print an error, once.
+
+    Where ranks share a terminal rank 0 prints what all of them met; the others leave theirs to the launcher, which
+    prints what rank 0 did not say. On clusters, where each rank has a log of its own, all print.
+    """
+    if error.told:
+        return
+    error.told = True
+    rank, folder = os.environ.get("RANK", "0"), os.environ.get(LAST_WORDS)
+    if rank != "0" and isinstance(error, (StoppedError, LostRankError)):  # somebody else's story
+        return
+    # What was stopped on request says so itself, and is no error.
+    text = str(error) if isinstance(error, StoppedError) else f"error: {error}"
+    try:
+        Path(folder or "", rank).write_text(text, encoding="utf-8") if folder else None
+    except OSError:
+        folder = None
+    if rank == "0" or not folder:
+        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)

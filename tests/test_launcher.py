@@ -110,6 +110,41 @@ def test_a_forked_rank_is_what_a_started_one_is(tmp_path, device):
     assert done.stdout.splitlines() == [*expected, str(list(ENDS.values()))], done.stderr
     assert done.stderr.count("to stderr") == len(ENDS)
     assert done.stderr.count("ValueError: of a rank") == 1
+    assert "rank 0: killed by SIGKILL, as the kernel does where memory runs out\n" in done.stderr
+
+
+ERRS = """
+import os, sys
+from megatron_mixcpt import cli
+from megatron_mixcpt.errors import ConfigError, LostRankError
+
+def run(args):
+    rank = int(os.environ["RANK"])
+    if rank == 1:
+        raise LostRankError("lost contact with another rank")
+    raise ConfigError(f"model.hf: gone on rank {rank}" if rank in (2, 3) else "train.lr: wrong")
+
+cli.parse = lambda argv: type("Arguments", (), {"run": staticmethod(run)})
+sys.exit(cli.main([]))
+"""
+
+
+def test_what_rank_0_does_not_know_is_told_by_the_rank_that_does_and_the_rest_once(tmp_path):
+    (tmp_path / "errs.py").write_text(ERRS)
+    environment = os.environ | {"MIXCPT_DEVICE": "cpu", "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    launching = (
+        "import sys; from megatron_mixcpt.runtime.launcher import launch; sys.exit(launch(5, [], program='errs'))"
+    )
+
+    def said(code, **variables):
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True, timeout=120
+        ).stderr.splitlines()
+
+    of_others = [f"rank {rank}: error: model.hf: gone on rank {rank}" for rank in (2, 3)]
+    assert said(launching) == ["error: train.lr: wrong", *of_others]
+    assert said(ERRS, RANK="3") == of_others[1:]  # on a cluster, in a log of its own
+    assert said(ERRS, RANK="1") == []
 
 
 SAVES = """
@@ -164,7 +199,7 @@ time.sleep(60)
 """
 PATIENT = """
 from megatron_mixcpt.runtime import launcher
-launcher.GRACE_SECONDS, launcher.FIRST_GRACE_SECONDS = 0.5, 12.0
+launcher.GRACE_SECONDS, launcher.FIRST_EXTRA_SECONDS = 0.5, 11.5
 print("code", launcher.launch(2, [], program="ends_badly"))
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.rehearse.grid import data_parallel_size, fitting_grid
 from megatron_mixcpt.rehearse.scale import expert_ranks, small_architecture
 from megatron_mixcpt.runtime.devices import cuda_devices
+from megatron_mixcpt.runtime.scratch import scratch_folder
 from megatron_mixcpt.train.setup import check_settings
 
 SHOWN = 3  # things of a kind that are off, in the terminal
@@ -59,8 +59,8 @@ def certify(config: Config, nproc: int | None, device: str | None, out: Path) ->
         (out / FILE_NAME).unlink(missing_ok=True)  # of settings that may be others now
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}: name another folder") from None
-    with tempfile.TemporaryDirectory(prefix="mixcpt-certify-") as name:
-        problem = pose(config, arch, open_mix(config.data.mix), grid, data_size, Path(name) / "problem")
+    with scratch_folder("mixcpt-certify-") as folder:
+        problem = pose(config, arch, open_mix(config.data.mix), grid, data_size, folder / "problem")
         for line in problem.left_out:
             print(f"not part   {line}", flush=True)
         outcomes = try_all(problem, on_this_machine(chosen))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.gguf import gguf_file
+from megatron_mixcpt.runtime.scratch import scratch_folder
 
 
 def is_hf_directory(path: Path) -> bool:
@@ -86,8 +86,8 @@ def as_hf_directory(path: Path, *, allow_older: bool = False) -> Iterator[Path]:
     from megatron_mixcpt.checkpoint.origin import find_origin
     from megatron_mixcpt.convert.export import export, export_adapter
 
-    with tempfile.TemporaryDirectory(prefix="mixcpt-") as folder:
-        out = Path(folder) / path.resolve().name
+    with scratch_folder("mixcpt-") as folder:
+        out = folder / path.resolve().name
         origin = find_origin(path, allow_older=allow_older)
         adapter = origin.adapter
         if adapter is not None and adapter.method == "alora":  # which cannot be merged

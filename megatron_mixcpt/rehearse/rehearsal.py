@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -24,6 +23,7 @@ from megatron_mixcpt.rehearse.scale import (
 )
 from megatron_mixcpt.rehearse.size import Grid
 from megatron_mixcpt.runtime.launcher import launch, ranks_of_our_own
+from megatron_mixcpt.runtime.scratch import scratch_folder
 from megatron_mixcpt.train.setup import DTYPES, check_settings
 
 SEQ_LENGTH = 256  # at most
@@ -43,8 +43,7 @@ def rehearse(config: Config, nproc: int | None) -> int:
     for line in _program(config, arch, small, grid, data_size, seq_length, mix.seq_length):
         print(line, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="mixcpt-rehearsal-") as name:
-        folder = Path(name)
+    with scratch_folder("mixcpt-rehearsal-") as folder:
         write_random_model(small, folder / "model", DTYPES[config.train.dtype], config.train.seed)
         excerpt = write_excerpt(mix, folder / "data", seq_length)
         values = small_run(config, arch, data_size, grid, folder / "model", excerpt, folder / "run")

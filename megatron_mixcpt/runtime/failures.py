@@ -6,10 +6,9 @@ import contextlib
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator
 
-from megatron_mixcpt.errors import LostRankError, MixcptError, StoppedError
+from megatron_mixcpt.errors import LostRankError, MixcptError, StoppedError, tell
 from megatron_mixcpt.runtime.stop import StopRequest, stopped_early
 
 # What gloo and nccl say when the other end of a connection is gone.
@@ -34,10 +33,8 @@ SIGNALS_APART_SECONDS = 3.0  # ranks are told to stop one after another; the fir
 
 
 def tell_alone(error: MixcptError) -> MixcptError:
-    """Print an error that only this rank knows of: of all others, rank 0 prints the one message."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    """Print an error that only this rank knows of at once: it may be killed before its command ends."""
+    tell(error)
     return error
 
 

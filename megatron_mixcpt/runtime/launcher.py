@@ -16,20 +16,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+from megatron_mixcpt.errors import LAST_WORDS
 from megatron_mixcpt.runtime.forked import ForkedRank, can_fork, start_tracker
 from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 GRACE_SECONDS = 20.0  # for the peers of a rank that ended badly
-FIRST_GRACE_SECONDS = 60.0  # for rank 0, which lets wandb finish and then says why
+FIRST_EXTRA_SECONDS = 40.0  # more for rank 0, which lets wandb finish and then says why
 # Below the ports that Linux, by default, gives to outgoing connections (net.ipv4.ip_local_port_range), one of which
 # could otherwise take a port in the seconds between `free_port` and rank 0's listening on it; and below those that
 # launch/mixcpt.sbatch takes.
 LISTENING_PORTS = range(10000, 20000)
 # Variables that launchers set; torchrun's own tell torch to look for a store that torchrun serves.
-LAUNCHED_BY = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME|TORCHELASTIC_.*)")
+LAUNCHED_BY = re.compile(
+    rf"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME|TORCHELASTIC_.*|{LAST_WORDS})"
+)
 _offers = itertools.count(random.SystemRandom().randrange(len(LISTENING_PORTS)))
 
 
@@ -86,6 +91,7 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
     collective times out, are given a grace period and then killed.
     """
     port = free_port()
+    last_words = tempfile.TemporaryDirectory(prefix="mixcpt-ranks-")
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     ranks: list[subprocess.Popen | ForkedRank] = []
     forked = can_fork(os.environ)
@@ -109,6 +115,7 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": threads,
+                LAST_WORDS: last_words.name,
             }
             # Each in a group of its own: the terminal's ^C reaches the rank once, through `forward`.
             if forked:
@@ -126,21 +133,36 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
             if process.poll() is None:  # it may not have come to having a group
                 process.send_signal(signal.SIGKILL)
             process.wait()
+        _tell_what_rank_0_did_not(Path(last_words.name), nproc)
+        last_words.cleanup()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+def _tell_what_rank_0_did_not(last_words: Path, nproc: int) -> None:
+    said = {""}
+    for rank in range(nproc):
+        path = last_words / str(rank)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if rank > 0 and text not in said:
+            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        said.add(text)
+
+
 def _wait(ranks: Sequence[subprocess.Popen | ForkedRank]) -> int:
-    failed: int | None = None
+    first: int | None = None  # that did not end with 0
     deadline = float("inf")
-    while any(rank.poll() is None for rank in ranks):
-        codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
-        if codes and failed is None:
-            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
-        grace = 0.0 if ranks[0].poll() is not None else FIRST_GRACE_SECONDS - GRACE_SECONDS
-        if time.monotonic() > deadline + grace:
-            break
+    running = True
+    while running and time.monotonic() < deadline + (0.0 if ranks[0].poll() is not None else FIRST_EXTRA_SECONDS):
         time.sleep(0.05)
-    codes = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
-    code = failed if failed is not None else (codes[0] if codes else 0)
+        running = any(rank.poll() is None for rank in ranks)
+        if first is None:
+            first = next((number for number, rank in enumerate(ranks) if rank.returncode), None)
+            deadline = deadline if first is None else time.monotonic() + GRACE_SECONDS
+    if first is None:
+        return 0
+    code = ranks[first].returncode or 0
+    if code < 0 and -code not in STOP_SIGNALS:  # else it had the time to say something
+        why = ", as the kernel does where memory runs out" if code == -signal.SIGKILL else ""
+        print(f"rank {first}: killed by {signal.Signals(-code).name}{why}", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code  # ended by a signal: the shell's convention

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 
 from megatron_mixcpt.cli import silence_libraries
 from megatron_mixcpt.config import load_config
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.files import write_json
 from megatron_mixcpt.quick_import import quicken
+from megatron_mixcpt.runtime.scratch import scratch_folder
 from megatron_mixcpt.study.cells import BASE, Cell, Cells
 from megatron_mixcpt.study.config import Study
 
@@ -40,8 +39,8 @@ def measure_run(cells: Cells, cell: Cell) -> None:
     measured = dict(cells.measured(cell))
     with as_hf_directory(cells.base) as base, as_hf_directory(cell.run_dir) as tuned:
         for alpha in cells.missing(cell):
-            with tempfile.TemporaryDirectory(prefix="mixcpt-study-") as made:
-                model = cell.run_dir if alpha == 1.0 else Path(made) / f"alpha-{alpha:g}"
+            with scratch_folder("mixcpt-study-") as made:
+                model = cell.run_dir if alpha == 1.0 else made / f"alpha-{alpha:g}"
                 if alpha != 1.0:
                     average(base, tuned, alpha, model)
                 measured[f"{alpha:g}"] = rows_of(measure_model(model, cells.settings))
