@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -61,8 +62,10 @@ def tell(error: MixcptError) -> None:
     # What was stopped on request says so itself, and is no error.
     text = str(error) if isinstance(error, StoppedError) else f"error: {error}"
     try:
-        Path(folder or "", rank).write_text(text, encoding="utf-8") if folder else None
+        if folder:
+            Path(folder, rank).write_text(text, encoding="utf-8")
     except OSError:
         folder = None
     if rank == "0" or not folder:
-        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)

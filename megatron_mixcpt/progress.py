@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,8 @@ SHORTEST = 1e-9  # seconds; guards a division
 
 class Display:
     """One line that is always the newest: on a terminal below what has been printed, in a log again and again.
+
+    Work does not end because nobody can read of it: what a full disk or a closed terminal does not take is lost.
 
     Args:
         every: seconds between the lines of a log.
@@ -36,7 +39,8 @@ class Display:
 
     def message(self, text: str = "") -> None:
         """Lines of their own, above the bar."""
-        self._console.print(text, markup=False)
+        with contextlib.suppress(OSError):
+            self._console.print(text, markup=False)
 
     def show(self, share: float, parts: Sequence[str], *, keep: bool = False) -> None:
         """The newest line.
@@ -52,18 +56,20 @@ class Display:
             self.message(" | ".join(parts))
         if self.is_terminal and (now - self._drawn >= REDRAW or share >= 1):
             self._drawn = now
-            if self._live is None:
-                from rich.live import Live
+            with contextlib.suppress(OSError):
+                if self._live is None:
+                    from rich.live import Live
 
-                # No thread that redraws: the caller may fork.
-                self._live = Live(console=self._console, auto_refresh=False, transient=True)
-                self._live.start()
-            self._live.update(_line(share, parts, self._console.width), refresh=True)
+                    # No thread that redraws: the caller may fork.
+                    self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                    self._live.start()
+                self._live.update(_line(share, parts, self._console.width), refresh=True)
 
     def close(self) -> None:
         """Take the bar away; what was said stays."""
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
 

@@ -1,5 +1,6 @@
 """What long work shows: lines in a log, a bar on a terminal that is never wider than it, and always the time left."""
 
+import contextlib
 import io
 import os
 import pty
@@ -134,3 +135,25 @@ def test_durations_are_short(seconds, text):
 def test_numbers_and_sizes_are_short():
     assert [number(value) for value in (0, 0.25, 12_500, 3e-5, 1_000_000)] == ["0", "0.25", "12.5k", "3e-5", "1M"]
     assert [size(value) for value in (0, 1023, 1536, 3 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3 TiB"]
+
+
+def test_a_full_disk_or_a_closed_terminal_ends_no_work():
+    with open("/dev/full", "w") as full:
+        display = Display(full)
+        for _ in range(3):
+            display.message("of a step")
+            display.show(0.5, ["half"], keep=True)
+        display.close()
+        with contextlib.suppress(OSError):
+            full.close()  # Python's own last try
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        display = Display(terminal)
+        display.show(0.1, ["a tenth"])
+        assert display.is_terminal
+        os.close(ours)
+        display.message("of a step")
+        display.show(1.0, ["all"], keep=True)
+        display.close()
+        with contextlib.suppress(OSError):
+            terminal.close()

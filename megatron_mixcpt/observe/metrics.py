@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ class MetricsFile:
             self._full = False
         except OSError as error:
             if not self._full:
-                print(f"warning: {self._path} cannot be written, its rows wait in memory: {error}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # it may be the same disk
+                    print(f"warning: {self._path} cannot be written, its rows wait in memory: {error}", file=sys.stderr)
             self._full = True
 
     def close(self) -> None:

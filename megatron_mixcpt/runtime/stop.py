@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1 and SIGINT.
+"""Stop requests: SIGTERM, SIGUSR1, SIGINT, and SIGHUP, which a terminal sends that is closed, unless nohup is there.
 
 While a run is being set up there is nothing to save: they end it at once. From the first step on they become a flag
 that all ranks agree on after the step, validation batch or save in flight.
@@ -22,7 +22,12 @@ from megatron_mixcpt.errors import StoppedError
 if TYPE_CHECKING:  # this module is imported before anything heavy: a signal may come in the first second
     import torch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+    *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []),
+)
 """The launcher, the trainer and its helper processes agree on them."""
 
 BLOCKED_SECONDS = 5.0  # after which a main thread that has not taken a signal counts as waiting in C++

@@ -9,7 +9,7 @@ from megatron_mixcpt.checkpoint.store import list_checkpoints, step_of
 from tests.faults.conftest import STEPS, run_settings
 from tests.faults.fleet import STACKS, Fleet, count, finish, metrics, write_config
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 def test_signals_at_random_moments_lose_no_step(tmp_path, mix, record):
@@ -35,7 +35,7 @@ def test_signals_at_random_moments_lose_no_step(tmp_path, mix, record):
             fleet.until(lambda done=done: max(metrics(run, "train/loss"), default=0) > done)
             longest = max(longest, time.monotonic() - began)
             time.sleep(generator.uniform(0.0, 1.0))
-        fleet.send(NUMBERS[index % 3])
+        fleet.send(NUMBERS[index % len(NUMBERS)])
         codes = fleet.wait()
         assert codes in ([75, 75], [0, 0]), f"signal {index}: exit codes {codes}\n{fleet.output()}"
         steps, saved = metrics(run, "train/loss"), list_checkpoints(run / "checkpoints")
@@ -45,7 +45,7 @@ def test_signals_at_random_moments_lose_no_step(tmp_path, mix, record):
     finish(config, ranks=2)
     assert metrics(run, "train/loss") == expected
     record(
-        "SIGTERM, SIGUSR1, SIGINT at random moments of set-up, step, eval, save (2 ranks)",
+        "SIGTERM, SIGUSR1, SIGINT, SIGHUP at random moments of set-up, step, eval, save (2 ranks)",
         "20/20, no step lost, losses bitwise equal",
         f"{clean}/{signals} ({early} of them before a step)",
     )
