@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from megatron_mixcpt import __version__
 from megatron_mixcpt.errors import VerificationError
+
+if TYPE_CHECKING:
+    from megatron_mixcpt.checkpoint.touch import Amount
 
 MANIFEST = "manifest.json"
 FORMAT = "mixcpt-manifest/1"
@@ -27,17 +31,22 @@ FACTS = ("step", "config_hash", "data_fingerprint", "layout")  # repeated from c
 BLOCK = 4 << 20
 THREADS = min(8, os.cpu_count() or 1)  # xxh3 is faster than any disk: they wait for it in parallel
 
+PAUSES = (1.0, 5.0)  # seconds before what could not be read is tried again
+
 Entry = dict[str, Any]  # {"size": bytes, "xxh3_128": hex}
+Result = TypeVar("Result")
 
 
-def hash_file(path: Path) -> Entry:
-    """Size and xxh3-128 of a file. Raises OSError."""
+def hash_file(path: Path, amount: Amount | None = None) -> Entry:
+    """Size and xxh3-128 of a file; counts its bytes in `amount`. Raises OSError."""
     state, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):  # type: ignore[attr-defined]
             state.update(block[:count])
             size += count
+            if amount is not None:
+                amount.done += count
     return {"size": size, "xxh3_128": state.hexdigest()}
 
 
@@ -66,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content. Raises VerificationError where it is missing or not exactly as it was written."""
     path = folder / MANIFEST
     try:
-        text = path.read_bytes().decode()
+        text = _patiently(path.read_bytes).decode()
         content = json.loads(text)
     except FileNotFoundError:
         raise VerificationError(f"{path}: missing") from None
@@ -87,10 +96,11 @@ def fingerprint(folder: Path) -> str | None:
     return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else None
 
 
-def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+def find_damage(folder: Path, part: int = 0, parts: int = 1, amount: Amount | None = None) -> list[str]:
     """What is wrong with a checkpoint, a line a file; empty where every byte is as it was written.
 
-    `part` of `parts`: hash only this share of the files, to spread the reading over ranks.
+    `part` of `parts`: hash only this share of the files, to spread the reading over ranks. Bytes are counted in
+    `amount` while they are read.
     """
     try:
         expected: dict[str, Entry] = read_manifest(folder)["files"]
@@ -101,22 +111,36 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     damage += [f"{folder / name}: missing" for name in sorted(expected.keys() - found)]
     mine = sorted(found & expected.keys())[part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
-        damage += [line for line in pool.map(lambda name: _compare(folder / name, expected[name]), mine) if line]
+        compared = pool.map(lambda name: _compare(folder / name, expected[name], amount), mine)
+        damage += [line for line in compared if line]
     return damage
 
 
-def _compare(path: Path, expected: Entry) -> str | None:
+def _compare(path: Path, expected: Entry, amount: Amount | None) -> str | None:
     if path.is_symlink():
         return f"{path}: a link, not the file that was written"
     try:
-        size = path.stat().st_size
+        size = _patiently(path.stat).st_size
         if size != expected["size"]:
             return f"{path}: {size} bytes, not the {expected['size']} that were written"
-        if hash_file(path) != expected:
+        if _patiently(lambda: hash_file(path, amount)) != expected:
             return f"{path}: content differs from what was written (xxh3-128)"
     except OSError as error:
         return f"{path}: cannot be read: {error}"
     return None
+
+
+def _patiently(read: Callable[[], Result]) -> Result:
+    """What `read` returns. A shared file system that fails now may not fail in a moment, and a checkpoint that cannot
+    be read is set aside; raises OSError where it goes on failing."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read()
 
 
 def _files(folder: Path) -> Iterable[str]:

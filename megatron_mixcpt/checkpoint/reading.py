@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_mixcpt.checkpoint.boxes import Box
 from megatron_mixcpt.errors import VerificationError
+from megatron_mixcpt.runtime.watchdog import alive
 
 Slices = tuple[slice, ...]
 
@@ -71,6 +72,7 @@ def read_boxes(checkpoint: Path, needed: Iterable[tuple[Box, Tensor]], group: Pr
     with ExitStack() as stack:
         files = _Files(checkpoint, index[0], stack)
         for chunk, values in _exchange(chunks, files, group):
+            alive()
             for number, place, part in chunk.uses.get(group.rank(), ()):
                 targets[number][place].copy_(values[part])
         _raise_any(files.problems)

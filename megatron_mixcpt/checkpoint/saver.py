@@ -9,11 +9,13 @@ A failure anywhere is known to all ranks in `finish`; then nothing becomes visib
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from megatron_mixcpt.checkpoint.info import CheckpointInfo, TrainingState
 from megatron_mixcpt.checkpoint.optimizer_state import common_state, optimizer_step_count
 from megatron_mixcpt.checkpoint.shares import written_here
 from megatron_mixcpt.checkpoint.store import commit, new_directory, prune, require_space
+from megatron_mixcpt.checkpoint.touch import join_in_touch
 from megatron_mixcpt.checkpoint.writer import Buffers, ShareWriter, plan_share, write_index
 from megatron_mixcpt.errors import MixcptError
 from megatron_mixcpt.runtime.first_rank import from_first
 
-TOUCH_SECONDS = 1.0
 RESERVE = 1 << 20  # bytes beyond the tensors: indices, manifest, directory
 
 
@@ -134,17 +136,13 @@ class Saver:
         torch.distributed.all_reduce(done, op=torch.distributed.ReduceOp.MIN)
         return self.finish() if done.item() else None
 
-    def finish(self, progressed: Callable[[], None] = lambda: None) -> Outcome | None:
-        """Wait for the save that is under way, and tell how it ended; None where there is none.
-
-        Args:
-            progressed: called now and then while some rank gets on with its share; never while all stand still.
-        """
+    def finish(self) -> Outcome | None:
+        """Wait for the save that is under way, and tell how it ended; None where there is none."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         began = time.monotonic()
-        _wait(pending, progressed)
+        join_in_touch(pending.thread, lambda: pending.writer.num_written if pending.writer is not None else 0)
         shares: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shares, (pending.written, pending.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(shares) if error]
@@ -163,27 +161,10 @@ class Saver:
         known = {name: entry for _, entries in shares for name, entry in entries.items()}
         path = commit(pending.folder, pending.info, known)
         if self.keep is not None:
-            remove = _remove_later if self.background else shutil.rmtree
-            prune(self.parent, self.keep, self.keep_every, self.spared, remove=remove)
+            remove = _remove_later if self.background else partial(shutil.rmtree, ignore_errors=True)
+            with contextlib.suppress(OSError):  # this checkpoint is whole; the next save tries again
+                prune(self.parent, self.keep, self.keep_every, self.spared, remove=remove)
         return path
-
-
-def _wait(pending: _Pending, progressed: Callable[[], None]) -> None:
-    """Until all ranks have written. They keep in touch, so that a long save is told from one that hangs."""
-    before = -1
-    while True:
-        pending.thread.join(TOUCH_SECONDS)
-        written = pending.writer.num_written if pending.writer is not None else 0
-        state = torch.tensor(
-            [pending.thread.is_alive(), written], device=torch.cuda.current_device(), dtype=torch.int64
-        )
-        torch.distributed.all_reduce(state)
-        writing, written = state.tolist()
-        if written > before:
-            before = written
-            progressed()
-        if not writing:
-            return
 
 
 def _remove_later(folder: Path) -> None:

@@ -131,8 +131,12 @@ def _damage(path: Path, trust: bool, together: bool = False) -> list[str]:
         return find_damage(path)
     import torch
 
+    from megatron_mixcpt.checkpoint.touch import Amount, in_touch
+
+    amount, rank = Amount(), torch.distributed.get_rank()
     parts: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, find_damage(path, torch.distributed.get_rank(), len(parts)))
+    mine = in_touch(lambda: find_damage(path, rank, len(parts), amount), amount)
+    torch.distributed.all_gather_object(parts, mine)
     return list(dict.fromkeys(line for part in parts for line in part))
 
 

@@ -11,6 +11,7 @@ from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.weights import check_names, open_source, whole_tensor
 from megatron_mixcpt.model.interleaved import StageModel
 from megatron_mixcpt.model.place import place_here
+from megatron_mixcpt.runtime.watchdog import alive
 
 
 @torch.no_grad()
@@ -42,3 +43,4 @@ def load_hf(model: StageModel, hf_dir: str | Path, trust_remote_code: bool = Fal
     for slot in model.slots():
         whole = whole_tensor(source, slot.name, arch, rows, where)
         slot.parameter.copy_(shard(slot.name, whole, place, model.vocab_size))
+        alive()

@@ -14,7 +14,16 @@ import time
 import traceback
 from pathlib import Path
 
+_watching: list[Watchdog] = []
+
 GRACE_SECONDS = 3.0  # between writing the stacks and ending: peers that lose contact could not write theirs
+
+
+def alive() -> None:
+    """What this rank does gets on: for long work that does not know who watches it. Heard by the Watchdog in whose
+    context it is called, if any."""
+    if _watching:
+        _watching[-1].heartbeat()
 
 
 class Watchdog:
@@ -33,15 +42,18 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
+        _watching.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._closed.set()
+        _watching.remove(self)
         if isinstance(error, RuntimeError):  # of a collective whose peer is gone, most of all
             self._dump("".join(traceback.format_exception(error)))
 
-    def heartbeat(self, phase: str) -> None:
-        self._phase, self._last = phase, time.monotonic()
+    def heartbeat(self, phase: str | None = None) -> None:
+        """Progress in what it did before, or in `phase` from now on."""
+        self._phase, self._last = phase or self._phase, time.monotonic()
 
     def _watch(self) -> None:
         pause = min(1.0, self._seconds / 4)

@@ -92,7 +92,7 @@ def _train(
         num_workers=config.data.num_workers,
         device=state.device,
     )
-    saver = RunSaver(config, components, bookkeeping, forgetting, step, watchdog.heartbeat)
+    saver = RunSaver(config, components, bookkeeping, forgetting, step)
     evaluate = RunValidation(config, components, state, bookkeeping, stop, watchdog.heartbeat)
 
     bookkeeping.start_clock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -24,7 +23,6 @@ class RunSaver:
 
     Args:
         step: that the run begins at.
-        heartbeat: told what goes on while a save gets on (see Watchdog).
     """
 
     def __init__(
@@ -34,14 +32,8 @@ class RunSaver:
         bookkeeping: Bookkeeping,
         forgetting: Forgetting,
         step: int,
-        heartbeat: Callable[[str], None],
     ) -> None:
-        self._components, self._bookkeeping, self._forgetting, self._heartbeat = (
-            components,
-            bookkeeping,
-            forgetting,
-            heartbeat,
-        )
+        self._components, self._bookkeeping, self._forgetting = components, bookkeeping, forgetting
         self._longest = 60.0 * config.checkpoint.every_minutes
         self._saved_step, self._saved_at = step, monotonic()
         self._saver = Saver(
@@ -82,7 +74,7 @@ class RunSaver:
         self._settle(self._saver.poll())
 
     def _finish(self, *, last: bool = False) -> None:
-        self._settle(self._saver.finish(lambda: self._heartbeat("writing a checkpoint")), last=last)
+        self._settle(self._saver.finish(), last=last)
 
     def _settle(self, outcome: Outcome | None, *, last: bool = False) -> None:
         if outcome is None:

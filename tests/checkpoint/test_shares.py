@@ -1,5 +1,6 @@
 """Checkpoints that every rank writes and reads a share of: any layout from any other, old formats, megatron-core's."""
 
+import errno
 import json
 import os
 import shutil
@@ -236,3 +237,30 @@ def test_a_save_in_the_background_copies_as_much_as_planned(tmp_path, distribute
     copied, foreseen = zip(*found)
     assert sum(copied) == pytest.approx(sum(foreseen), abs=len(found))
     assert max(copied) < 1.2 * foreseen[0]
+
+
+def save_beside_one_that_cannot_be_removed(rank, world_size, values):
+    """Outcomes of two saves of which one is kept, where nothing can be renamed or removed."""
+    from megatron_mixcpt.checkpoint import saver as module
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    use_nano()
+    config = validate(Config, values, "test")
+    with parallel_context() as state:
+        parts = build(config, state)
+        saver = Saver(Path(config.run_dir) / "checkpoints", keep=1)
+        module.prune = refused
+        outcomes = []
+        for step in (1, 2):
+            saver.begin(step, parts.model, parts.optimizer)
+            outcomes.append(saver.finish())
+    return [(outcome.path.name, outcome.error) for outcome in outcomes]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_is_saved_also_where_an_old_one_cannot_be_removed(tmp_path):
+    values = configuration(tmp_path / "run", {})
+    (outcomes,) = run_distributed(save_beside_one_that_cannot_be_removed, 1, values, timeout=120)
+    assert outcomes == [("step_00000001", None), ("step_00000002", None)]

@@ -1,5 +1,6 @@
 """Names, order, retention and the manifest, without a model."""
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mixcpt.checkpoint import find_checkpoint, newest_checkpoint
+from megatron_mixcpt.checkpoint import find_checkpoint, manifest, newest_checkpoint
 from megatron_mixcpt.checkpoint.manifest import find_damage, hash_file, read_manifest, write_manifest
 from megatron_mixcpt.checkpoint.store import (
     choose_result,
@@ -163,6 +164,22 @@ def test_hashes_taken_while_writing_are_those_of_the_files(tmp_path):
     (tmp_path / "b" / "c").write_bytes(b"in a folder")
     seal(tmp_path, checkpoint_info(1))
     assert find_damage(tmp_path) == [] and "b/c" in read_manifest(tmp_path)["files"]
+
+
+@pytest.mark.parametrize(("failures", "damaged"), [(2, False), (3, True)])
+def test_what_cannot_be_read_for_a_moment_is_no_damage(tmp_path, monkeypatch, failures, damaged):
+    """A shared file system that fails over: the checkpoint would be set aside."""
+    checkpoint, left = save(tmp_path, 1), [failures]
+
+    def read(path, amount=None):
+        if path.suffix == ".distcp" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return hash_file(path, amount)
+
+    monkeypatch.setattr(manifest, "hash_file", read)
+    monkeypatch.setattr(manifest, "PAUSES", (0.0, 0.0))
+    assert bool(find_damage(checkpoint)) is damaged and left == [0]
 
 
 def test_another_spelling_of_a_manifest_is_refused(tmp_path):
