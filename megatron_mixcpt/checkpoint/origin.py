@@ -91,10 +91,10 @@ def hf_base(config: Config | None, arch: Architecture, adapter: AdapterConfig) -
 
 
 def check_start(checkpoint: Path, info: CheckpointInfo, model: ModelConfig) -> None:
-    """Raise VerificationError unless the weights that an adapter was trained beside are still where it found them.
+    """Raise VerificationError unless the weights that a run started from are still where it found them.
 
     Args:
-        checkpoint: that holds the adapter, with its description.
+        checkpoint: of the run, with its description.
         model: section of the run's configuration.
     """
     now: str | None
@@ -107,8 +107,8 @@ def check_start(checkpoint: Path, info: CheckpointInfo, model: ModelConfig) -> N
     start = info.training.start if info.training else None
     if start is not None and now != start.weights:
         raise VerificationError(
-            f"{checkpoint}: its adapter was trained beside other weights than {where} holds now: put those back (of a "
-            "run that went on, keep the checkpoint it was: checkpoint.keep_every)"
+            f"{checkpoint} was trained from other weights than {where} holds now: put those back (of a run that went "
+            "on, keep the checkpoint it was: checkpoint.keep_every), or name a copy where the command has --base"
         )
 
 

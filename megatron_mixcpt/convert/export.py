@@ -10,10 +10,12 @@ from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base, run_config
+from megatron_mixcpt.checkpoint.verify import warn
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
-from megatron_mixcpt.errors import ConfigError, MixcptError
+from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
+from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
 from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.huggingface.metadata import copy_tokenizer, write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
@@ -30,10 +32,11 @@ def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bo
         allow_older: see `find_checkpoint`.
 
     Raises:
-        VerificationError: there is no complete checkpoint, or it is damaged.
+        VerificationError: there is no complete checkpoint, it is damaged, or its data has another tokenizer now.
         ConfigError: `out` is not empty, what the run started from is gone, or its adapter cannot be merged.
     """
     origin = find_origin(source, allow_older=allow_older)
+    _check_tokenizer(origin)
     weights = open_weights(origin)
     with new_directory(out) as partial:
         _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
@@ -49,6 +52,7 @@ def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str
     origin = find_origin(source, allow_older=allow_older)
     if origin.adapter is None:
         raise ConfigError(f"{source} trained all weights, no adapter: leave --adapter out")
+    _check_tokenizer(origin)
     hf = hf_base(origin.config, origin.arch, origin.adapter)
     base = str(hf) if hf else "base"
     with new_directory(out) as partial:
@@ -66,6 +70,32 @@ def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str
     if origin.adapter.method == "lora":
         return f"peft loads it over {hf or out / base}"
     return "megatron_mixcpt.hf_alora.load_alora loads it"
+
+
+def _check_tokenizer(origin: Origin) -> None:
+    """Raise VerificationError where the data of a run was prepared again with another tokenizer than it was trained
+    with. Where the data is gone, warn that the tokenizer is the one that the run started from."""
+    training, config = origin.info.training, origin.config
+    if training is None or config is None:
+        return
+    if origin.mix is None:
+        if origin.source_dir is None or _tokenizer_hash(origin.source_dir) != training.tokenizer_hash:
+            warn(
+                f"warning: {config.data.mix} is gone, and with it the tokenizer that {origin.checkpoint} was trained "
+                f"with: that of {origin.source_dir or 'no model'} is written, without what the data's own had more"
+            )
+    elif origin.mix.tokenizer_hash != training.tokenizer_hash:
+        raise VerificationError(
+            f"{origin.checkpoint} was trained with another tokenizer than {origin.mix.path} has now: prepare that data "
+            f"with the tokenizer it had, or set data.mix in {origin.run_dir}/config.yaml to data that has it"
+        )
+
+
+def _tokenizer_hash(folder: Path) -> str | None:
+    try:
+        return load_tokenizer(folder).hash
+    except MixcptError:
+        return None
 
 
 def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str | None, title: str) -> None:

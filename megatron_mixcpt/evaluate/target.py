@@ -53,13 +53,15 @@ def find_target(model: str, base: str | None, mix: str | None, *, allow_older: b
 
     Raises:
         ConfigError: it is none of the three.
-        VerificationError: the checkpoint is damaged.
+        VerificationError: the checkpoint is damaged, or what it started from holds other weights now.
     """
     path, start, mix_path = Path(model), base and Path(base), mix and Path(mix)
     if not is_hf_directory(path):
-        from megatron_mixcpt.checkpoint.origin import find_origin
+        from megatron_mixcpt.checkpoint.origin import check_start, find_origin
 
         origin = find_origin(path, allow_older=allow_older)
+        if start is None and origin.config is not None:
+            check_start(origin.checkpoint, origin.info, origin.config.model)
         path = origin.checkpoint if allow_older else path
         start = start or origin.base
         mix_path = mix_path or (Path(origin.config.data.mix) if origin.config else None)

@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -281,3 +282,36 @@ def test_mistakes_are_told(folder, tmp_path, capsys, arguments, message):
     assert main([argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_data_that_was_prepared_again_with_another_tokenizer_is_no_source_of_one(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["mix"] = str(data / "mix.json")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    edit_mix(data / "mix.json", lambda content: content["tokenizer"].update(hash="another"))
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert "was trained with another tokenizer than" in said and str(data / "mix.json") in said
+    shutil.rmtree(data)
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert f"warning: {data / 'mix.json'} is gone" in capsys.readouterr().err
+
+
+def test_what_a_run_started_from_is_not_compared_with_once_it_holds_other_weights(folder, tmp_path, capsys):
+    """Of a stage that starts from another run, which went on since then, or a directory that was written anew."""
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["hf"] = str(base)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["average", "--tuned", str(run), "--alpha", "0.5", "--no-eval", "--out"]
+    assert main([*words, str(tmp_path / "before")]) == 0
+    for path in base.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "after")]) == 3
+    assert f"was trained from other weights than {base} holds now" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "after"), "--base", str(folder / "base")]) == 0
