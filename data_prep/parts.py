@@ -129,11 +129,14 @@ def _size(entry: BlockEntry, dtype: np.dtype) -> int:
 
 def open_block(folder: Path, entry: BlockEntry, dtype: np.dtype) -> Block:
     """Map a block that its receipt describes."""
+    import pyarrow
+
     path = folder / entry.name
     if _size(entry, dtype) == 0:
         raw = np.zeros(0, np.uint8)
     else:
-        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        with pyarrow.memory_map(str(path)) as file:  # unlike mmap it keeps no file open: there may be thousands
+            raw = np.frombuffer(file.read_buffer(), np.uint8)
     arrays = [raw[at : at + count * kind.itemsize].view(kind) for at, count, kind in _sections(entry, dtype)]
     signatures = arrays[3].reshape(entry.documents, entry.permutations) if entry.permutations else None
     return Block(arrays[0], arrays[1], arrays[2], signatures)

@@ -6,7 +6,9 @@ tokenizer: anything that could change a token changes the key, and old parts are
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import orjson
 import xxhash
 
 from megatron_mixcpt.data_prep.config import PreprocessConfig, SourceConfig
-from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
+from megatron_mixcpt.data_prep.inputs import JSON_LINES, PARQUET, TEXT, file_format, resolve_paths
 from megatron_mixcpt.data_prep.neardup import algorithm as neardup_algorithm
 from megatron_mixcpt.data_prep.streams import compression
 from megatron_mixcpt.errors import ConfigError
 
-PLAN_VERSION = 1  # raise it when the meaning of parts changes
+PLAN_VERSION = 2  # raise it when the meaning of parts changes
 CHUNK_BYTES = 4 << 20
 MAX_CHUNKS = 8192  # of a source; larger corpora get larger chunks, so that all parts can be mapped at once
 
@@ -62,11 +64,16 @@ class Plan:
 
     def chunk_bytes(self, chunk: int) -> int:
         """Input bytes of a chunk (for progress)."""
-        total = 0
-        for span in self.chunks[chunk]:
-            file = self.files[span.file]
-            total += span.end - span.begin if _is_byte_range(file) else file.size
-        return total
+        return sum(_num_bytes(span, self.files[span.file], self._spans) for span in self.chunks[chunk])
+
+    @cached_property
+    def _spans(self) -> Counter[int]:
+        return Counter(span.file for chunk in self.chunks for span in chunk)
+
+
+def _num_bytes(span: Span, file: InputFile, spans: Counter[int]) -> int:
+    """Of a span; of the row groups of a file, which has `spans` of them, all alike."""
+    return span.end - span.begin if _is_byte_range(file) else file.size // spans[span.file]
 
 
 def _is_byte_range(file: InputFile) -> bool:
@@ -125,7 +132,8 @@ def make_plan(
 
 
 def scan_file(path: Path, index: int, target: int, *, text_allowed: bool) -> tuple[InputFile, list[Span]]:
-    """Hash a file and cut it into spans of about `target` bytes; plain text only where `text_allowed` is set."""
+    """Hash a file and cut it into spans of about `target` bytes, text of CHUNK_BYTES; plain text only where
+    `text_allowed` is set."""
     form = file_format(path)
     assert form is not None
     if form == TEXT and not text_allowed:
@@ -136,6 +144,8 @@ def scan_file(path: Path, index: int, target: int, *, text_allowed: bool) -> tup
     state = xxhash.xxh3_128()
     spans: list[Span] = []
     begin, line, position = 0, 1, 0
+    if form == TEXT:
+        target = CHUNK_BYTES  # whatever the size of the corpus: a part of a text is a record
     with open(path, "rb") as stream:
         while block := stream.read(target):
             if position == 0:
@@ -179,11 +189,9 @@ def _group(spans: list[Span], files: list[InputFile], target: int) -> list[list[
     """Small spans share a chunk: a folder of a million short files must not become a million parts."""
     chunks: list[list[Span]] = []
     room = 0
+    of_files = Counter(span.file for span in spans)
     for span in spans:
-        file = files[span.file]
-        size = span.end - span.begin if _is_byte_range(file) else file.size
-        if file.format in (PARQUET, ARROW):
-            size = max(size, target)  # a row group is a chunk
+        size = _num_bytes(span, files[span.file], of_files)
         if size > room or not chunks:
             chunks.append([])
             room = target

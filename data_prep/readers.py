@@ -6,9 +6,10 @@ from typing import Any
 
 import orjson
 
-from megatron_mixcpt.data_prep.inputs import ARROW, JSON_LINES, PARQUET, TEXT
+from megatron_mixcpt.data_prep import plan
+from megatron_mixcpt.data_prep.inputs import ARROW, PARQUET, TEXT
 from megatron_mixcpt.data_prep.plan import InputFile, Span
-from megatron_mixcpt.data_prep.streams import UTF8_BOM, decompressed_blocks, raw_blocks, split_lines
+from megatron_mixcpt.data_prep.streams import UTF8_BOM, cut_at_lines, decompressed_blocks, raw_blocks, split_lines
 from megatron_mixcpt.data_prep.template import BadRecord
 from megatron_mixcpt.errors import MixcptError
 
@@ -27,10 +28,18 @@ def read_span(file: InputFile, span: Span, max_record_bytes: int, keys: list[str
     elif file.format == ARROW:
         yield from _arrow_rows(path, keys)
     elif file.compression:
-        yield from _from_blocks(file, span, decompressed_blocks(path, file.compression), max_record_bytes)
+        blocks = decompressed_blocks(path, file.compression)
+        if file.format == TEXT:
+            yield from _texts(blocks, max_record_bytes)
+        else:
+            yield from _json_lines(span, blocks, max_record_bytes)
     else:
         with open(path, "rb") as stream:
-            yield from _from_blocks(file, span, raw_blocks(stream, span.begin, span.end), max_record_bytes)
+            blocks = raw_blocks(stream, span.begin, span.end)
+            if file.format == TEXT:
+                yield from _whole_text(span, blocks, max_record_bytes)
+            else:
+                yield from _json_lines(span, blocks, max_record_bytes)
     check_unchanged(file)
 
 
@@ -42,13 +51,6 @@ def check_unchanged(file: InputFile) -> None:
         raise MixcptError(f"input file {file.path}: {error.strerror}; put it back and run again") from None
     if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
         raise MixcptError(f"input file {file.path} changed during the run; run the same command again")
-
-
-def _from_blocks(file: InputFile, span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
-    if file.format == TEXT:
-        return _whole_text(span, blocks, max_record_bytes)
-    assert file.format == JSON_LINES
-    return _json_lines(span, blocks, max_record_bytes)
 
 
 def _json_lines(span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
@@ -81,6 +83,18 @@ def _json_error(line: bytes, error: orjson.JSONDecodeError) -> BadRecord:
 
 def _too_large(size: int, limit: int) -> BadRecord:
     return BadRecord("too large", f"{size} bytes; max_record_bytes is {limit}")
+
+
+def _texts(blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:
+    """The parts of a compressed text, cut where `plan.scan_file` cuts one that is not."""
+    begin, line = 0, 1
+    for size, lines, part in cut_at_lines(blocks, plan.CHUNK_BYTES, max_record_bytes):
+        span = Span(0, begin, begin + size, line)
+        if part is None:
+            yield line, _too_large(size, max_record_bytes)
+        else:
+            yield from _whole_text(span, [part], max_record_bytes)
+        begin, line = begin + size, line + lines
 
 
 def _whole_text(span: Span, blocks: Iterable[bytes], max_record_bytes: int) -> Numbered:

@@ -92,3 +92,40 @@ def split_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | int
         yield dropped
     elif carry:
         yield carry
+
+
+def cut_at_lines(blocks: Iterable[bytes], target: int, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Cut a stream after the last line end in each `target` bytes of it: (size, line ends, bytes) of each part, without
+    the bytes where there are more than `limit`."""
+    held, size, lines = bytearray(), 0, 0
+
+    def hold(piece: bytearray) -> None:
+        nonlocal size, lines
+        size, lines = size + len(piece), lines + piece.count(b"\n")
+        if size > limit:
+            held.clear()
+        else:
+            held.extend(piece)
+
+    for block in _of_size(blocks, target):
+        end = block.rfind(b"\n") + 1
+        if end:
+            hold(block[:end])
+            yield size, lines, bytes(held) if size <= limit else None
+            size = lines = 0
+            held.clear()
+        hold(block[end:])
+    if size:
+        yield size, lines, bytes(held) if size <= limit else None
+
+
+def _of_size(blocks: Iterable[bytes], size: int) -> Iterator[bytearray]:
+    """The same bytes in blocks of `size`, but for the last."""
+    block = bytearray()
+    for piece in blocks:
+        block += piece
+        while len(block) >= size:
+            yield block[:size]
+            del block[:size]
+    if block:
+        yield block

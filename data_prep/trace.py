@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mixcpt.data_prep import plan
 from megatron_mixcpt.data_prep.assemble import flags_prefix
 from megatron_mixcpt.data_prep.config import PreprocessConfig
 from megatron_mixcpt.data_prep.documents import Batch, Document
@@ -77,7 +78,7 @@ def _trace_source(
         for row in rows:
             if row["file"] == path:
                 wanted.setdefault(row["line"], []).append(row)
-        file, spans = scan_file(Path(path), 0, 1 << 22, text_allowed=True)
+        file, spans = scan_file(Path(path), 0, plan.CHUNK_BYTES, text_allowed=True)
         for line, record in _lines(file, spans, set(wanted), config, source.keys):
             for row in wanted[line]:
                 try:

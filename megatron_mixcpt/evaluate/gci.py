@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.evaluate.answers import contains_answer
+from megatron_mixcpt.evaluate.answers import contains_answer, find_words
 from megatron_mixcpt.evaluate.ledger import Item
 from megatron_mixcpt.files import write_whole
 
@@ -117,7 +117,7 @@ def passes(check: Check, answer: str) -> bool:
 
 def _stated(answer: str, words: Sequence[str]) -> list[str]:
     """Those of the words that occur, in the order in which they first do."""
-    found = {word: re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in words}
+    found = {word: find_words(answer, word) for word in words}
     return [word for word, _ in sorted(((w, m.start()) for w, m in found.items() if m), key=lambda pair: pair[1])]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import measure
 from megatron_mixcpt.evaluate.ledger import Entry, ledger
@@ -37,6 +39,8 @@ class Point:
     step: int
     path: str
     measured: Measured
+    content: str | None = None
+    """Of its weights, to tell when the step was trained anew."""
 
 
 def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *, overwrite: bool = False) -> None:
@@ -44,7 +48,10 @@ def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *,
 
     Raises ConfigError where the run has no checkpoint, or `out` holds a history that was measured otherwise.
     """
+    from megatron_mixcpt.checkpoint.manifest import fingerprint
     from megatron_mixcpt.checkpoint.store import list_checkpoints, step_of
+    from megatron_mixcpt.evaluate.target import is_hf_directory
+    from megatron_mixcpt.huggingface.weights import weights_fingerprint
 
     checkpoints = sorted(list_checkpoints(run / "checkpoints"), key=step_of)
     if not checkpoints:
@@ -52,12 +59,16 @@ def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *,
     measure.check_models([base, checkpoints[0]], settings)
     check_writable(out)
     quiet_libraries()
-    how = json.loads(json.dumps(dataclasses.asdict(settings) | {"base": base}, default=str))
+    texts = {"mixture": settings.mix_path, "questions": settings.gci and Path(settings.gci)}
+    hashes = {name: xxh3_128_hexdigest(path.read_bytes()) for name, path in texts.items() if path and path.is_file()}
+    how = json.loads(json.dumps({"run": run, "base": base} | dataclasses.asdict(settings) | hashes, default=str))
     points = [] if overwrite else _read(out / "history.json", how)
     for step, path in [(0, base), *((step_of(path), path) for path in checkpoints)]:
-        if any(point.step == step for point in points):
+        content = weights_fingerprint(path) if is_hf_directory(path) else fingerprint(path)
+        if any((point.step, point.content) == (step, content) for point in points):
             continue
-        points.append(Point(step, str(path), measure.measure_model(path, settings)))
+        points = [point for point in points if point.step != step]
+        points.append(Point(step, str(path), measure.measure_model(path, settings), content))
         points.sort(key=lambda point: point.step)
         _write(out, str(run), how, points)
     _write(out, str(run), how, points)
@@ -68,7 +79,7 @@ def _read(path: Path, how: dict[str, Any]) -> list[Point]:
         return []
     try:
         content = json.loads(path.read_text())
-        points = [Point(point["step"], point["path"], from_rows(point)) for point in content["points"]]
+        points = [Point(row["step"], row["path"], from_rows(row), row.get("content")) for row in content["points"]]
         measured = content["measured"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: no history to go on with: give another --out, or --overwrite") from None
@@ -79,7 +90,9 @@ def _read(path: Path, how: dict[str, Any]) -> list[Point]:
 
 
 def _write(out: Path, run: str, how: dict[str, Any], points: Sequence[Point]) -> None:
-    rows = [{"step": point.step, "path": point.path} | rows_of(point.measured) for point in points]
+    rows = [
+        {"step": point.step, "path": point.path, "content": point.content} | rows_of(point.measured) for point in points
+    ]
     base = answered(points[0].measured)
     books = {point.step: ledger(base, answered(point.measured)) for point in points[1:]} if base else {}
     ledgers = {step: [dataclasses.asdict(entry) for entry in entries] for step, entries in books.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -45,7 +47,11 @@ def record_provenance(folder: Path) -> None:
     starts = sorted(folder.glob("start_*.json"))
     if starts and starts[-1].read_text() == text and _text(starts[-1].with_suffix(".diff")) == diff:
         return
-    path = folder / f"start_{len(starts) + 1:04d}.json"
+    for number in itertools.count(len(starts) + 1):
+        path = folder / f"start_{number:04d}.json"
+        with contextlib.suppress(FileExistsError):  # another shard's, which started at the same moment
+            path.open("x").close()
+            break
     if diff:
         write_whole(path.with_suffix(".diff"), diff)
     write_whole(path, text)

@@ -2,18 +2,24 @@
 
 import bz2
 import gzip
+import itertools
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixcpt.data_prep import streams
+from megatron_mixcpt.data_prep import plan, streams
 from megatron_mixcpt.data_prep.config import parse_config
 from megatron_mixcpt.data_prep.inputs import file_format, resolve_paths
 from megatron_mixcpt.data_prep.pipeline import preprocess
-from megatron_mixcpt.data_prep.streams import decompressed_blocks, split_lines
+from megatron_mixcpt.data_prep.streams import cut_at_lines, decompressed_blocks, split_lines
+from megatron_mixcpt.data_prep.verify import verify
 from megatron_mixcpt.errors import BadRecordsError, ConfigError, MixcptError
 from tests.data_prep.conftest import sentences
 from tests.data_prep.helpers import documents_of, load_mix, source_of
@@ -205,3 +211,70 @@ def test_unusable_paths_are_explained(tmp_path, config_values):
     with pytest.raises(ConfigError, match="not a parquet file"):
         preprocess(parse_config(config_values))
     assert file_format("a.parquet.gz") is None and file_format("README") is None
+
+
+@given(
+    text=st.text(alphabet="ab\n é", max_size=300),
+    target=st.integers(1, 40),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+)
+def test_a_compressed_text_is_cut_where_the_text_itself_is(text, target, sizes):
+    """However the decompressor hands it over."""
+    data = text.encode()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "CHUNK_BYTES", target)
+        path = Path(folder) / "a.txt"
+        path.write_bytes(data)
+        _, spans = plan.scan_file(path, 0, 10**9, text_allowed=True)
+    blocks, position = [], 0
+    for size in itertools.islice(itertools.cycle(sizes), len(data)):
+        blocks.append(data[position : position + size])
+        position += size
+    parts = list(cut_at_lines(blocks, target, limit=100))
+    assert [size for size, _, _ in parts] == [span.end - span.begin for span in spans]
+    assert list(itertools.accumulate([1, *(lines for _, lines, _ in parts)]))[:-1] == [span.line for span in spans]
+    for (size, _, part), span in zip(parts, spans):
+        assert part == (data[span.begin : span.end] if size <= 100 else None)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_long_text_is_read_in_parts_whatever_the_size_of_the_corpus_and_verified(
+    config_values, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(plan, "MAX_CHUNKS", 1)  # as if there were 128 GiB of it
+    data = "\n".join(TEXTS).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    config_values["sources"] = [{**config_values["sources"][0], "paths": [str(path)]}]
+    config_values |= {"max_record_bytes": 6000, "valid_fraction": 0.0}
+    preprocess(parse_config(config_values))
+    out = Path(config_values["out"])
+    assert (out / "quarantine.jsonl").read_text() == "" and verify(out, sample=100).problems == []
+    assert len(list(documents_of(out, source_of(load_mix(out), "docs")["train"]["prefix"]))) > len(data) // 6000
+
+
+def test_many_parts_keep_no_files_open(config_values, tmp_path):
+    """A corpus of a few GiB has more parts than a process may have files open."""
+    config_values["sources"] = config_values["sources"][:1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_values))
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from megatron_mixcpt.data_prep import plan; plan.CHUNK_BYTES = 500\n"
+        "from megatron_mixcpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "preprocess", str(tmp_path / "config.yaml"), "--workers", "1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((Path(config_values["out"]) / ".parts").glob("*/*.part"))) > 2 * 64
+
+
+def test_small_row_groups_share_a_part(config_values, tmp_path):
+    as_parquet(tmp_path / "a.parquet")  # 17 rows a group
+    config_values["sources"] = [{**config_values["sources"][0], "paths": [str(tmp_path / "a.parquet")]}]
+    preprocess(parse_config(config_values))
+    assert len(list((Path(config_values["out"]) / ".parts").glob("*/*.part"))) == 1

@@ -72,6 +72,11 @@ def test_a_history_goes_on_where_it_was_and_tells_since_when_an_answer_is_lost(r
     assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| What")] == ["20", "30"]
     with pytest.raises(ConfigError, match="another tasks: give another --out"):
         measure_history(folder, base, measure.EvalSettings(tasks=["bundled"]), out)
+    (folder / "checkpoints" / "step_00000020" / "manifest.json").write_text("trained anew")
+    measure_history(folder, base, measure.EvalSettings(), out)
+    assert measured == [0, 10, 20, 30, 20]
+    with pytest.raises(ConfigError, match="another run: give another --out"):
+        measure_history(folder.rename(tmp_path / "other"), base, measure.EvalSettings(), out)
     with pytest.raises(ConfigError, match="no run with checkpoints"):
         measure_history(base, base, measure.EvalSettings(), out)
 

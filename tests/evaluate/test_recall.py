@@ -21,6 +21,19 @@ WORDS = st.text(alphabet="abcdefghij", min_size=1, max_size=6)
         ("the C++ compiler", "c++", True),
         ("Königsberg, of course", "königsberg", True),
         ("in New  York", "New York", False),
+        (
+            "\u4e1c\u4eac\u662f\u65e5\u672c\u7684\u9996\u90fd",
+            "\u4e1c\u4eac",
+            True,
+        ),  # Chinese: Tokyo is the capital of Japan
+        ("\u6211\u4e0d\u77e5\u9053\u8fd9\u4e2a\u4eba", "\u4e0d\u77e5\u9053", True),
+        (
+            "\u0e2d\u0e22\u0e39\u0e48\u0e17\u0e35\u0e48\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e",
+            "\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e",
+            True,
+        ),  # Thai
+        ("\u7b54\u3048\u306fotter\u3067\u3059", "otter", True),
+        ("\u7b54\u3048\u306fotters\u3067\u3059", "otter", False),
     ],
 )
 def test_an_answer_counts_as_whole_words_in_any_case(text, expected, found):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +77,27 @@ def test_of_a_library_that_is_there_twice_the_imported_one_is_named(checkout, tm
         _packages.cache_clear()
     packages = json.loads((tmp_path / "provenance" / "start_0001.json").read_text())["packages"]
     assert [package for package in packages if package.startswith("torch==")] == ["torch==0.0.1"]
+
+
+def test_shards_that_start_at_the_same_moment_have_a_record_each(checkout, tmp_path):
+    folder = tmp_path / "provenance"
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from megatron_mixcpt.observe import provenance\n"
+        "provenance._packages()\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for start in range(10): sys.argv = ['shard', sys.argv[1], str(start)]; "
+        "provenance.record_provenance(Path('{folder}'))\n"
+    ).replace("{folder}", str(folder))
+    shards = [
+        subprocess.Popen([sys.executable, "-c", code, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for n in range(4)
+    ]
+    for shard in shards:
+        assert shard.stdout.readline() == "ready\n"
+    for shard in shards:
+        shard.stdin.write("go\n")
+        shard.stdin.flush()
+    assert [shard.wait(60) for shard in shards] == [0] * 4
+    commands = [json.loads(path.read_text())["command"] for path in folder.glob("start_*.json")]
+    assert sorted(commands) == sorted(["shard", str(n), str(start)] for n in range(4) for start in range(10))
