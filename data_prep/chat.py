@@ -6,7 +6,7 @@ token. The placeholders turn back into the original characters, encoded as text.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -41,32 +41,49 @@ class ChatRenderer:
     def document(self, messages: list[Message], kind: int, tools: Any) -> Document:
         """One conversation as a document of `kind`. Raises BadRecord if the template refuses it."""
         messages, tools = self._hide(messages), self._hide(tools)
+        turns = list(self._turns(messages, tools))
         pieces: list[Piece] = []
         done = ""
-        for index, message in enumerate(messages):
-            role = ROLES[message["role"]]
-            upto = self._text(messages[: index + 1], tools, prompt=False)
-            if upto is None:
-                # Some templates refuse a conversation that is not complete, e.g. one that is only a system turn.
-                continue
+        for number, (index, role, asked, upto) in enumerate(turns):
+            if number + 1 < len(turns):
+                *_, following_asked, following = turns[number + 1]
+                upto = self._continued(upto, following if following_asked is None else following_asked)
             begin = done
             if role == ROLE_ASSISTANT:
                 # Nobody asked for an answer that stands first: it is given, with the opening that the template writes.
-                asked = (self._text(messages[:index], tools, prompt=True) or done) if index else upto
-                if not (asked.startswith(done) and upto.startswith(asked)):
-                    raise BadRecord(
-                        "unstable template", "the chat template rewrites earlier turns of this conversation"
-                    )
+                begin = (asked or done) if index else upto
+                if not (begin.startswith(done) and upto.startswith(begin)):
+                    raise _rewritten()
                 # The opening of an answer ("<|im_start|>assistant") is given to the model, not predicted by it.
-                pieces += self._pieces(asked[len(done) :], kind, ROLE_TEXT, False)
-                begin = asked
+                pieces += self._pieces(begin[len(done) :], kind, ROLE_TEXT, False)
             elif not upto.startswith(done):
-                raise BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
+                raise _rewritten()
             pieces += self._pieces(upto[len(begin) :], kind, role, role == ROLE_ASSISTANT)
             done = upto
         if not pieces:
             raise BadRecord("template", "the chat template refuses this conversation")
         return Document(kind, pieces)
+
+    def _turns(self, messages: list[Message], tools: Any) -> Iterator[tuple[int, int, str | None, str]]:
+        """(index, role, the text that asks for it where the template has one, the text with it) of each message."""
+        for index, message in enumerate(messages):
+            upto = self._text(messages[: index + 1], tools, prompt=False)
+            if upto is None:
+                # Some templates refuse a conversation that is not complete, e.g. one that is only a system turn.
+                continue
+            role = ROLES[message["role"]]
+            asked = self._text(messages[:index], tools, prompt=True) if role == ROLE_ASSISTANT else None
+            yield index, role, asked, upto
+
+    def _continued(self, text: str, following: str) -> str:
+        """`text` without what the template writes at the end of a conversation alone (Phi's end of text): control
+        tokens and white space that are not in the one that goes on. Raises BadRecord where more differs."""
+        while not following.startswith(text):
+            ending = next((literal for literal in self._literals if text.endswith(literal)), text[-1:])
+            if not (ending in self._control or ending.isspace()):
+                raise _rewritten()
+            text = text.removesuffix(ending)
+        return text
 
     def _text(self, messages: list[Message], tools: Any, *, prompt: bool) -> str | None:
         if not messages:
@@ -110,6 +127,10 @@ class ChatRenderer:
 
     def _show(self, text: str) -> str:
         return PLACEHOLDER_PATTERN.sub(lambda match: self._literals[int(match[1])], text)
+
+
+def _rewritten() -> BadRecord:
+    return BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
 
 
 def compile_chat_template(tokenizer: Tokenizer) -> Callable[[list[Message], Any, bool], str]:

@@ -1,5 +1,6 @@
 """The chat format against transformers' own templates, and control strings written by users."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -98,6 +99,39 @@ def test_targets_are_the_answers_with_their_end_and_nothing_else(chat):
     assert not current
     call = 'CALL {"name": "dose", "arguments": {"drug": "x", "mg": 5}}<|im_end|>'
     assert runs == ["an organ<|im_end|>", call, "5 mg\n\nof x<|im_end|>"]
+
+
+PHI = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+LAST_TURN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if m.role == 'user' or loop.last %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (PHI, ["an organ<|im_end|>", "5 mg<|im_end|>\n<|endoftext|>"]),
+        (LAST_TURN, ["an organ", "5 mg<|im_end|>"]),
+    ],
+    ids=["after a conversation", "after its last answer"],
+)
+def test_what_a_template_writes_at_the_end_alone_is_written_there_alone(chat, template, answers):
+    """Phi's end of text, which an unfinished conversation has as well."""
+    renderer, ours, theirs = chat(template)
+    words = [("user", "what is it?"), ("assistant", "an organ"), ("user", "and the dose?"), ("assistant", "5 mg")]
+    messages = [{"role": role, "content": content} for role, content in words]
+    tokens, flags = tokens_and_flags(renderer, ours, messages)
+    assert tokens == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    flags = flags.tolist()
+    learned = [
+        [token for token, _ in run] for on, run in itertools.groupby(zip(tokens, flags), lambda p: p[1] & TARGET) if on
+    ]
+    assert [ours.decode(run) for run in learned] == answers
 
 
 def test_an_answer_that_nobody_asked_for_is_given_and_not_learned(chat):
