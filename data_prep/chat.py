@@ -6,7 +6,7 @@ token. The placeholders turn back into the original characters, encoded as text.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -32,7 +32,7 @@ class ChatRenderer:
                 f"source {source.name}: format: chat needs a tokenizer with a chat template; "
                 "give a Hugging Face directory that has one, or use format: plain"
             )
-        self._render = compile_chat_template(tokenizer)
+        self._render = compile_chat_template(tokenizer.chat_template, tokenizer.special_names)
         self._answers_only = source.loss == "answer"
         self._control = tokenizer.control
         self._literals = sorted((text for text in tokenizer.control if text), key=len, reverse=True)
@@ -133,14 +133,22 @@ def _rewritten() -> BadRecord:
     return BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
 
 
-def compile_chat_template(tokenizer: Tokenizer) -> Callable[[list[Message], Any, bool], str]:
+def fixed_day(form: str) -> str:
+    """For `strftime_now` of templates: the same conversation must give the same bytes tomorrow."""
+    return datetime(2024, 1, 1, tzinfo=timezone.utc).strftime(form)
+
+
+def compile_chat_template(
+    chat_template: str, special_names: Mapping[str, Any]
+) -> Callable[[list[Message], Any, bool], str]:
     """A function (messages, tools, add_generation_prompt) -> text, with the environment that transformers gives
-    templates (documented in its "chat templating" guide). Raises ConfigError for a broken template."""
+    templates (documented in its "chat templating" guide), but on a fixed day.
+
+    `special_names`: bos_token and the like, as the template knows them. Raises ConfigError for a broken template.
+    """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    assert tokenizer.chat_template is not None
 
     class GenerationBlock(Extension):
         """`{% generation %}` marks what an assistant says; the roles of the turns tell that already."""
@@ -162,22 +170,19 @@ def compile_chat_template(tokenizer: Tokenizer) -> Callable[[list[Message], Any,
 
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    def now(form: str) -> str:
-        # A fixed day: the same conversation must give the same bytes tomorrow.
-        return datetime(2024, 1, 1, tzinfo=timezone.utc).strftime(form)
-
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now
+    environment.globals["strftime_now"] = fixed_day
     try:
-        template = environment.from_string(tokenizer.chat_template)
+        template = environment.from_string(chat_template)
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"tokenizer: its chat template does not parse, line {error.lineno}: {error.message}"
         ) from None
-    names = tokenizer.special_names
 
     def render(messages: list[Message], tools: Any, prompt: bool) -> str:
-        return template.render(messages=messages, tools=tools, add_generation_prompt=prompt, documents=None, **names)
+        return template.render(
+            messages=messages, tools=tools, add_generation_prompt=prompt, documents=None, **special_names
+        )
 
     return render

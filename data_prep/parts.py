@@ -167,10 +167,11 @@ def read_receipt(folder: Path, chunk: int) -> Receipt | None:
     return Receipt(blocks=blocks, bad=[Unusable(**item) for item in fields.pop("bad")], **fields)
 
 
-def part_is_good(folder: Path, chunk: int, dtype: np.dtype) -> bool:
-    """Whether the chunk is done: a whole receipt, and every block has the size and the hash the receipt names."""
+def part_is_good(folder: Path, chunk: int, dtype: np.dtype, engine: str | None = None) -> bool:
+    """Whether the chunk is done, by `engine` if it matters: a whole receipt, and every block has the size and the hash
+    the receipt names."""
     receipt = read_receipt(folder, chunk)
-    if receipt is None:
+    if receipt is None or engine not in (None, receipt.engine):
         return False
     for entry in receipt.blocks:
         path = folder / entry.name

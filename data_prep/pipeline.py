@@ -62,6 +62,11 @@ class Prepared:
     dtype: np.dtype
     stages: list[Stage]
 
+    @property
+    def asked_engine(self) -> str | None:
+        """The only engine whose parts will do, where the configuration asks for one."""
+        return self.tokenizer.engine.name if self.config.engine == "reference" else None
+
 
 def preprocess(
     config: PreprocessConfig, *, workers: int = 1, shard: tuple[int, int] | None = None, assemble_only: bool = False
@@ -142,7 +147,7 @@ def tokenize(
             index += 1
             if not mine:
                 continue
-            if part_is_good(stage.folder, chunk, prepared.dtype):
+            if part_is_good(stage.folder, chunk, prepared.dtype, prepared.asked_engine):
                 done_bytes += stage.plan.chunk_bytes(chunk)
             else:
                 tasks.append((number, chunk))

@@ -1,5 +1,6 @@
 """Records of one span of an input file, each with its place, so that every error can name file and line."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ def read_span(file: InputFile, span: Span, max_record_bytes: int, keys: list[str
     path = Path(file.path)
     check_unchanged(file)
     if file.format == PARQUET:
-        yield from _parquet_rows(path, span, keys)
+        yield from _limited(_parquet_rows(path, span, keys), max_record_bytes)
     elif file.format == ARROW:
-        yield from _arrow_rows(path, keys)
+        yield from _limited(_arrow_rows(path, keys), max_record_bytes)
     elif file.compression:
         blocks = decompressed_blocks(path, file.compression)
         if file.format == TEXT:
@@ -120,7 +121,7 @@ def _parquet_rows(path: Path, span: Span, keys: list[str] | None) -> Numbered:
 
     number = span.line
     # pre_buffer would hold a whole row group in memory.
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
+    with _named(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         for group in range(span.begin, span.end):
             groups = {"row_groups": [group], "columns": keys}
             for batch in table.iter_batches(batch_size=1024, use_threads=False, **groups):
@@ -133,7 +134,7 @@ def _arrow_rows(path: Path, keys: list[str] | None) -> Numbered:
     import pyarrow
 
     number = 1
-    with pyarrow.memory_map(str(path)) as source:
+    with _named(path), pyarrow.memory_map(str(path)) as source:
         try:
             batches: Any = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:
@@ -146,3 +147,21 @@ def _arrow_rows(path: Path, keys: list[str] | None) -> Numbered:
                 for record in batch.slice(start, 1024).to_pylist():
                     yield number, record
                     number += 1
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What pyarrow says of a damaged file does not tell which one it is."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise MixcptError(f"{path} is damaged or no file of its kind ({str(error)[:200]}): fetch it again") from None
+
+
+def _limited(rows: Numbered, max_record_bytes: int) -> Numbered:
+    """Rows whose texts together are longer than any line may be are as bad as such a line."""
+    for number, record in rows:
+        size = 0 if isinstance(record, BadRecord) else sum(len(v) for v in record.values() if isinstance(v, str))
+        yield number, _too_large(size, max_record_bytes) if size > max_record_bytes else record

@@ -36,7 +36,7 @@ def remix(
     wanted: dict[str, ShareRequest | None],
     *,
     total_tokens: int | None = None,
-    share_of: str = "tokens",
+    share_of: str | None = None,
     max_epochs: float | None = None,
     seed: int | None = None,
 ) -> Path:
@@ -44,7 +44,8 @@ def remix(
 
     Args:
         wanted: by source name; None leaves a source out; a source that is not named keeps what it asked for.
-        total_tokens, share_of, max_epochs: as in the configuration of `mixcpt preprocess`.
+        total_tokens, share_of, max_epochs: as in the configuration of `mixcpt preprocess`; None counts what the mix
+            in `folder` counts.
 
     One pass over all views is exactly the mixture: every sequence of a source comes floor or ceil of `epochs` times.
     """
@@ -65,6 +66,7 @@ def remix(
         raise ConfigError(
             f"source {only_held_out[0]} of {mix.folder} is only held out: it can be dropped, not weighted"
         )
+    share_of = share_of or next((source.share.of for source in trained if source.share), "tokens")
     requests = [_request(source, wanted.get(source.name), share_of, max_epochs) for source in trained]
     shares = resolve_shares(requests, total_tokens)
     out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{key}", action="append", default=[], metavar="SOURCE=X", help=f"{what} of a source")
     parser.add_argument("--drop", action="append", default=[], metavar="SOURCE", help="leave a source out")
     parser.add_argument("--total-tokens", type=int, metavar="N", help="size of the whole mixture")
-    parser.add_argument("--share-of", choices=("tokens", "targets"), default="tokens", help="what is counted (tokens)")
+    parser.add_argument("--share-of", choices=("tokens", "targets"), help="what is counted (default: as in DATA)")
     parser.add_argument("--max-epochs", type=float, metavar="E", help="refuse to repeat a source more often")
     parser.add_argument("--seed", type=int, help="of the order (default: that of the old mix)")
 

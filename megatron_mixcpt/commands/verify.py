@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from megatron_mixcpt.commands.options import not_negative
 from megatron_mixcpt.errors import VerificationError
 
 NAME = "verify"
@@ -13,7 +14,9 @@ SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to `parser`."""
     parser.add_argument("data", help="folder with mix.json, or the mix.json itself")
-    parser.add_argument("--sample", type=int, default=64, metavar="N", help="records to trace to their source (64)")
+    parser.add_argument(
+        "--sample", type=not_negative, default=64, metavar="N", help="records to trace to their source (64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -61,18 +61,28 @@ def resolve_task(task: str) -> str | dict[str, Any]:
         raise ConfigError(f"--tasks: {path}: not plain YAML (functions are not supported here): {error}") from error
     if not isinstance(definition, dict) or "task" not in definition:
         raise ConfigError(f"--tasks: {path}: has no key `task`, so it is no task of the lm-evaluation-harness")
-    files = definition.get("dataset_kwargs", {}).get("data_files", {})
-    for split, name in files.items():
-        if isinstance(name, str) and (path.parent / name).exists():
-            files[split] = str((path.parent / name).resolve())
+    settings = definition.get("dataset_kwargs", {})
+    if "data_files" in settings:
+        settings["data_files"] = _resolved(settings["data_files"], path.parent)
     return definition
+
+
+def _resolved(files: Any, folder: Path) -> Any:
+    """`data_files` as datasets takes them, a name, a list or {split: either}, with absolute names of what is there."""
+    if isinstance(files, dict):
+        return {split: _resolved(value, folder) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_resolved(name, folder) for name in files]
+    return str((folder / files).resolve()) if isinstance(files, str) and (folder / files).exists() else files
 
 
 def data_files(task: str) -> list[Path]:
     """Files on this machine that a task's questions are in. Raises ConfigError as `resolve_task`."""
     resolved = resolve_task(task)
     files = {} if isinstance(resolved, str) else resolved.get("dataset_kwargs", {}).get("data_files", {})
-    return [Path(name) for name in files.values() if isinstance(name, str) and Path(name).is_file()]
+    values = files.values() if isinstance(files, dict) else [files]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [Path(name) for name in names if isinstance(name, str) and Path(name).is_file()]
 
 
 def require_harness() -> None:
@@ -166,7 +176,10 @@ def _task_manager(*, with_harness_tasks: bool) -> TaskManager:
 def _scores(output: dict[str, Any]) -> list[TaskScore]:
     """What the harness reports, without its estimates of errors as metrics of their own."""
     scores = []
+    groups = {name for name, members in output.get("group_subtasks", {}).items() if members}  # counted by their members
     for task, results in output["results"].items():
+        if task in groups:
+            continue
         better = output["higher_is_better"].get(task, {})
         for key, value in results.items():
             metric, _, variant = key.partition(",")

@@ -112,9 +112,9 @@ def read_pair_mix(config: Config) -> Mix:
             split and dataclasses.replace(split, sequences=int(pair_rows(split.prefix, 2 * mix.seq_length).max()) + 1)
             for split in source.pairs
         )
-        if train is not None:
+        if train is not None or valid is not None:  # without the first it is only measured
             sources.append(dataclasses.replace(source, train=train, valid=valid))
-    if not sources:
+    if not any(source.train for source in sources):
         raise ConfigError(
             f"data.mix: {mix.path} holds no preference pairs, which align.method dpo trains on: preprocess a source of "
             "kind preference"

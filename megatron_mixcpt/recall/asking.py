@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mixcpt.data_prep.chat import compile_chat_template
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.recall.config import INSTRUCTIONS, RecallConfig
 
@@ -106,7 +107,9 @@ class Asker:
     def _render(self, turns: list[tuple[str, str]], *, answer: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+            # Not the tokenizer's own way, which tells templates today's date: the same sample is the same tomorrow.
+            render = compile_chat_template(self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map)
+            text = render(messages, None, answer)
         except Exception as error:  # whatever a template raises is the template's fault
             raise ConfigError(
                 f"model.hf: the chat template of {self._config.model.hf} fails on an ordinary conversation: {error}; "

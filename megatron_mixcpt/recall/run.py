@@ -109,10 +109,11 @@ def engine_identity(config: RecallConfig, asker: Asker) -> dict[str, Any]:
         }
     server = config.engine.openai
     assert server is not None
-    tokenizer = {path.name: hash_file(path) for path in sorted(Path(config.model.hf).glob("tokenizer*"))}
+    folder = Path(config.model.hf)
+    files = [path for form in ("tokenizer*", "chat_template*") for path in sorted(folder.glob(form))]
     return identity | {
         "engine": {"model": server.model, "prompts": server.prompts, "block_size": server.block_size},
-        "files": tokenizer,
+        "files": {path.name: hash_file(path) for path in files},
         "ends": sorted(asker.ends),
     }
 

@@ -1,6 +1,7 @@
 """Rows of pairs hold every pair whole, exactly once, and say which token belongs to which answer."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.objectives.pairs import PairRows, collate_pairs, read_pair_mix
 from tests.align.conftest import SEQ_LENGTH
 from tests.align.runs import align_values
-from tests.helpers.corpus import write_mix
+from tests.helpers.corpus import edit_mix, write_mix
 
 
 @pytest.fixture
@@ -107,3 +108,17 @@ def test_a_saved_configuration_of_fine_tuning_can_be_used_again(stage1, tmp_path
     config = validate(Config, align_values(stage1, align={"method": "sft"}), "test")
     save_config(config, tmp_path / "config.yaml")
     assert load_config(Config, str(tmp_path / "config.yaml"), []) == config
+
+
+def test_pairs_that_are_only_held_out_are_measured_and_not_trained_on(stage1, tmp_path):
+    shutil.copytree(stage1, tmp_path / "data", symlinks=True)
+
+    def change(content):
+        more = next(source for source in content["sources"] if source["name"] == "more")
+        more["pairs"] = {"train": None, "valid": more["pairs"]["train"]}
+        more["train"] = None
+
+    edit_mix(tmp_path / "data" / "mix.json", change)
+    mix = read_pair_mix(validate(Config, align_values(tmp_path / "data" / "mix.json"), "test"))
+    assert [source.name for source in mix.train_sources] == ["pairs"]
+    assert {source.name for source in mix.sources if source.valid} >= {"more"}

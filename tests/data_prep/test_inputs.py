@@ -4,6 +4,7 @@ import bz2
 import gzip
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -278,3 +279,26 @@ def test_small_row_groups_share_a_part(config_values, tmp_path):
     config_values["sources"] = [{**config_values["sources"][0], "paths": [str(tmp_path / "a.parquet")]}]
     preprocess(parse_config(config_values))
     assert len(list((Path(config_values["out"]) / ".parts").glob("*/*.part"))) == 1
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_damaged_table_is_named_and_a_row_may_be_as_long_as_a_line(config_values, tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    config_values["sources"] = [{**config_values["sources"][0], "paths": [str(path)], "max_bad_fraction": 1.0}]
+    longest = sorted(len(text) for text in TEXTS)[-3]
+    preprocess(parse_config(config_values | {"max_record_bytes": longest, "out": str(tmp_path / "limited")}))
+    rows = (tmp_path / "limited" / "quarantine.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and all(json.loads(row)["reason"] == "too large" for row in rows)
+    data = bytearray(path.read_bytes())
+    if name == "a.parquet":
+        data[100:200] = bytes(100)
+    else:
+        del data[len(data) // 2 :]
+    path.write_bytes(data)
+    with pytest.raises(MixcptError, match=re.escape(f"{path} is damaged or no file of its kind")):
+        preprocess(parse_config(config_values))
+    (tmp_path / "pointer.arrow").write_text("version https://git-lfs.github.com/spec/v1\n")
+    config_values["sources"][0]["paths"] = [str(tmp_path / "pointer.arrow")]
+    with pytest.raises(MixcptError, match=r"pointer.arrow is damaged or no file of its kind"):
+        preprocess(parse_config(config_values))

@@ -324,3 +324,18 @@ def test_data_prep_imports_no_torch():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_that_is_asked_for_makes_parts_anew_that_the_fast_engine_made(config_values):
+    """The remedy where `verify` finds tokens that are not the reference's."""
+
+    def engines():
+        receipts = Path(config_values["out"]).glob(".parts/*/0*.json")
+        return {json.loads(path.read_text().partition("\n")[2])["engine"] for path in receipts}
+
+    run(config_values)
+    fast = engines()
+    run(config_values | {"engine": "reference"})
+    assert fast != engines() and len(engines()) == 1
+    run(config_values)
+    assert len(engines()) == 1  # what is there is right for both

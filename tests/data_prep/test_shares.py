@@ -172,3 +172,16 @@ def test_the_command_explains_itself(result, tmp_path, capsys):
     assert "docs: asked {'weight': 0.5}" in capsys.readouterr().out
     with pytest.raises(MixcptError, match="is not empty"):
         run()
+
+
+def test_a_view_counts_what_its_mixture_counts(config_values, tmp_path):
+    """Weights that were shares of targets stay that for the sources that are not named."""
+    config_values["share_of"] = "targets"
+    preprocess(parse_config(config_values))
+    before = {source.name: source.share for source in read_mix(Path(config_values["out"])).sources}
+    view = read_mix(remix(Path(config_values["out"]), tmp_path / "view", {"pairs": None}))
+    after = {source.name: source.share for source in view.sources}
+    assert {share.of for share in [*before.values(), *after.values()]} == {"targets"}
+    asked = {name: share.requested["weight"] for name, share in before.items() if name != "pairs"}
+    for name, share in after.items():
+        assert share.share == pytest.approx(asked[name] / sum(asked.values()))

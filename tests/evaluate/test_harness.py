@@ -12,7 +12,16 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import harness, measure
 from megatron_mixcpt.evaluate.comparison import change, write_comparison
-from megatron_mixcpt.evaluate.harness import BUNDLED, TaskScore, bundled_tasks, check_tasks, resolve_task, run_harness
+from megatron_mixcpt.evaluate.harness import (
+    BUNDLED,
+    TaskScore,
+    _scores,
+    bundled_tasks,
+    check_tasks,
+    data_files,
+    resolve_task,
+    run_harness,
+)
 from megatron_mixcpt.evaluate.held_out import SourcePerplexity
 from tests.model.families import make, make_tokenizer
 
@@ -134,3 +143,22 @@ def test_without_a_base_figures_stand_alone(tmp_path):
     assert "| facts | domain | 10 |" in report
     assert "Not measured: few, rare (no validation split with target tokens)." in report
     assert json.loads((tmp_path / "eval.json").read_text())["unmeasured"] == ["few", "rare"]
+
+
+def test_data_files_have_every_form_that_datasets_takes(tmp_path):
+    (tmp_path / "q.jsonl").write_text("{}\n")
+    there, path = str(tmp_path / "q.jsonl"), tmp_path / "mine.yaml"
+    for given, resolved in (
+        ("q.jsonl", there),
+        (["q.jsonl", "far.jsonl"], [there, "far.jsonl"]),
+        ({"test": ["q.jsonl"], "train": "hub.jsonl"}, {"test": [there], "train": "hub.jsonl"}),
+    ):
+        path.write_text(yaml.safe_dump({"task": "mine", "dataset_kwargs": {"data_files": given}}))
+        assert resolve_task(str(path))["dataset_kwargs"]["data_files"] == resolved
+        assert data_files(str(path)) == [Path(there)]
+
+
+def test_a_group_is_counted_by_its_members_alone():
+    results = {"all": {"acc,none": 0.9}, "one": {"acc,none": 0.8}, "two": {"acc,none": 1.0}}
+    output = {"results": results, "higher_is_better": {}, "group_subtasks": {"all": ["one", "two"], "one": []}}
+    assert [score.task for score in _scores(output)] == ["one", "two"]

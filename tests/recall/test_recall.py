@@ -13,10 +13,11 @@ from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import validate
 from megatron_mixcpt.data_prep.format import KIND_NAMES
 from megatron_mixcpt.errors import ConfigError, VerificationError
+from megatron_mixcpt.recall.asking import Asker
 from megatron_mixcpt.recall.config import RecallConfig
 from megatron_mixcpt.recall.report import fragment
 from megatron_mixcpt.recall.run import recall
-from tests.recall.models import recall_values, save_chat_model
+from tests.recall.models import TEMPLATE, recall_values, save_chat_model
 
 RESULTS = ("instructions.jsonl", "text.jsonl", "rejected.jsonl", "tokens.jsonl")
 
@@ -240,3 +241,10 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(whole, chat_model, tmp_pat
     assert len(list((tmp_path / "out" / ".samples").glob("*/*"))) == 1  # the first block, and nothing half written
     assert main(["recall", str(path)]) == 0
     assert result(configured(tmp_path, chat_model)) == whole[2]
+
+
+def test_a_template_that_names_the_day_names_the_same_one_always(tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    model = save_chat_model(tmp_path / "model", template=template)
+    asker = Asker(configured(tmp_path, model))
+    assert "01 Jan 2024" in asker._render([("user", "What day is it?")], answer=True)
