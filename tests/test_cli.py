@@ -179,6 +179,7 @@ def test_an_unknown_key_names_the_nearest(capsys, tmp_path, values):
         ("train.global_batch_size=7", "train.global_batch_size (7) must be a multiple of train.micro_batch_size (2)"),
         ("loss.target=swapped", "loss.target"),
         ("loss.temperature=0", "loss.temperature"),
+        ("loss.by_kind={domain: {ce: 0, kd: 0}, instruction: {ce: 0, kd: 0}}", "loss.by_kind leaves no weight on what"),
         ("teacher.source=none", "needs a teacher"),
         ("teacher.source=magic", "teacher.source"),
         ("model.preset=huge", "is none of"),

@@ -42,6 +42,12 @@ class LossConfig(Section):
     by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = Field(default={})
     """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}, general: {ce: 0, kd: 1}}`; 1 where not given."""
 
+    def teaches(self, kind: str) -> bool:
+        """Whether any term of the loss has a weight on the tokens of this kind of data."""
+        factors = next((factors for name, factors in self.by_kind.items() if name == kind), KindWeights())
+        kd_weight = 0.0 if self.target == "none" else self.kd_weight
+        return self.ce_weight * factors.ce + kd_weight * factors.kd > 0.0
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
         if self.ce_weight + (0.0 if self.target == "none" else self.kd_weight) == 0.0:

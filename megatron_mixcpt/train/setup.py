@@ -158,6 +158,11 @@ def check_settings(config: Config, world_size: int) -> tuple[Architecture, Mix]:
     """Raise ConfigError, naming the key to change, unless model, data, grid, batch and teacher fit together."""
     arch, mix = check_layout(config, world_size)
     check_batch(config, world_size)
+    kinds = sorted({source.kind for source in mix.train_sources})
+    if config.kind != "dpo" and not any(map(config.loss.teaches, kinds)):
+        raise ConfigError(
+            f"loss.by_kind leaves no weight on what is trained on ({', '.join(kinds)}): there is nothing to learn from"
+        )
     if config.forget is not None:
         sources_of(config.forget, mix, config.eval.limit)
         require_held(config, mix)
