@@ -10,6 +10,7 @@ from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import whole_shapes
 from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base, run_config
+from megatron_mixcpt.checkpoint.store import result_of
 from megatron_mixcpt.checkpoint.verify import warn
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.convert.card import model_card
@@ -37,6 +38,7 @@ def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bo
     """
     origin = find_origin(source, allow_older=allow_older)
     _check_tokenizer(origin)
+    _warn_of_no_result(source, origin)
     weights = open_weights(origin)
     with new_directory(out) as partial:
         _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
@@ -88,6 +90,16 @@ def _check_tokenizer(origin: Origin) -> None:
         raise VerificationError(
             f"{origin.checkpoint} was trained with another tokenizer than {origin.mix.path} has now: prepare that data "
             f"with the tokenizer it had, or set data.mix in {origin.run_dir}/config.yaml to data that has it"
+        )
+
+
+def _warn_of_no_result(source: Path, origin: Origin) -> None:
+    """A run with a forgetting budget names its result at its end; before, its newest checkpoint may be beyond it."""
+    budget = origin.config.forget if origin.config else None
+    if budget and origin.run_dir and source != origin.checkpoint and result_of(origin.run_dir / "checkpoints") is None:
+        warn(
+            f"warning: {source} has not come to its end, so no checkpoint was chosen that keeps its forgetting budget "
+            f"of {budget.budget:g}: {origin.checkpoint.name} is the newest"
         )
 
 

@@ -73,7 +73,10 @@ def _best_average(
     assert config.forget is not None
     stage = unwrap_model(components.model)
     start = build_stage(config, components.arch).model
-    ends = [(p, p0.detach(), p.detach().clone()) for p, p0 in zip(stage.parameters(), start.parameters())]
+    ends = [  # on the host: gradients, optimizer and teacher are still on the device
+        (p, p0.detach().cpu(), p.detach().to("cpu", copy=True)) for p, p0 in zip(stage.parameters(), start.parameters())
+    ]
+    del start
     best: dict[str, float] | None = None
     most = forgetting.best.gain if within and forgetting.best else -math.inf
     for alpha in ALPHAS:

@@ -14,6 +14,7 @@ from megatron_mixcpt.checkpoint import read_info
 from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.checkpoint.store import list_checkpoints, result_of, step_of
 from megatron_mixcpt.checkpoint.verify import find_checkpoint
+from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import Config, validate
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.errors import ConfigError, StoppedError
@@ -358,7 +359,7 @@ def test_a_checkpoint_written_in_the_background_counts_the_tokens_of_its_own_ste
 
 @pytest.mark.parametrize(("kept", "budget", "every", "lr"), [(True, 0.02, EVERY, 2e-3), (False, 0.012, 12, 3e-3)])
 def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_budget(
-    mix, tmp_path, kept, budget, every, lr
+    mix, tmp_path, capsys, kept, budget, every, lr
 ):
     """With an early checkpoint within the budget, or with none."""
     forget = {"budget": budget, "every": every, "average": True}
@@ -376,6 +377,11 @@ def test_an_average_with_the_start_is_taken_where_it_learned_more_within_the_bud
     assert f"measured: {found['forgotten']:.4f} nats a token forgotten, {found['gain']:.4f} learned" in card
     assert found["forgotten"] <= budget and "Perplexity" not in card  # which was measured of the end alone
     assert step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == 12  # training goes on from its end
+    for name, warned in (("result", False), ("newest", True)):
+        capsys.readouterr()
+        assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / name)]) == 0
+        assert ("no checkpoint was chosen that keeps its forgetting budget" in capsys.readouterr().err) is warned
+        (tmp_path / "run" / "checkpoints" / "latest.json").unlink(missing_ok=True)  # as before the end of a run
 
 
 REFUSED = [
