@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mixcpt.runtime.scratch import scratch_folder
+from megatron_mixcpt.runtime.stop import STOP_SIGNALS
 
 FILLS = """
 import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 from megatron_mixcpt.runtime.scratch import scratch_folder
 
 with scratch_folder("outer-") as outer, scratch_folder("inner-") as inner:
@@ -41,9 +43,10 @@ def test_signals_are_left_to_those_who_handle_them():
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("ours"))
     try:
+        others = [signal.getsignal(number) for number in STOP_SIGNALS]
         with scratch_folder("kept-") as folder:
             os.kill(os.getpid(), signal.SIGUSR1)
             assert heard == ["ours"] and folder.is_dir()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == others
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -18,6 +18,8 @@ from megatron_mixcpt.convert.certificate import (
 )
 from megatron_mixcpt.errors import VerificationError
 from megatron_mixcpt.observe.provenance import record_provenance
+from megatron_mixcpt.slurm.jobs import certify_job, command_jobs
+from megatron_mixcpt.slurm.resources import Resources
 from tests.helpers.corpus import write_mix
 from tests.helpers.nano import NANO
 from tests.train.runs import settings
@@ -75,7 +77,7 @@ def test_the_versions_of_a_run_are_those_it_recorded(tmp_path):
     assert recorded_versions(tmp_path) == current_versions()
 
 
-def test_launch_submits_it_before_the_run_and_runs_it_on_the_same_copy(tmp_path, capsys):
+def test_launch_submits_it_before_the_run_and_runs_it_on_the_same_settings(tmp_path, capsys):
     mix = write_mix(tmp_path / "data", seq_length=16, vocab_size=120)
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(settings(mix, tmp_path / "run", train={"global_batch_size": 16})))
@@ -83,8 +85,10 @@ def test_launch_submits_it_before_the_run_and_runs_it_on_the_same_copy(tmp_path,
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["certify", "train"] and rows[1][-3] == "certify"
-    frozen = tmp_path / "run" / "launch" / "train.yaml"
-    assert f"certify {frozen} --nproc 8" in out and f"train {frozen}" in out
+    folder, words = tmp_path / "run" / "launch", ["train", str(config)]
+    assert f"certify {folder}/certify.yaml --nproc 8" in out and f"train {folder}/train.yaml" in out
+    (trains,), certifies = command_jobs("train", words, Resources(), tmp_path), certify_job(words, Resources())
+    assert [*certifies.files.values()] == [*trains.files.values()]
     assert "afterok:JOB-OF-certify" in err
     chain = tmp_path / "chain.yaml"
     chain.write_text(yaml.safe_dump({"out": "x", "stages": [{"name": "a", "command": f"certify {config} --nproc 8"}]}))

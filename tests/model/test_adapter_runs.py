@@ -126,7 +126,7 @@ def test_weights_that_changed_under_an_adapter_are_noticed(runs, tmp_path, capsy
         ["eval", str(moved), "--out", str(tmp_path)],
     ):
         assert main(command) == 3
-        assert "trained beside other weights" in capsys.readouterr().err
+        assert "trained from other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["lora", "alora", "imported"])
