@@ -133,11 +133,6 @@ def _rewritten() -> BadRecord:
     return BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
 
 
-def fixed_day(form: str) -> str:
-    """For `strftime_now` of templates: the same conversation must give the same bytes tomorrow."""
-    return datetime(2024, 1, 1, tzinfo=timezone.utc).strftime(form)
-
-
 def compile_chat_template(
     chat_template: str, special_names: Mapping[str, Any]
 ) -> Callable[[list[Message], Any, bool], str]:
@@ -170,9 +165,13 @@ def compile_chat_template(
 
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
+    def now(form: str) -> str:
+        # A fixed day: the same conversation must give the same bytes tomorrow.
+        return datetime(2024, 1, 1, tzinfo=timezone.utc).strftime(form)
+
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = fixed_day
+    environment.globals["strftime_now"] = now
     try:
         template = environment.from_string(chat_template)
     except TemplateSyntaxError as error:

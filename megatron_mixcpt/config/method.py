@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -42,15 +42,23 @@ class LossConfig(Section):
     by_kind: dict[Literal["domain", "general", "instruction", "preference"], KindWeights] = Field(default={})
     """Factors by kind of data, as `{domain: {ce: 1, kd: 0.5}, general: {ce: 0, kd: 1}}`; 1 where not given."""
 
+    @property
+    def start_kd_weight(self) -> float:
+        """kd_weight, as training begins with it: 0 without a target."""
+        return 0.0 if self.target == "none" else self.kd_weight
+
+    def factors(self, kind: str) -> KindWeights:
+        """Of the tokens of one kind of data."""
+        return self.by_kind.get(cast(Literal["domain"], kind)) or KindWeights()
+
     def teaches(self, kind: str) -> bool:
         """Whether any term of the loss has a weight on the tokens of this kind of data."""
-        factors = next((factors for name, factors in self.by_kind.items() if name == kind), KindWeights())
-        kd_weight = 0.0 if self.target == "none" else self.kd_weight
-        return self.ce_weight * factors.ce + kd_weight * factors.kd > 0.0
+        factors = self.factors(kind)
+        return self.ce_weight * factors.ce + self.start_kd_weight * factors.kd > 0.0
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
-        if self.ce_weight + (0.0 if self.target == "none" else self.kd_weight) == 0.0:
+        if self.ce_weight + self.start_kd_weight == 0.0:
             raise ValueError("loss.ce_weight and loss.kd_weight are both 0: there is nothing to learn from")
         return self
 

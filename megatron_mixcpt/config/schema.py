@@ -132,7 +132,7 @@ class Config(Section):
 
     @property
     def uses_teacher(self) -> bool:
-        return self.loss.target != "none" and self.loss.kd_weight > 0
+        return self.loss.start_kd_weight > 0
 
     @property
     def runs_teacher(self) -> bool:

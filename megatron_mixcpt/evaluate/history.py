@@ -70,8 +70,8 @@ def measure_history(run: Path, base: Path, settings: EvalSettings, out: Path, *,
         points = [point for point in points if point.step != step]
         points.append(Point(step, str(path), measure.measure_model(path, settings), content))
         points.sort(key=lambda point: point.step)
-        _write(out, str(run), how, points)
-    _write(out, str(run), how, points)
+        _write(out, how, points)
+    _write(out, how, points)
 
 
 def _read(path: Path, how: dict[str, Any]) -> list[Point]:
@@ -89,7 +89,8 @@ def _read(path: Path, how: dict[str, Any]) -> list[Point]:
     return points
 
 
-def _write(out: Path, run: str, how: dict[str, Any], points: Sequence[Point]) -> None:
+def _write(out: Path, how: dict[str, Any], points: Sequence[Point]) -> None:
+    run = how["run"]
     rows = [
         {"step": point.step, "path": point.path, "content": point.content} | rows_of(point.measured) for point in points
     ]

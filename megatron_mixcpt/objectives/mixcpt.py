@@ -7,7 +7,7 @@ is taken once, by the trainer, over the global number of target tokens.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class MixCPTLoss:
     ) -> None:
         self.config, self.teacher = config, teacher
         self.group, self.vocab_start, self.vocab_size = group, vocab_start, vocab_size
-        kd_weight = 0.0 if config.target == "none" else config.kd_weight
+        kd_weight = config.start_kd_weight
         self.statistics: tuple[str, ...] = STATISTICS if kd_weight > 0.0 else WITHOUT_TEACHER
         self._ce_by_kind, self._kd_by_kind = torch.zeros(2, len(KIND_NAMES), device=device)
         self.weigh(kd_weight)
@@ -69,9 +69,9 @@ class MixCPTLoss:
         scale = 1.0 / (config.ce_weight + kd_weight) if config.normalize else 1.0
         ce_by_kind, kd_by_kind = [], []
         for kind in sorted(KIND_NAMES):
-            factors = config.by_kind.get(cast(Literal["domain"], KIND_NAMES[kind]))
-            ce_by_kind.append(scale * config.ce_weight * (factors.ce if factors else 1.0))
-            kd_by_kind.append(scale * kd_weight * (factors.kd if factors else 1.0))
+            factors = config.factors(KIND_NAMES[kind])
+            ce_by_kind.append(scale * config.ce_weight * factors.ce)
+            kd_by_kind.append(scale * kd_weight * factors.kd)
         self._ce_by_kind.copy_(torch.tensor(ce_by_kind))
         self._kd_by_kind.copy_(torch.tensor(kd_by_kind))
 

@@ -6,7 +6,9 @@ A sample is addressed by its stream and number. Everything that is drawn for it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -104,12 +106,15 @@ class Asker:
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    @cached_property
+    def _laid_out(self) -> Callable[..., str]:
+        """Not the tokenizer's own way, which tells templates today's date: the same sample is the same tomorrow."""
+        return compile_chat_template(self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map)
+
     def _render(self, turns: list[tuple[str, str]], *, answer: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            # Not the tokenizer's own way, which tells templates today's date: the same sample is the same tomorrow.
-            render = compile_chat_template(self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map)
-            text = render(messages, None, answer)
+            text = self._laid_out(messages, None, answer)
         except Exception as error:  # whatever a template raises is the template's fault
             raise ConfigError(
                 f"model.hf: the chat template of {self._config.model.hf} fails on an ordinary conversation: {error}; "
