@@ -24,6 +24,9 @@ from megatron_mixcpt.config.sections import (
 )
 from megatron_mixcpt.errors import ConfigError
 
+# Keys without a use where there is no loss.target.
+OF_DISTILLATION = {"loss": ("kd_weight", "temperature", "margin"), "teacher": ("hf", "cache")}
+
 
 class Config(Section):
     """A training run, of `mixcpt train` or, with the section `align`, of `mixcpt align`."""
@@ -51,16 +54,31 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_teacher_by_default_in_alignment(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("align") is not None:
-            loss = values.get("loss")
-            if loss is None or isinstance(loss, dict):
-                return {**values, "loss": {"target": "none", **(loss or {})}}
-        return values
+        if not isinstance(values, dict) or values.get("align") is None:
+            return values
+        loss = values.get("loss") or {}
+        if not isinstance(loss, dict) or "target" in loss:
+            return values
+        align = values["align"]
+        if isinstance(align, dict) and align.get("method") == "sft":
+            for section, keys in OF_DISTILLATION.items():
+                given = values.get(section)
+                for key in keys:
+                    if isinstance(given, dict) and given.get(key) is not None:
+                        raise ValueError(
+                            f"{section}.{key}: sft distils only where loss.target asks for it: set that to swap, plain "
+                            f"or mft, or remove {section}.{key}"
+                        )
+        return {**values, "loss": {**loss, "target": "none"}}
 
     @model_validator(mode="after")
     def _one_objective(self) -> Config:
         if self.kind == "dpo" and self.loss != LossConfig(target="none"):
             raise ValueError("align.method dpo has its own loss (align.beta, align.loss): remove the loss section")
+        if self.kind == "dpo" and (self.teacher.hf or self.teacher.cache):
+            raise ValueError(
+                "align.method dpo compares with the starting weights, not with a teacher: remove the teacher section"
+            )
         return self
 
     @model_validator(mode="after")

@@ -143,7 +143,10 @@ class _Team:
             with contextlib.ExitStack() as held:
                 try:
                     held.enter_context(RunLock(folder))
-                except ConfigError:  # another machine's
+                    if cell is not None:
+                        with RunLock(cell.run_dir):
+                            pass
+                except ConfigError:  # another machine's, or it goes on after its study was killed
                     return False
                 if self._is_done(folder, cell):  # since we looked
                     return False

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ import yaml
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.config import load_config
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.runtime.run_lock import RunLock
 from megatron_mixcpt.study import plan, run
 from megatron_mixcpt.study.config import Study
 from megatron_mixcpt.study.run import run_study
@@ -77,6 +80,23 @@ def test_workers_that_start_together_write_one_file_and_keep_to_their_own_versio
     assert load_config(Study, str(paths[0])) == cells.study
     other = read(write_study(measure={"max_samples": 3})).write()
     assert other != paths[0] and load_config(Study, str(paths[0])) == cells.study
+
+
+def test_a_run_that_goes_on_after_its_study_was_killed_is_waited_for(write_study, pretend):
+    cells = read(write_study())
+    pretended, first = pretend(cells), cells.sweep("ce")[0]
+    left = RunLock(first.run_dir)
+    left.__enter__()
+
+    def end():
+        while not pretended.trained:
+            time.sleep(0.02)
+        left.__exit__()
+
+    threading.Thread(target=end, daemon=True).start()
+    now = run_study(cells, 1)
+    names = [Path(name).parent.name for name in pretended.trained]
+    assert not now.failed and names.index(first.folder.name) > 0 and len(set(names)) == len(names) == 6
 
 
 def test_without_checkpoints_no_weights_stay_also_of_a_run_that_was_killed_before_it_removed_them(
