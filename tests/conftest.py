@@ -36,6 +36,11 @@ quicken()  # as every command does: nothing is tested with what megatron-core wo
 os.environ["WANDB_MODE"] = "disabled"
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":  # all others have several ranks, and this machine one GPU or none
+        os.environ.setdefault("MIXCPT_DEVICE", "cpu")
+
+
 def _folder(nodeid):
     return nodeid.removeprefix("tests/").split("/", 1)[0]
 

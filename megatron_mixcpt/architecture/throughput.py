@@ -13,7 +13,9 @@ from megatron_mixcpt.architecture.architecture import Architecture
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets; the first name contained in the device's name counts.
 PEAK_BF16 = {
     "B200": 2.25e15,
+    "H200 NVL": 836e12,
     "H200": 989e12,
+    "H100 NVL": 836e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,

@@ -54,13 +54,17 @@ class _Slot:
 
 def optimizer_step_count(optimizer: MegatronOptimizer) -> int:
     """Steps taken; raises RuntimeError where parameters disagree, which no sound optimizer does."""
-    counts = set()
-    for single in singles(optimizer):
-        for group in single.optimizer.param_groups:
-            for main in group["params"]:
-                state = single.optimizer.state.get(main, {})
-                count = state.get("step", group.get("step", 0))  # torch's Adam: a tensor a parameter; TE, Apex: a group
-                counts.add(int(count))
+    found = [
+        single.optimizer.state.get(main, {}).get("step", group.get("step", 0))
+        for single in singles(optimizer)
+        for group in single.optimizer.param_groups
+        for main in group["params"]
+    ]
+    tensors = [
+        count for count in found if isinstance(count, Tensor)
+    ]  # torch's Adam: one a parameter; TE, Apex: a group's
+    counts = {int(count) for count in found if not isinstance(count, Tensor)}
+    counts |= set(map(int, torch.stack(tensors).tolist())) if tensors else set()  # read from the device at once
     if len(counts) > 1:
         raise RuntimeError(f"parameters have taken different numbers of optimizer steps: {sorted(counts)}")
     return counts.pop() if counts else 0
@@ -105,14 +109,16 @@ def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
                 state = single.optimizer.state[main]
                 if "step" in state:
                     # A tensor of its own for each parameter: torch's Adam adds to it in place.
-                    state["step"] = torch.tensor(float(step))
+                    state["step"] = torch.full_like(state["step"], step)
 
 
 def common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """What megatron-core keeps in `common.pt` of its plain optimizers, so that it can read this checkpoint."""
     groups, masters = [], False
     for single in singles(optimizer):
-        groups += [{k: v for k, v in group.items() if k != "params"} for group in single.optimizer.param_groups]
+        groups += [  # without what holds for the device
+            {k: v for k, v in group.items() if k not in ("params", "fused")} for group in single.optimizer.param_groups
+        ]
         masters |= any(MASTER in _names(param) for param, _ in _slots_of(single))
     step = torch.tensor(float(optimizer_step_count(optimizer)))
     state = {"state": {"common_step": step}, "param_groups": groups}
@@ -164,5 +170,5 @@ def _allocate_moments(single: Any) -> None:
             if not single.optimizer.state.get(main):
                 state = {name: torch.zeros_like(main, memory_format=torch.preserve_format) for name in MOMENTS}
                 if isinstance(single.optimizer, torch.optim.Adam):
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.zeros((), device=main.device if group["fused"] else "cpu")
                 single.optimizer.state[main] = state

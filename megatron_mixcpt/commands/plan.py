@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{index:<8}{stage.num_parameters:14}{cells}")
     if config.optimizer.offload == "cpu":
         saved = max(stage.offloaded for stage in plan.stages) / 2**30
-        print(f"            and {saved:.3f} GiB of optimizer state in host memory, which optimizer.offload saves here")
+        print(f"            and {saved:.3f} GiB of host memory, where optimizer.offload keeps its state and gradients")
     if config.checkpoint.background:
         print(f"            and {max(s.snapshot for s in plan.stages) / 2**30:.3f} GiB of host memory while saving")
     print("            beside it the libraries: about 0.5 GiB a process, and on a GPU its context")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import resource
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 GIB = 2**30
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def examine(folder: Path, reference_clock: float | None = None) -> Iterator[tupl
         ("python", _python),
         ("torch", _torch),
         ("triton", lambda: _library("triton", "the fused loss kernels; without it the reference runs", needed=False)),
+        ("kernels", _kernels),
         ("megatron-core", _megatron),
         ("transformer-engine", lambda: _optional("transformer_engine")),
         ("apex", lambda: _optional("apex")),
@@ -75,11 +78,62 @@ def _torch() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
+        sign = _sign_of_gpus()
+        if sign:
+            return Finding(
+                "problem",
+                f"{torch.__version__} finds no CUDA device, though {sign}: see nvidia-smi; a driver that is older than "
+                "this build's CUDA, or a build for the CPU, looks like this",
+            )
         return Finding("note", f"{torch.__version__}, no CUDA device: training runs on the CPU with gloo")
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     return Finding(
         "ok", f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(names)}"
     )
+
+
+def _sign_of_gpus() -> str | None:
+    """What says that this machine has GPUs, unless runs are told to take the CPU."""
+    from megatron_mixcpt.runtime.devices import VARIABLE
+    from megatron_mixcpt.runtime.forked import GPU_FILES
+
+    asked = os.environ.get(VARIABLE, "").lower()
+    if asked == "cuda":
+        return f"{VARIABLE} is cuda"
+    if asked == "cpu":
+        return None
+    if os.environ.get("SLURM_GPUS_ON_NODE"):
+        return f"SLURM has given this job {os.environ['SLURM_GPUS_ON_NODE']} of them"
+    found = next((path for name in GPU_FILES for path in DEVICES.glob(name)), None)
+    return f"{found} is there" if found else None
+
+
+def _kernels() -> Finding:
+    """Whether Triton compiles here what training runs, and rightly."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("ok", "on the CPU, by the reference")
+    from megatron_mixcpt.kernels import lssd_loss, lssd_loss_reference
+
+    student, teacher = torch.randn(2, 8, 512, device="cuda").unbind()
+    labels = torch.arange(8, device="cuda")
+
+    def gradient(loss: Callable[..., Any]) -> torch.Tensor:
+        (found,) = torch.autograd.grad(loss(student.requires_grad_(), teacher, labels).sum(), student)
+        return found
+
+    try:
+        found = gradient(lssd_loss)
+    except Exception as error:
+        return Finding(
+            "problem",
+            f"they do not run: {type(error).__name__}: {error}. Triton compiles them when they are first used: it "
+            "needs a C compiler (CC), Python's headers, and a folder that it may write to (TRITON_CACHE_DIR)",
+        )
+    if not torch.allclose(found, gradient(lssd_loss_reference), rtol=1e-4, atol=1e-5):
+        return Finding("problem", "the fused loss has other gradients than the reference on this device")
+    return Finding("ok", "the fused loss runs and agrees with the reference")
 
 
 def _megatron() -> Finding:
@@ -142,6 +196,12 @@ def _network() -> Finding:
         return Finding("problem", f"the host name {name} has no address: ranks cannot find each other; see /etc/hosts")
     with socket.socket() as sock:
         sock.bind((address, 0))
+    if ipaddress.ip_address(address).is_loopback:
+        return Finding(
+            "note",
+            f"{name} is {address}, which other nodes cannot reach: for runs of several nodes correct /etc/hosts, or "
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them",
+        )
     return Finding("ok", f"{name} is {address}, ports can be bound")
 
 

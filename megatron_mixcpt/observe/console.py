@@ -58,7 +58,7 @@ class TrainConsole:
 
 
 def _fixed(number: float | None, digits: int = 3) -> str:
-    """None stands for what is not finite: JSON has no word for it."""
+    """None stands for what is not finite."""
     return "nan" if number is None else f"{number:.{digits}f}"
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from megatron_mixcpt.files import write_whole
+
+
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """With None in place of numbers that are not finite, for which JSON has no word."""
+    return {
+        name: None if isinstance(value, float) and not isfinite(value) else value for name, value in metrics.items()
+    }
 
 
 class MetricsFile:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.observe.console import TrainConsole
-from megatron_mixcpt.observe.metrics import MetricsFile
+from megatron_mixcpt.observe.metrics import MetricsFile, finite
 from megatron_mixcpt.observe.run_report import REPORT, write_report
 from megatron_mixcpt.observe.wandb_process import Ending, WandbProcess, choose_mode, run_id_of
 
@@ -41,12 +41,12 @@ class Record:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep a row."""
-        self._file.write(step, metrics)
+        self._file.write(step, finite(metrics))
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep and show the row of a step."""
         self.write(step, metrics)
-        self.console.step(step, metrics)
+        self.console.step(step, finite(metrics))
 
     def close(self, ending: Ending) -> None:
         """Write the report and let wandb finish."""

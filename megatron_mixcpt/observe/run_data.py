@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +19,7 @@ from megatron_mixcpt.config.history import flat
 from megatron_mixcpt.data.position import sources_of
 from megatron_mixcpt.data_prep.mix import read_mix
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
+from megatron_mixcpt.files import reason
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class SavedCheckpoint:
     step: int
     num_bytes: int
     path: Path
+    written: datetime
 
 
 @dataclass(frozen=True)
@@ -111,20 +116,25 @@ def read_run(path: Path) -> Run:
     if not metrics.is_file():
         known = f"{path} is no run directory" if path.is_dir() else f"{path}: no such directory"
         raise ConfigError(f"{known}: a run has a metrics.jsonl, which `mixcpt train` writes")
+    try:
+        lines = metrics.read_text(errors="replace").splitlines()
+        written = datetime.fromtimestamp(metrics.stat().st_mtime)
+    except OSError as error:
+        raise ConfigError(f"{metrics} cannot be read: {reason(error)}") from None
     checkpoints = list_checkpoints(path / "checkpoints")
     settings = _settings(path / "config.yaml")
     run = Run(
         path=path,
         name=str(settings.get("wandb.name") or path.absolute().name),
         settings=settings,
-        written=datetime.fromtimestamp(metrics.stat().st_mtime),
-        checkpoints=[SavedCheckpoint(step_of(folder), size_of(folder), folder) for folder in checkpoints],
+        written=written,
+        checkpoints=list(_saved(checkpoints)),
         shares=_shares(checkpoints[0]) if checkpoints else {},
         kinds={},
     )
     run.kinds = _kinds(run.settings.get("data.mix"))
     tokens = 0
-    for line in metrics.read_text(errors="replace").splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
             step = int(row.pop("step"))
@@ -133,7 +143,8 @@ def read_run(path: Path) -> Run:
         tokens = row.get("train/tokens", tokens)
         for name, value in row.items():
             if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-                run.series.setdefault(name, []).append(Point(step, tokens, value))
+                finite = None if value is None or not math.isfinite(value) else value
+                run.series.setdefault(name, []).append(Point(step, tokens, finite))
             elif name == "forget/decision":
                 run.decisions.append((step, str(value)))
     return run
@@ -152,6 +163,13 @@ def differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in runs] for key in keys if key not in ("run_dir", "wandb.name")}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row[1:])}
+
+
+def _saved(checkpoints: Iterable[Path]) -> Iterator[SavedCheckpoint]:
+    for folder in checkpoints:
+        with contextlib.suppress(FileNotFoundError):  # the run goes on, and has removed it since
+            written = datetime.fromtimestamp(folder.stat().st_mtime)
+            yield SavedCheckpoint(step_of(folder), size_of(folder), folder, written)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from megatron_mixcpt.observe.run_data import Run, differing_settings
@@ -173,7 +172,7 @@ def checkpoints(runs: Sequence[Run]) -> list[Block]:
         name = [key(run.name, index)] if len(runs) > 1 else []
         for saved in run.checkpoints[:CHECKPOINTS_SHOWN]:
             took = seconds.get(saved.step)
-            when = f"{datetime.fromtimestamp(saved.path.stat().st_mtime):%Y-%m-%d %H:%M}"
+            when = f"{saved.written:%Y-%m-%d %H:%M}"
             spent = None if took is None else f"{took:.1f} s"
             folder = Html(f"<code>{html(saved.path)}</code>")
             rows.append([f"step {saved.step}", *name, when, size(saved.num_bytes), spent, folder])

@@ -133,7 +133,8 @@ def _stage(
     replicas = data_size * grid.context
     # Those that are this rank's own where replicas share them; fewer ranks have the same experts.
     share = (trained - of_experts + of_experts * grid.expert) / replicas
-    optimizer = math.ceil(share * state_size) if train.distributed_optimizer else trained * state_size
+    held = math.ceil(share) if train.distributed_optimizer else trained  # parameters that this rank updates
+    optimizer = held * state_size
     offloaded = config.optimizer.offload == "cpu"
     tokens = train.micro_batch_size * row_length // grid.context
     layers, parts = most_in_flight(cut, index, num_micro)  # the first stage waits longest for its gradients
@@ -157,7 +158,7 @@ def _stage(
         weights=count * size,
         gradients=trained * FP32,
         optimizer=0 if offloaded else optimizer,
-        offloaded=optimizer if offloaded else 0,
+        offloaded=held * 4 * FP32 if offloaded else 0,  # weights, two moments, gradients
         teacher=_teacher_bytes(config, arch, count, data_size, last),
         activations=activations,
         logits=logits,

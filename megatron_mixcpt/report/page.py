@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_mixcpt import __version__
 from megatron_mixcpt.files import write_whole
 
 COLOURS = 12
+_TAG = re.compile(r"<[^>]+>")
 _NUMBER = re.compile(r"[+\-–<x×]? ?[\d.,]*(\d|$)|–")
 
 
@@ -30,6 +31,13 @@ Cell = str | Html | int | None
 def html(value: Any) -> Html:
     """As markup: escaped, unless it is some."""
     return value if isinstance(value, Html) else Html(escape("–" if value is None else str(value)))
+
+
+def plain(value: Any) -> str:
+    """As Markdown: markup without its tags; what looks like a tag in other text is text."""
+    if isinstance(value, Html):
+        value = unescape(_TAG.sub("", value))
+    return "–" if value is None else re.sub(r"<(?=[A-Za-z/!?])", r"\\<", str(value))
 
 
 def join(*parts: Any) -> Html:
@@ -66,7 +74,7 @@ class Text:
         return f'<p class="{self.kind}">{html(self.text)}</p>'
 
     def markdown(self) -> str:
-        return re.sub(r"<[^>]+>", "", self.text)
+        return plain(self.text)
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
     def html(self) -> str:
-        plain = [[re.sub(r"<[^>]+>", "", html(cell)) for cell in column] for column in zip(*self.rows)]
-        classes = ["n" if all(_NUMBER.match(text) for text in column) and any(column) else "" for column in plain]
+        texts = [[_TAG.sub("", html(cell)) for cell in column] for column in zip(*self.rows)]
+        classes = ["n" if all(_NUMBER.match(text) for text in column) and any(column) else "" for column in texts]
         classes += [""] * (len(self.head) - len(classes))
         head = "".join(
             f'<th class="{kind or ("" if name else "wide")}">{html(name)}</th>'
@@ -96,7 +104,7 @@ class Table:
         kept = [index for index, name in enumerate(self.head) if name or index == 0]
 
         def line(cells: Sequence[Any]) -> str:
-            texts = ("–" if cells[i] is None else re.sub(r"<[^>]+>", "", str(cells[i])) for i in kept)
+            texts = (plain(cells[i]) for i in kept)
             return f"| {' | '.join(' '.join(text.split()).replace('|', chr(92) + '|') for text in texts)} |"
 
         return "\n".join([line(self.head), "|" + "---|" * len(kept), *map(line, self.rows)])

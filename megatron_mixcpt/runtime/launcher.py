@@ -92,7 +92,7 @@ def launch(nproc: int, arguments: Sequence[str], program: str = "megatron_mixcpt
     """
     port = free_port()
     last_words = tempfile.TemporaryDirectory(prefix="mixcpt-ranks-")
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     ranks: list[subprocess.Popen | ForkedRank] = []
     forked = can_fork(os.environ)
     if forked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +204,16 @@ class Bookkeeping:
         rate = processed / seconds / self.state.world_size
         metrics: dict[str, Any] = {
             "train/tokens": all_tokens,
-            "train/loss": _finite(totals.loss),
+            "train/loss": totals.loss,
         }
         own = self.components.task.metrics(total, dict(zip(self.sources, rows)))
-        metrics |= {name: _finite(value) for name, value in own.items()}
+        metrics |= own
         metrics |= routing_metrics(totals.routed, self.components.arch)
         for name in self.sources:
             metrics[f"mix/tokens/{name}"] = self.tokens[name]
             metrics[f"mix/share/{name}"] = self.tokens[name] / max(all_tokens, 1)
         metrics |= {
-            "optim/grad_norm": _finite(grad_norm),
+            "optim/grad_norm": grad_norm,
             "optim/skipped": self.guard.skipped,
             "data/stream": self.stream,
             "speed/tok_per_s_gpu": rate,
@@ -256,8 +255,3 @@ class Bookkeeping:
             lines.append(f"resume  at step {step} of {config.train.steps}")
         for line in lines:
             self.message(line)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -22,7 +22,7 @@ from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.runtime.first_rank import from_first
 from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.forgetting import Forgetting
-from megatron_mixcpt.train.setup import Components, build_stage
+from megatron_mixcpt.train.setup import Components, build_stage, load_start
 from megatron_mixcpt.train.validation import RunValidation
 
 ALPHAS = (0.25, 0.5, 0.75)
@@ -72,10 +72,10 @@ def _best_average(
     where none beats the best checkpoint. The model, which is at the end of its training, then holds that average."""
     assert config.forget is not None
     stage = unwrap_model(components.model)
-    start = build_stage(config, components.arch).model
-    ends = [  # on the host: gradients, optimizer and teacher are still on the device
-        (p, p0.detach().cpu(), p.detach().to("cpu", copy=True)) for p, p0 in zip(stage.parameters(), start.parameters())
-    ]
+    parameters, end = list(stage.parameters()), _on_host(stage)
+    # Read into the model itself: gradients, optimizer and teacher may have left no room for another.
+    start = stage if load_start(stage, config) else build_stage(config, components.arch).model
+    ends = list(zip(parameters, _on_host(start), end))
     del start
     best: dict[str, float] | None = None
     most = forgetting.best.gain if within and forgetting.best else -math.inf
@@ -90,6 +90,10 @@ def _best_average(
             best, most = {"alpha": alpha, "forgotten": forgotten, "gain": gain}, gain
     _mix(ends, best["alpha"] if best else 1.0)
     return best
+
+
+def _on_host(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
 
 
 @torch.no_grad()

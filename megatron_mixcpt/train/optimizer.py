@@ -54,6 +54,10 @@ def build_optimizer(
         from megatron_mixcpt.train.host_adam import offload
 
         offload(optimizer, model)
+    elif next(model.parameters()).is_cuda:
+        for single in singles(optimizer):
+            for group in single.optimizer.param_groups:
+                group["fused"] = True  # torch's own choice takes a copy of the second moments for a moment
     return optimizer
 
 

@@ -244,17 +244,21 @@ def build(config: Config, state: ParallelState, heartbeat: Callable[[str], None]
 def build_stage(config: Config, arch: Architecture) -> Stage:
     """This rank's pipeline stage at the starting weights. Collective."""
     model = empty_stage(config, arch, seed=config.train.seed if config.model.preset else None)
-    weights = adapter = None
+    adapter = None
     if config.adapter:
         start_adapters(model, config.train.seed)
         if config.adapter.init:
             adapter = weights_fingerprint(config.adapter.init)
+    return Stage(model, Start(load_start(model, config), adapter))
+
+
+def load_start(model: StageModel, config: Config) -> str | None:
+    """Read the weights that the configuration begins with into `model`; returns their fingerprint, or None for those of
+    a preset, which are drawn and not read. Collective."""
     if config.model.hf:
         load_hf(model, config.model.hf)
-        weights = weights_fingerprint(config.model.hf)
-    if config.model.checkpoint:
-        weights = load_model_weights(model, Path(config.model.checkpoint))
-    return Stage(model, Start(weights, adapter))
+        return weights_fingerprint(config.model.hf)
+    return load_model_weights(model, Path(config.model.checkpoint)) if config.model.checkpoint else None
 
 
 def empty_stage(config: Config, arch: Architecture, *, seed: int | None = None) -> StageModel:

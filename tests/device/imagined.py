@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.model import dispatch, experts
 from megatron_mixcpt.runtime import parallel
-from megatron_mixcpt.train import dry_run, setup
+from megatron_mixcpt.train import dry_run, optimizer, setup
 from megatron_mixcpt.train.agreement import agree
-from megatron_mixcpt.train.optimizer import optimizer_step
 from tests.device.residency import CPU, META, Residency
 from tests.device.runs import told_apart
 from tests.train.runs import grid_of
@@ -30,10 +30,18 @@ def resident_bytes(config: Config, ranks: int, rank: int) -> Residency:
     with told_apart(META) as residency, _alone(rank, ranks), grid_of(config) as state:
         components = setup.build(config, state)
         dry_run.dry_run(config, components, state)
-        with residency.part("optimizer"):
+        with residency.part("optimizer"), contextlib.ExitStack() as stack:
             agree(torch.zeros(1, 2, dtype=torch.float64, device=state.device), 0, stop=False)
-            optimizer_step(components.optimizer, 0, config.train)
+            if config.optimizer.offload == "none":  # the host's tensors have values
+                stack.enter_context(mock.patch.object(optimizer, "gradient_norm", _finite))
+            optimizer.optimizer_step(components.optimizer, 0, config.train)
     return residency
+
+
+def _finite(of: MegatronOptimizer, norm: Callable[[MegatronOptimizer], float] = optimizer.gradient_norm) -> float:
+    """A norm with which the step is taken: that of tensors without values is none."""
+    norm(of)
+    return 1.0
 
 
 class _Even(dispatch.Dispatch):

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mixcpt.cli import main
+from megatron_mixcpt.doctor import checks
 from megatron_mixcpt.doctor.checks import _clock, examine
 from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from tests.faults.conftest import STEPS, run_settings
@@ -155,6 +157,29 @@ def test_the_doctor_examines_the_machine(tmp_path, capsys):
     topics = dict(examine(tmp_path))
     assert {"python", "torch", "megatron-core", "shared memory", "open files", "clock", "disk"} <= topics.keys()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_sees_gpus_that_torch_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(checks, "DEVICES", tmp_path)
+    monkeypatch.delenv("MIXCPT_DEVICE", raising=False)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert checks._torch().level == "note"
+    (tmp_path / "nvidia0").touch()
+    assert checks._torch().level == "problem" and "nvidia0 is there" in checks._torch().text
+    monkeypatch.setenv("MIXCPT_DEVICE", "cpu")
+    assert checks._torch().level == "note"
+    monkeypatch.setenv("MIXCPT_DEVICE", "cuda")
+    assert "though MIXCPT_DEVICE is cuda" in checks._torch().text
+    monkeypatch.delenv("MIXCPT_DEVICE")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert "this job 8 of them" in checks._torch().text
+
+
+def test_the_doctor_sees_an_address_that_other_nodes_cannot_reach(monkeypatch):
+    for address, level in (("127.0.1.1", "note"), ("0.0.0.0", "ok")):
+        monkeypatch.setattr(socket, "gethostbyname", lambda name, address=address: address)
+        assert checks._network().level == level
 
 
 def test_the_doctor_sees_a_wrong_clock_and_a_low_limit(tmp_path):

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mixcpt.checkpoint.info import render_info
+from megatron_mixcpt.checkpoint.store import list_checkpoints
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.data_prep.mix import Mix, Source, TokenizerEntry, write_mix
+from megatron_mixcpt.observe import run_data
 from megatron_mixcpt.observe.run_data import differing_settings, read_run
 from megatron_mixcpt.observe.run_report import page
 from megatron_mixcpt.report.figures import MAX_POINTS, Series, bar_chart, line_chart, thin, tick_labels, ticks
+from megatron_mixcpt.report.page import Html, Table
 from megatron_mixcpt.units import number
 from tests.helpers.checkpoints import checkpoint_info
 from tests.observe.browser import open_page
@@ -186,9 +189,23 @@ def test_the_routing_of_a_mixture_of_experts_is_drawn_over_time_and_by_layer(tmp
     ]  # fmt: skip
 
 
+def test_what_looks_like_markup_is_text_in_markdown_too():
+    table = Table(
+        ["answer", "as"], [["a<b and c>d <think>no</think> | &amp;", Html("<code>1 &lt; 2</code>")], [None, 3]]
+    )
+    assert table.markdown().splitlines()[2:] == [
+        r"| a\<b and c>d \<think>no\</think> \| &amp; | 1 < 2 |",
+        "| – | 3 |",
+    ]
+
+
 def test_names_are_text_not_markup(compared):
     text = compared.read_text()
     assert "general <text>" not in text and "general &lt;text&gt;" in text
+
+
+# What an earlier version wrote of a model that is lost.
+DIVERGED = "".join(f'{{"step": 121, "val/{name}/loss": NaN, "val/{name}/ppl": Infinity}}\n' for name in SOURCES)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +217,7 @@ def test_names_are_text_not_markup(compared):
         {"steps": 0},
         {"steps": 0, "validate": False},
         {"steps": 0, "validate": False, "tail": "garbage\n[1, 2]\n{}\n"},
+        {"tail": DIVERGED},
     ],
     ids=str,
 )
@@ -217,6 +235,13 @@ def test_a_run_without_settings_or_checkpoints_has_a_page(tmp_path):
     (run / "config.yaml").write_text("train: [unclosed")
     (run / "checkpoints" / "step_00000040" / "checkpoint.json").write_text("{")
     assert "at step 120, last written" in page([read_run(run)])
+
+
+def test_a_checkpoint_that_a_live_run_removes_meanwhile_is_left_out(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    gone = run / "checkpoints" / "step_00000020"
+    monkeypatch.setattr(run_data, "list_checkpoints", lambda folder: [*list_checkpoints(folder), gone])
+    assert [saved.step for saved in read_run(run).checkpoints] == [40]
 
 
 def test_what_is_no_run_is_told(tmp_path, capsys):

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_mixcpt.slurm import agent
 from megatron_mixcpt.slurm.render import render, template
 
 # In the place of `python -m megatron_mixcpt.cli COMMAND`: does what the command says.
@@ -127,6 +128,12 @@ def test_ranks_that_fail_because_a_node_is_lost_lead_back_into_the_queue(cluster
     finally:
         cluster.environment = environment
     assert "a node does not answer; requeued" in script.log()
+
+
+def test_an_agent_that_could_not_wait_for_a_save_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(agent.metadata, "version", lambda name: "2.11.0+cu130")
+    assert agent.main() == 2
+    assert "needs torch 2.12 or newer, this is 2.11.0+cu130: take srun" in capsys.readouterr().err
 
 
 def test_a_container_gets_the_working_directory_and_further_mounts(tmp_path):
