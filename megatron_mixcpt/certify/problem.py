@@ -104,7 +104,7 @@ def pose(config: Config, arch: Architecture, mix: Mix, grid: Grid, data_size: in
     values["data"] |= {"weights": {}}  # which are the sample's own
     factor = LEARNING_RATE / config.train.lr
     values["train"] |= {"lr": LEARNING_RATE, "min_lr": factor * config.train.min_lr}
-    problem = Problem(folder, values, small, grid, seq_length, left_out(config))
+    problem = Problem(folder, values, small, grid, seq_length, left_out(config, arch))
     if config.adapter is not None:
         # A cache names the base model's weights alone, and is no teacher of a run that begins with an adapter.
         begins = None if values["teacher"]["source"] == "cached" else str(problem.adapter(START))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import ConfigError
 
@@ -18,9 +19,11 @@ def refuse_what_cannot_be_certified(config: Config) -> None:
         )
 
 
-def left_out(config: Config) -> tuple[str, ...]:
-    """What of the settings takes no part, in words."""
+def left_out(config: Config, arch: Architecture) -> tuple[str, ...]:
+    """What of the settings, and of the model, takes no part, in words."""
     told = []
+    if arch.rope_scaling and arch.rope_scaling.kind == "longrope":
+        told.append("rotary scaling longrope: its numbers for long documents; the small run's are short")
     if config.uses_teacher and config.teacher.source == "cached":
         told.append("teacher.cache: its own answers; others are cached in 32 bits, of all tokens, so that none is lost")
     if config.uses_teacher and config.teacher.hf is not None:

@@ -19,6 +19,7 @@ from megatron_mixcpt.files import write_whole
 
 FILE = "settings.jsonl"
 Flat = dict[str, Any]
+UNKNOWN = object()
 
 
 def record_settings(run_dir: Path, step: int, config: Config) -> list[str]:
@@ -27,10 +28,12 @@ def record_settings(run_dir: Path, step: int, config: Config) -> list[str]:
     Returns what differs from before, to be told.
     """
     now = flat(config.model_dump(mode="json", by_alias=True))
-    entries = [entry for entry in read_history(run_dir) if entry["step"] < step]
+    found = read_history(run_dir)
+    entries = [entry for entry in found if entry["step"] < step]
     before: Flat = entries[-1]["settings"] if entries else {}
     if before != now:
         entries.append({"step": step if entries else 0, "settings": now})
+    if entries != found:  # or settings that were tried from here on, and no checkpoint has
         write_whole(run_dir / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
     save_config(config, run_dir / "config.yaml")
     return changes(before, now) if before else []
@@ -51,16 +54,23 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 def told(run_dir: Path) -> list[str]:
     """Every change of a run's settings, a sentence each: `from step 41 on: train.lr 0.0001 -> 5e-05`."""
     entries = read_history(run_dir)
-    return [
-        f"from step {entry['step'] + 1} on: {', '.join(changes(before['settings'], entry['settings']))}"
-        for before, entry in pairwise(entries)
-    ]
+    changed = [(entry["step"], changes(before["settings"], entry["settings"])) for before, entry in pairwise(entries)]
+    return [f"from step {step + 1} on: {', '.join(keys)}" for step, keys in changed if keys]
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key old -> new` of every key that differs; one that only one side has was, or is, at its default."""
-    keys = [key for key in {**before, **now} if key in before and key in now and before[key] != now[key]]
-    return [f"{key} {before[key]} -> {now[key]}" for key in keys]
+def changes(before: Flat, now: Flat) -> list[str]:
+    """`key old -> new` of every key that differs; one that only one version of the program knows was, or is, at its
+    default."""
+    pairs = {key: (_value(before, key), _value(now, key)) for key in {**before, **now}}
+    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if UNKNOWN not in (old, new) and old != new]
+
+
+def _value(settings: Flat, key: str) -> Any:
+    """None in a section that is empty there, UNKNOWN where there is no such key, or a section in its place."""
+    if key in settings:
+        return settings[key]
+    above = key.split(".")
+    return None if any(".".join(above[:depth]) in settings for depth in range(1, len(above))) else UNKNOWN
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Flat:

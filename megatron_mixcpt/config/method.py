@@ -86,6 +86,10 @@ class TeacherConfig(Section):
             raise ValueError("teacher.source cached needs teacher.cache, a directory that `mixcpt cache-teacher` fills")
         if self.source == "deepspeed" and self.hf is None:
             raise ValueError("teacher.source deepspeed needs teacher.hf, the directory of a Hugging Face model")
+        if self.cache is not None and self.source != "cached":
+            raise ValueError(f"teacher.cache is for teacher.source cached, not {self.source}: set that, or remove it")
+        if self.nvme_path is not None and self.offload != "nvme":
+            raise ValueError("teacher.nvme_path is for teacher.offload nvme: set that, or remove it")
         if self.hf is not None and self.source not in ("cached", "deepspeed"):
             raise ValueError(f"teacher.hf is for teacher.source deepspeed or cached, not {self.source}")
         if self.offload != "none" and self.hf is None:

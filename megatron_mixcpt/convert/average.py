@@ -17,10 +17,9 @@ from megatron_mixcpt.files import new_directory
 from megatron_mixcpt.hf_alora import is_alora
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.metadata import TOKENIZER_FILES
-from megatron_mixcpt.huggingface.names import IGNORED_SUFFIXES
 from megatron_mixcpt.huggingface.stream import one_thread
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter, TensorSource
-from megatron_mixcpt.huggingface.weights import open_source, widest
+from megatron_mixcpt.huggingface.weights import open_source, read_names, stored_names, widest
 
 
 def average(
@@ -70,11 +69,9 @@ def _read(source: TensorSource, name: str) -> Tensor:
 
 
 def _names(source: TensorSource, folder: Path) -> set[str]:
-    """Of tensors that are read: a model may also store its rotation, or a copy of an output head that is tied."""
-    names = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
-    if LM_HEAD in names and architecture_from_hf(folder).tie_word_embeddings:
-        names.remove(LM_HEAD)
-    return names
+    """Of tensors that are read."""
+    tied = LM_HEAD in source.names()  # perhaps; models without one need be of no known family
+    return stored_names(source, architecture_from_hf(folder), str(folder)) if tied else read_names(source)
 
 
 def _common(first: TensorSource, second: TensorSource, base: Path, tuned: Path) -> list[str]:

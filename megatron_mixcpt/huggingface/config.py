@@ -9,7 +9,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.huggingface.families import FAMILIES
 from megatron_mixcpt.huggingface.families.family import Family
-from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option
+from megatron_mixcpt.huggingface.gguf import gguf_file, gguf_option, unread_rotation
 from megatron_mixcpt.huggingface.rotary import read_rotary, rotary_entries
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours, theirs
@@ -65,7 +65,10 @@ def architecture_from_hf(hf_dir: str | Path, trust_remote_code: bool = False) ->
         if isinstance(values, dict) and "model_type" in values and not trust_remote_code:
             # Before transformers, which may not know it; code that is trusted may say another.
             _check_family(values["model_type"], str(hf_dir))
-    return architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
+    arch = architecture_from_config(load_config(hf_dir, trust_remote_code), str(hf_dir))
+    if not path.exists():
+        _check_gguf(hf_dir, arch)
+    return arch
 
 
 def architecture_from_config(config: Any, where: str) -> Architecture:
@@ -116,6 +119,18 @@ def architecture_from_config(config: Any, where: str) -> Architecture:
         **family.features,
         **own,
     )
+
+
+def _check_gguf(hf_dir: str | Path, arch: Architecture) -> None:
+    """Raise ConfigError where transformers would make another model of a GGUF file than it is."""
+    unread = unread_rotation(hf_dir, arch.num_rotary_channels) if arch.rope_scaling is None else None
+    if arch.num_experts:
+        unread = "experts"
+    if unread:
+        raise ConfigError(
+            f"{hf_dir}: {unread} of a GGUF file is not read by transformers, which would make another model of it: "
+            "take the model's safetensors"
+        )
 
 
 def _check_family(model_type: Any, where: str) -> None:

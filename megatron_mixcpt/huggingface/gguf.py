@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from megatron_mixcpt.errors import ConfigError
 
@@ -24,6 +25,28 @@ def gguf_file(hf_dir: Path) -> Path | None:
     if len(files) > 1:
         raise ConfigError(f"{hf_dir} holds {len(files)} GGUF files: leave the one to use in a directory of its own")
     return files[0]
+
+
+def unread_rotation(hf_dir: str | Path, head_dim: int) -> str | None:
+    """What a GGUF file says of rotary positions that transformers does not take from it, in words; None: nothing.
+
+    head_dim: numbers of a head that the model, as transformers reads it, rotates.
+    """
+    file = gguf_file(Path(hf_dir))
+    assert file is not None
+    reader = importlib.import_module("gguf").GGUFReader(str(file))
+    family = reader.get_field("general.architecture").contents()
+
+    def value(key: str) -> Any:
+        found = reader.get_field(f"{family}.rope.{key}")
+        return None if found is None else found.contents()
+
+    if value("scaling.type") not in (None, "none") and value("scaling.factor") != 1.0:
+        return f"{family}.rope.scaling.type {value('scaling.type')}"
+    if value("dimension_count") not in (None, head_dim):
+        return f"{family}.rope.dimension_count {value('dimension_count')}"
+    factors = (tensor for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_")))
+    return next((tensor.name for tensor in factors if (tensor.data != 1.0).any()), None)
 
 
 def gguf_option(hf_dir: str | Path) -> dict[str, str]:

@@ -53,6 +53,7 @@ def write_metadata(
     if source and (source / "config.json").exists():
         config = json.loads((source / "config.json").read_text())
         config["vocab_size"] = arch.vocab_size
+        config.pop("auto_map", None)  # of code that is not copied: transformers' own class reads these weights
         if (source / "generation_config.json").exists():
             shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     else:

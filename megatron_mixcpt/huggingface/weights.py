@@ -77,12 +77,37 @@ def widest(dtypes: set[torch.dtype]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def read_names(source: TensorSource) -> set[str]:
+    """Without the rotation, which a model may store too."""
+    return {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+
+
+def stored_names(source: TensorSource, arch: Architecture, where: str) -> set[str]:
+    """`read_names` without an output head that is tied, of which a model may store a copy.
+
+    Raises VerificationError where that is no copy: transformers 5 does not tie it then.
+    """
+    names = read_names(source)
+    (head,), (embedding,) = hf_names(OUTPUT, arch), hf_names(EMBEDDING, arch)
+    if arch.tie_word_embeddings and head in names:
+        if embedding in names and not torch.equal(*(_read(source, name) for name in (head, embedding))):
+            raise VerificationError(
+                f"{where}: config.json says tie_word_embeddings, and {head} is not {embedding} (adapters that were "
+                "merged into both leave that): set tie_word_embeddings to false in config.json"
+            )
+        names.remove(head)
+    return names
+
+
+def _read(source: TensorSource, name: str) -> Tensor:
+    tensor = torch.empty(source.shape(name), dtype=source.dtype(name))
+    source.read_into(name, tensor)
+    return tensor
+
+
 def check_names(source: TensorSource, arch: Architecture, where: str) -> None:
     """Raise VerificationError unless the source holds exactly the tensors that `arch` has."""
-    expected = set(hf_shapes(arch))
-    present = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
-    if arch.tie_word_embeddings:
-        present -= set(hf_names(OUTPUT, arch))  # a copy that transformers does not read either
+    expected, present = set(hf_shapes(arch)), stored_names(source, arch, where)
     missing, unknown = sorted(expected - present), sorted(present - expected)
     if missing:
         raise VerificationError(f"{where} lacks {len(missing)} tensors, first {missing[0]}: copy or download it again")

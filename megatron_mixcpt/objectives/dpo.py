@@ -124,7 +124,7 @@ class DPOTask:
 
     def fullest_batch(self, size: int) -> Batch:
         """One pair a row, all its tokens answers."""
-        tokens = torch.zeros(self.row_length + 1, dtype=torch.int64)
+        tokens = torch.arange(self.row_length + 1) % self._mix.tokenizer.vocab_size
         flags = torch.full_like(tokens, TARGET, dtype=torch.uint8)
         flags[[0, self.row_length // 2]] = DOC_START
         sample = {"tokens": tokens, "flags": flags, "reference": torch.zeros(1, 2, dtype=torch.float64)}

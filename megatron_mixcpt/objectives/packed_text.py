@@ -53,8 +53,11 @@ class PackedTextTask:
         return collate(samples)
 
     def fullest_batch(self, size: int) -> Batch:
-        """Every token a target, and each row one document, for which attention takes the most."""
-        tokens = torch.zeros(size, self.row_length, dtype=torch.int64)
+        """Every token a target, and each row one document, for which attention takes the most.
+
+        All kinds of tokens, which experts share among them as they do those of text.
+        """
+        tokens = (torch.arange(size * self.row_length) % self._mix.tokenizer.vocab_size).view(size, self.row_length)
         packing = Documents.whole(size, self.row_length)
         kinds, source = torch.zeros_like(tokens), torch.zeros(size, dtype=torch.int64)
         return Batch(tokens, tokens.clone(), kinds, packing.position_ids(), packing, source)

@@ -58,6 +58,14 @@ def check_hf_teacher(config: TeacherConfig, mix: Mix) -> None:
             f"teacher.hf: {folder} takes {positions} tokens, and the rows of {mix.path} have {mix.seq_length}: choose "
             "a teacher with a longer context, or preprocess with a smaller seq_length"
         )
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    short = scaling.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if scaling.get("rope_type", scaling.get("type")) == "longrope" and short and mix.seq_length > short:
+        raise ConfigError(
+            f"teacher.hf: {folder} has rotary scaling longrope, and transformers takes its numbers for long documents "
+            f"for all of a batch as soon as one is longer than {short} tokens: answers would depend on the neighbours. "
+            f"Preprocess with a seq_length of {short} at most, or choose another teacher"
+        )
     rows = text.vocab_size
     needed = extended_vocab_size(folder, mix.tokenizer_dir, rows)
     if needed > rows:

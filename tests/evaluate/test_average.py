@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.convert.average import average
-from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.errors import ConfigError, VerificationError
 from megatron_mixcpt.evaluate.gci import Instance, write_instances
 from tests.model.families import make
 
@@ -76,6 +76,9 @@ def test_what_a_model_stores_and_nobody_reads_is_no_difference(tmp_path):
     save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     average(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "out")
     assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "tuned").keys()
+    save_file(stored | {"lm_head.weight": 2 * stored["lm_head.weight"]}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(VerificationError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        average(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "no")
     make("llama-untied", tmp_path / "untied")
     make("llama-untied", tmp_path / "headless")
     rest = {name: value for name, value in tensors(tmp_path / "headless").items() if name != "lm_head.weight"}

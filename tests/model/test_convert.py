@@ -221,6 +221,8 @@ def test_code_in_the_directory_runs_only_when_asked(source, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
     assert main(["convert", "--hf", str(folder), "--out", str(tmp_path / "ckpt2"), "--trust-remote-code"]) == 0
     assert (tmp_path / "ran").exists()
+    assert main(["export", str(tmp_path / "ckpt2"), "--out", str(tmp_path / "exported")]) == 0
+    assert "auto_map" not in json.loads((tmp_path / "exported" / "config.json").read_text())  # its code is not there
     damage_config(model_type="custom")(folder)
     (tmp_path / "ran").unlink()
     assert main(["convert", "--hf", str(folder), "--out", str(tmp_path / "ckpt3")]) == 2

@@ -217,6 +217,8 @@ def test_the_plan_counts_the_pieces_of_the_teacher(models, mix, tmp_path):
     [
         ({"source": "deepspeed"}, "needs teacher.hf"),
         ({"source": "initial", "hf": "x"}, "teacher.hf is for"),
+        ({"cache": "x"}, "teacher.cache is for teacher.source cached, not initial"),
+        ({"source": "deepspeed", "hf": "x", "nvme_path": "/n"}, "teacher.nvme_path is for teacher.offload nvme"),
         ({"source": "deepspeed", "hf": "x", "offload": "nvme"}, "needs teacher.nvme_path"),
         ({"source": "initial", "offload": "cpu"}, "teacher.offload is for the model of teacher.hf"),
     ],

@@ -61,11 +61,19 @@ def test_a_window_that_only_a_mask_would_keep_is_refused_where_it_matters():
     torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
 
 
+LONGROPE = {
+    **{"model_type": "phi3", "vocab_size": 256, "pad_token_id": 0, "hidden_size": 32, "num_attention_heads": 4},
+    **{"max_position_embeddings": 64, "original_max_position_embeddings": 8},
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"model_type": "gpt2", "vocab_size": 256, "n_positions": 8}, "takes 8 tokens, and the rows of"),
         ({"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 8}, "takes 8 tokens, and the rows of"),
+        (LONGROPE, "for all of a batch as soon as one is longer than 8 tokens"),
         ({"model_type": "nobody-knows"}, "transformers cannot read its configuration"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "transformers cannot read its configuration"),
         (None, "transformers cannot read its configuration"),

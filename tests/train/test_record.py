@@ -9,7 +9,7 @@ import yaml
 
 from megatron_mixcpt.checkpoint import list_checkpoints
 from megatron_mixcpt.config import Config, validate
-from megatron_mixcpt.config.history import read_history, told
+from megatron_mixcpt.config.history import read_history, record_settings, told
 from megatron_mixcpt.errors import StoppedError
 from megatron_mixcpt.objectives.step import ForwardBackward
 from megatron_mixcpt.train import saving
@@ -56,6 +56,19 @@ def test_each_step_is_recorded_with_the_settings_it_was_taken_with(mix, tmp_path
     assert "settings from step 3 on: train.lr 0.001 -> 0.0005" in capsys.readouterr().out
     assert told(folder) == ["from step 3 on: train.lr 0.001 -> 0.0005"]
     assert [entry["settings"]["train.lr"] for entry in read_history(folder)] == [1e-3, 5e-4]
+
+
+def test_settings_that_were_tried_and_taken_back_are_not_in_the_record(tmp_path):
+    def start(step, **values):
+        config = {"model": {"preset": "nano"}, "data": {"mix": "m"}, "run_dir": "r", "train": {"steps": 9}}
+        return record_settings(tmp_path, step, validate(Config, config | values, "test"))
+
+    assert start(0) == []
+    assert start(5, train={"steps": 9, "lr": 1e-3}) == ["train.lr 1e-05 -> 0.001"]
+    assert start(5) == [] and told(tmp_path) == []
+    added = start(7, data={"mix": "m", "weights": {"a": 0.5}}, forget={"budget": 0.1})
+    assert added[0] == "data.weights.a None -> 0.5" and "forget.budget None -> 0.1" in added
+    assert "data.weights.a 0.5 -> None" in start(8)
 
 
 def test_the_record_of_a_finished_run_does_not_change(mix, tmp_path, capsys):
