@@ -120,11 +120,10 @@ def test_a_run(tmp_path, mixes, kind):
 
 
 def test_a_cached_teacher_is_written_and_read(tmp_path, mixes):
-    values = values_of(mixes, tmp_path / "run", {"teacher": {"cache": str(tmp_path / "cache")}})
+    values = values_of(mixes, tmp_path / "run", {"teacher": {"source": "cached", "cache": str(tmp_path / "cache")}})
     with claimed_device() as residency:
         fill(values, top_k=8)
     assert residency.waits
-    values["teacher"]["source"] = "cached"
     assert undocumented(run(values), (), steps=STEPS, micro_batches=MICRO_BATCHES) == []
 
 
