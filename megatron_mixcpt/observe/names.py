@@ -49,7 +49,7 @@ METRICS = {
     "forget/budget": "what `forget.budget` allows, in nats a token",
     "forget/forgotten": "the largest forget/<source>/delta of `forget.on`, measured: what the budget is for",
     "forget/noise": "its standard error, of the same held-out sequences before and now",
-    "forget/expected": "what it will be when it is measured next, from its trend and train/kl_base",
+    "forget/expected": "what a measurement would find now, by how far train/kl_base has moved since the last one",
     "forget/decision": "what was decided and why, or what the result is, in words",
     "forget/gain": "fall of the held-out loss of what is to be learned, in nats a token",
     "forget/kd_weight": "distillation weight that the budget asks for, in place of loss.kd_weight",

@@ -10,7 +10,8 @@ highest does not keep the budget, training ends.
 
 Held-out losses are measured now and then, the divergence from the base model at every step. What is forgotten grows
 with that divergence (arXiv 2509.04259), so that it tells between two measurements what the next one would find. Small
-batches differ by chance; how much is learned from step to step, and only what is beyond it counts.
+batches differ by chance; how much is learned from step to step, and only what is beyond it counts. It is a warning and
+no finding: where it alone lowers the learning rate, a measurement is asked for at once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ REACTION = math.log(256.0)  # what the pressure rises by as soon as another budg
 ASCENT = math.log(4.0)  # what it rises by in the time between two measurements in which twice the budget is forgotten
 SMOOTHING = 0.25  # of the time between two measurements: over what the divergence is averaged
 SHORTEST_AVERAGE = 2  # steps, however short that time: single batches differ
+DOUBT = 0.1  # of the budget: if more than that is expected beyond what was measured, it is worth a measurement,
+EARLIEST = 0.25  # which comes no sooner than in this share of the time between two
 UNSEEN = 2.0  # standard errors by which that average must have moved: what is below is the batches' chance
 LARGEST_DEADBAND = 0.25  # of the budget: more noise cannot resolve it, and it is kept all the same
 PATIENCE = 2  # measurements beyond the budget under the highest pressure, after which training ends
@@ -47,7 +50,6 @@ class _State:
     noise: float = 0.0
     step: int = 0  # of the last measurement
     steps: int = 0  # that were taken since
-    pace: float = 0.0  # change of what is forgotten in the time between two measurements, at the last one
     dual: float = 0.0  # the part of the pressure that dual ascent moves; the rest follows what is forgotten
     divergence: float | None = None  # averaged over the last steps
     divergence_last: float | None = None  # of the last step alone,
@@ -107,13 +109,18 @@ class BudgetController:
 
     @property
     def expected(self) -> float:
-        """What the next measurement would find, if nothing were changed.
+        """What a measurement would find now, by how far the divergence has moved since the last one."""
+        return self._state.forgotten + self._ratio() * self._moved()
 
-        So far as the divergence has moved since the last one, and for the rest of the time at the pace before it.
+    @property
+    def in_doubt(self) -> bool:
+        """Whether to measure before it is due: the learning rate has fallen for what is only expected.
+
+        The divergence also grows by what is learned, and until a measurement says so, hardly anything more is learned.
         """
         state = self._state
-        moved = self._ratio() * self._moved()
-        return state.forgotten + moved + state.pace * max(1.0 - state.steps / self.every, 0.0)
+        foreseen = self.rate_factor < 1.0 and self.expected - state.forgotten > DOUBT * self.budget
+        return foreseen and state.forgotten < AIM * self.budget and state.steps >= EARLIEST * self.every
 
     @property
     def exhausted(self) -> bool:
@@ -157,8 +164,7 @@ class BudgetController:
         state = self._state
         if not (math.isfinite(forgotten) and math.isfinite(noise) and math.isfinite(gain)):
             return f"what was measured at step {step} is no finite number: it changes nothing"
-        between = max(step - state.step, self.every / 2)  # of two that follow closely the noise would be blown up
-        state.pace = (max(forgotten, 0.0) - max(state.forgotten, 0.0)) * self.every / between
+        rises = forgotten >= state.forgotten
         if forgotten > max(noise, state.forgotten):  # that general text is learned at first says nothing of later
             moved = max(self._moved(), 0.0)
             state.products = 0.5 * state.products + (forgotten - max(state.forgotten, 0.0)) * moved
@@ -166,7 +172,7 @@ class BudgetController:
         state.step, state.steps, state.forgotten, state.noise = step, 0, forgotten, noise
         state.measurements += 1
         state.divergence_measured = state.divergence or 0.0
-        over = forgotten - noise > self.budget and state.pace >= 0.0 and state.pressure >= self._highest()
+        over = forgotten - noise > self.budget and rises and state.pressure >= self._highest()
         state.beyond = state.beyond + 1 if over else 0
         if candidate and forgotten <= self._kept and gain > state.best_gain:
             self._choose(Best(step, gain, forgotten))

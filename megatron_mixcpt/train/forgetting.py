@@ -84,7 +84,9 @@ class Forgetting:
 
     def due(self, step: int, *, saves: bool = False) -> bool:
         """Whether to measure after `step` steps; `saves`: a checkpoint is due."""
-        return self._settings is not None and (saves or step % self._settings.every == 0)
+        if self._settings is None:
+            return False
+        return saves or step % self._settings.every == 0 or self.controller.in_doubt
 
     def level(self, totals: StepTotals) -> float:
         """The step's loss for the guard against spikes: one that does not change with the distillation weight."""

@@ -32,14 +32,31 @@ class Plant:
         return self.forgotten + self.noise * self.random.gauss(0, 1)
 
 
-def run(plant, budget, *, steps=STEPS, control=True, every=EVERY):
+class LearnsFirst(Plant):
+    """The divergence also grows by what is learned, and general text is learned before any of it is forgotten."""
+
+    def __init__(self, drive, *, first, **options):
+        super().__init__(drive, **options)
+        self.first = first  # nats a token of general text
+
+    def first_learned(self):
+        return self.first * (1 - math.exp(-self.drive * self.learned / self.first))
+
+    def divergence(self):
+        return super().divergence() + self.first_learned() / self.ratio
+
+    def measure(self):
+        return super().measure() - 2 * self.first_learned()
+
+
+def run(plant, budget, *, steps=STEPS, control=True, every=EVERY, early=True):
     """(controller, everything that was forgotten, all pressures)."""
     controller = BudgetController(budget, every)
     forgotten, factors = [], []
     for step in range(1, steps + 1):
         plant.step(controller.weight_factor if control else 1.0, controller.rate_factor if control else 1.0)
         controller.observed(plant.divergence())
-        if step % every == 0:
+        if step % every == 0 or (early and controller.in_doubt):
             controller.measured(step, plant.measure(), plant.noise, plant.learned)
         forgotten.append(plant.forgotten)
         factors.append((controller.weight_factor, controller.rate_factor))
@@ -91,6 +108,36 @@ def test_what_would_take_budgets_between_two_measurements_takes_hardly_more_than
     _, forgotten, _ = run(Plant(drive, noise=0.05 * budget, seed=seed), budget)
     _, free, _ = run(Plant(drive, noise=0.05 * budget, seed=seed), budget, control=False)
     assert max(forgotten) < 1.5 * budget and free[EVERY - 1] > 3 * budget
+
+
+@pytest.mark.parametrize("first", [0.5, 2.0])
+def test_a_divergence_that_misleads_is_measured_against_before_it_has_cost_much(first):
+    """Four measurements in all, as in a short run: without more of them a quarter of it passes at 1/64."""
+    budget, learned = 0.02, {False: 0.0, True: 0.0}
+    for early in learned:
+        for seed in range(4):
+            plant = LearnsFirst(0.003, first=first * budget, noise=0.05 * budget, seed=seed)
+            controller, forgotten, _ = run(plant, budget, steps=48, every=12, early=early)
+            assert max(forgotten) - 2 * plant.first_learned() <= 1.1 * budget
+            learned[early] += controller.best.gain
+    assert learned[True] > 1.15 * learned[False]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_measurement_is_asked_for_only_where_a_warning_alone_lowers_the_learning_rate(holds):
+    def after(steps, divergence, forgotten):
+        controller = BudgetController(0.02, 20, holds=holds)
+        controller.observed(0.0)
+        controller.measured(1, forgotten, 0.001, 1.0)
+        for _ in range(steps):
+            controller.observed(divergence)
+        return controller.in_doubt
+
+    assert after(5, 1.0, 0.0) and after(5, 1.0, -0.05)
+    assert not after(4, 1.0, 0.0)  # so soon after the last
+    assert not after(19, 0.0, 0.0)  # no warning
+    assert not after(5, 1.0, 0.017)  # beyond the aim: what was measured lowers it by itself
+    assert not after(19, 0.0, 0.014)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
