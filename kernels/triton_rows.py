@@ -49,8 +49,8 @@ def _tile(row, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def shrink(old, new, scale):
     """(factor on sums taken under the old maximum, how far their exponents move)."""
-    moved = old - new
-    return tl.where(old == -INF, 0.0, tl.exp2(moved * scale)), moved  # not exp(-inf + inf)
+    moved = tl.where(old == -INF, 0.0, old - new)  # not -inf + inf, nor 0 * -inf
+    return tl.where(old == -INF, 0.0, tl.exp2(moved * scale)), moved
 
 
 @triton.jit

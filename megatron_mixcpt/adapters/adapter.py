@@ -56,10 +56,6 @@ class Adapter(nn.Module):
         """Take this rank's part of a whole tensor."""
         self.get_parameter(name).copy_(self.layout.shard(name, whole, self.place))
 
-    def merged_delta(self) -> Tensor:
-        """LoRA: what the adapter adds to this rank's weight, fp32 and in its shape."""
-        raise NotImplementedError
-
     def dropped(self, x: Tensor, *, parts: bool) -> Tensor:
         """x with dropout. `parts`: ranks hold different parts of it and draw differently; else they draw alike."""
         if not self.training or self.settings.dropout == 0.0:

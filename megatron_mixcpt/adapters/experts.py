@@ -45,9 +45,3 @@ class ExpertAdapter(Adapter):
             return product(z, up, counts)
         halves = zip(z.chunk(2, dim=-1), up.unbind(1))  # gate and up
         return torch.cat([product(half, matrix, counts) for half, matrix in halves], dim=-1)
-
-    def merged_delta(self) -> Tensor:
-        """What the adapter adds to this rank's weight, fp32 `[e, out(/tp), in(/tp)]`."""
-        parts = self.up.unbind(1) if self.layout.gated else (self.up,)
-        downs = self.down.chunk(len(parts), dim=1)
-        return self.scale * torch.cat([up.float() @ down.float() for up, down in zip(parts, downs)], dim=1)

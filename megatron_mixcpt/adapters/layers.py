@@ -100,10 +100,6 @@ class LinearAdapter(Adapter):
             up = up.new_zeros(self.out_features, up.shape[1]).index_copy(0, self.rows, up)
         return up
 
-    def merged_delta(self) -> Tensor:
-        """LoRA: what the adapter adds to this rank's weight, fp32 `[out(/tp), in(/tp)]`."""
-        return self.scale * (self.up_matrix().float() @ self.down.float())
-
     def _mixed(self, z: Tensor) -> Tensor:
         """ALoRA: causal attention over z within each document. z `[s, b, P * r]`; so is the result."""
         s, b, _ = z.shape

@@ -78,8 +78,9 @@ def attention_on_cuda(
         options["enable_gqa"] = True
     elif key.shape[2] != n:
         key, value = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (key, value))
-    padding = -d % MULTIPLE
-    query, key, value = (F.pad(x, (0, padding)).transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    if padding := -d % MULTIPLE:  # of nothing it would copy too
+        query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
     if documents.key_order is not None:
         key, value = (x.index_select(0, documents.key_order) for x in (key, value))
     out = varlen_attn(

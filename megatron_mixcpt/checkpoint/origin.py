@@ -84,7 +84,7 @@ def hf_base(config: Config | None, arch: Architecture, adapter: AdapterConfig) -
         whole = architecture_from_hf(hf).vocab_size == arch.vocab_size and (Path(hf) / "config.json").is_file()
         return Path(hf).resolve() if whole else None
     if start:
-        origin = find_origin(Path(start))
+        origin = find_origin(Path(start), verify=False)  # of descriptions alone: this is asked at every save
         if goes_on(origin.adapter, adapter):
             return hf_base(origin.config, arch, adapter)
     return None

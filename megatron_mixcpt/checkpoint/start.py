@@ -6,17 +6,18 @@ A checkpoint of such a run holds its adapters alone. The weights they belong to 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_mixcpt.checkpoint.info import CheckpointInfo, read_info
+from megatron_mixcpt.checkpoint.info import read_info
 from megatron_mixcpt.checkpoint.manifest import fingerprint
 from megatron_mixcpt.checkpoint.state import load_weights
 from megatron_mixcpt.checkpoint.verify import find_checkpoint, silent, warn
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.errors import ConfigError
+from megatron_mixcpt.runtime.watchdog import alive
 
 if TYPE_CHECKING:
     from megatron_mixcpt.model.interleaved import StageModel
@@ -45,49 +46,58 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
     Returns:
         what tells these weights from others (`manifest.fingerprint`).
     """
-    tell = warn if torch.distributed.get_rank() == 0 else silent
-    checkpoint = find_checkpoint(run_or_checkpoint, trust=trust, tell=tell, together=True)
-    stage, info = unwrap_model(model), read_info(checkpoint)
-    if info.adapter is not None:
-        _load_adapted(stage, checkpoint, info, info.adapter)
-    else:
-        load_weights(stage, checkpoint)
+    from megatron_mixcpt.adapters.state import load_adapters
+    from megatron_mixcpt.checkpoint.origin import goes_on
+
+    checkpoint = _verified(run_or_checkpoint, trust=trust)
+    stage, trained = unwrap_model(model), read_info(checkpoint).adapter
+    same = goes_on(trained, stage.adapter)
+    if same and stage.adapter.init:
+        raise ConfigError(
+            f"adapter.init: model.checkpoint {checkpoint} has adapters to go on with: remove one of the two"
+        )
+    _load_beneath(stage, checkpoint, stage.adapter)
+    if same:
+        load_adapters(stage.adapters(), checkpoint)
     return fingerprint(checkpoint)
 
 
-def _load_adapted(stage: StageModel, checkpoint: Path, info: CheckpointInfo, trained: AdapterConfig) -> None:
-    """Fill a stage from a verified checkpoint that holds adapters: base weights first, then the adapters. Collective.
+def _verified(run_or_checkpoint: Path, *, trust: bool = False) -> Path:
+    tell = warn if torch.distributed.get_rank() == 0 else silent
+    return find_checkpoint(run_or_checkpoint, trust=trust, tell=tell, together=True)
 
-    A stage with adapters of the same shape goes on with them. Into any other stage LoRA is merged.
+
+def _load_beneath(stage: StageModel, checkpoint: Path, adapter: AdapterConfig | None) -> None:
+    """Fill the weights that a run with `adapter` has, or had, beside it where it starts from a verified checkpoint.
+
+    Of a checkpoint with adapters of the same shape these are its own base: the run goes on with the adapters. In any
+    other run's weights LoRA is merged. Collective.
 
     Raises ConfigError where the base is gone, or where ALoRA would have to be merged.
     """
-    from megatron_mixcpt.adapters.state import load_adapters
     from megatron_mixcpt.architecture.init import initialize
     from megatron_mixcpt.checkpoint.origin import check_start, goes_on, run_config
     from megatron_mixcpt.model.load import load_hf
     from megatron_mixcpt.model.place import place_here
 
-    same = goes_on(trained, stage.adapter)
-    if not same and trained.method == "alora":
-        raise ConfigError(f"{checkpoint}: {not_mergeable(trained)}")
-    if same and stage.adapter is not None and stage.adapter.init:
-        raise ConfigError(
-            f"adapter.init: model.checkpoint {checkpoint} has adapters to go on with: remove one of the two"
-        )
+    info = read_info(checkpoint)
+    if info.adapter is None:
+        load_weights(stage, checkpoint)
+        return
+    same = goes_on(info.adapter, adapter)
+    if not same and info.adapter.method == "alora":
+        raise ConfigError(f"{checkpoint}: {not_mergeable(info.adapter)}")
     config = run_config(checkpoint)
     model = config.model
     check_start(checkpoint, info, model)
     if model.hf:
         load_hf(stage, model.hf)
     elif model.checkpoint:
-        load_model_weights(stage, Path(model.checkpoint))
+        _load_beneath(stage, _verified(Path(model.checkpoint)), info.adapter)
     else:
         initialize(stage.slots(), stage.arch, config.train.seed, place_here())
-    if same:
-        load_adapters(stage.adapters(), checkpoint)
-    else:
-        _merge(stage, trained, checkpoint)
+    if not same:
+        _merge(stage, info.adapter, checkpoint)
 
 
 def not_mergeable(adapter: AdapterConfig) -> str:
@@ -101,21 +111,18 @@ def not_mergeable(adapter: AdapterConfig) -> str:
 
 @torch.no_grad()
 def _merge(stage: StageModel, trained: AdapterConfig, checkpoint: Path) -> None:
-    """Add a checkpoint's LoRA to the weights, in fp32."""
-    from megatron_mixcpt.adapters.layers import new_adapter
+    """Add a checkpoint's LoRA to the weights, in fp32 and from whole tensors, as `convert.weights` does."""
+    from megatron_mixcpt.adapters.files import whole_delta
     from megatron_mixcpt.adapters.layout import adapted_linears
-    from megatron_mixcpt.adapters.state import load_adapters
+    from megatron_mixcpt.adapters.state import read_adapters
+    from megatron_mixcpt.architecture.layout import shard
     from megatron_mixcpt.model.place import place_here
 
-    layers: dict[int, Any] = {}
-    for part in stage.parts:
-        layers |= dict(enumerate(part.decoder.layers, start=part.first_layer))
-    beside = []
-    for layout in adapted_linears(stage.arch, trained):
-        _, _, number, rest = layout.linear.split(".", 3)
-        if int(number) in layers:
-            weight = layers[int(number)].get_submodule(rest).weight
-            beside.append((weight, new_adapter(layout, stage.config, place_here())))
-    load_adapters([adapter for _, adapter in beside], checkpoint)
-    for weight, adapter in beside:
-        weight.copy_(weight.float() + adapter.merged_delta())
+    here = {slot.name: slot.parameter for slot in stage.slots()}
+    beside = [linear for linear in adapted_linears(stage.arch, trained) if f"{linear.linear}.weight" in here]
+    tensors, place = read_adapters(checkpoint, beside), place_here()
+    for linear in beside:
+        name = f"{linear.linear}.weight"
+        delta = shard(name, whole_delta(linear, tensors), place, stage.vocab_size)
+        here[name].copy_(here[name].float() + delta.to(here[name].device))
+        alive()

@@ -72,9 +72,8 @@ def validation_perplexity(
             load_hf(model, path)
         else:
             load_model_weights(model, path)
-        loss = MixCPTLoss(
-            LossConfig(target="none"), None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device
-        )
+        config = LossConfig(target="none", fuse_lm_head=True)  # a micro-batch's logits need more than the model
+        loss = MixCPTLoss(config, None, group=None, vocab_start=0, vocab_size=arch.vocab_size, device=state.device)
         datasets = dict(valid_datasets(mix, seed=0, cache_dir=Path(cache)))
         total = sum(min(len(dataset), max_samples or len(dataset)) for dataset in datasets.values())
         with Progress(f"{path.name}: held-out text", total, "sequences") as progress:

@@ -99,7 +99,7 @@ class MixCPTLoss:
         hidden: Tensor,
         labels: Tensor,
     ) -> Tensor:
-        if isinstance(target, HiddenTarget):
+        if isinstance(target, HiddenTarget) or (target is None and self.config.fuse_lm_head):  # None: in validations
             with section("loss"):
                 return self.of_hidden(hidden, stage.head_weight(), target, labels, kinds, statistics)
         logits = stage.output_logits(hidden)
@@ -142,7 +142,7 @@ class MixCPTLoss:
         self,
         hidden: Tensor,
         head: Tensor,
-        target: HiddenTarget,
+        target: HiddenTarget | None,
         labels: Tensor,
         kinds: Tensor,
         statistics: Tensor | None = None,
@@ -152,8 +152,8 @@ class MixCPTLoss:
         loss, details = linear_lssd_loss(
             hidden,
             head,
-            target.hidden,
-            target.head,
+            target.hidden if target else None,
+            target.head if target else None,
             labels.t(),
             sequence_parallel=hidden.shape[0] != labels.shape[1],
             **self._options(kinds),

@@ -286,10 +286,14 @@ def _expert_transient(arch: Architecture, config: Config, size: int, gpu: bool) 
 
 def _logits_bytes(config: Config, arch: Architecture, tokens: int, gpu: bool) -> int:
     """Student and teacher logits, or student logits and their gradient. On a CPU also what the loss needs beside them;
-    in bf16 its matrix product, before the loss, copies one more."""
+    in bf16 its matrix product, before the loss, copies one more. With a fused head those of a chunk, and the sum of
+    the head's gradients, beside the next chunk's."""
     vocabulary = arch.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
     if config.fuses_lm_head:
-        return (2 if gpu else 3) * min(tokens, FUSED_CHUNK_TOKENS) * vocabulary * FP32
+        chunk = min(tokens, FUSED_CHUNK_TOKENS) * vocabulary
+        head = vocabulary * arch.hidden_size * FP32 if config.loss.fuse_lm_head and not config.adapter else 0
+        each = 0 if config.train.dtype == "fp32" else head + chunk * DTYPE_BYTES[config.train.dtype]
+        return head + max((2 if gpu else 3) * chunk * FP32, each)
     logits = tokens * vocabulary * DTYPE_BYTES[config.train.dtype]
     if gpu:
         return 2 * logits

@@ -83,15 +83,16 @@ class CachedTeacher:
             self._coming = [self._pool.submit(self._read, batch.keys) for batch in batches if batch.keys]
 
     def target(self, index: int, batch: Batch) -> TopkTarget:
+        device = batch.tokens.device
         if not batch.keys:  # the dry run's
-            columns = self._made_up(batch)
+            columns = tuple(column.to(device) for column in self._made_up(batch))
         else:
             try:
-                columns = tuple(of_part(column, batch) for column in self._coming[index].result())
+                whole = self._coming[index].result()
             except MixcptError as error:  # the peers read other records
                 raise tell_alone(error) from None
-        device = batch.tokens.device
-        ids, logp, gold, tail = (column.to(device, non_blocking=True) for column in columns)
+            columns = tuple(of_part(column.to(device, non_blocking=True), batch) for column in whole)
+        ids, logp, gold, tail = columns
         # Rounded probabilities do not sum to 1. The loss takes what is missing for the tail: this makes it the tail.
         inside = (ids == batch.labels.unsqueeze(-1)).any(-1)
         parts = torch.cat([logp, torch.stack([gold.masked_fill(inside, -torch.inf), tail], -1)], -1)

@@ -55,6 +55,8 @@ EXAMPLES = [  # name, ranks, what differs
     ("llama3-8b-8gpu", 8, []),
     # More optimizer than activations: what its step takes beside its state would be the peak.
     ("llama3-8b-8gpu", 8, ["train.distributed_optimizer=false", "data.seq_length=2048", "train.recompute=full"]),
+    # The head's gradient in fp32, twice, while all activations are there.
+    ("llama3-8b-8gpu", 8, ["loss.fuse_lm_head=true", "data.seq_length=4096", "train.recompute=full"]),
     ("llama3-70b-64gpu", 64, []),
 ]
 

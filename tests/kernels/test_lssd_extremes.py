@@ -59,6 +59,18 @@ def test_first_tiles_that_only_one_model_can_produce(device, target):
     torch.testing.assert_close(details["ce"].double(), expected["ce"], rtol=LOSS_ERROR, atol=LOSS_ERROR)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tiles_that_the_student_cannot_produce_cost_infinity_wherever_the_teacher_has_mass(device, temperature):
+    student, teacher, labels, _ = problem((3,), 9000, device, ignore=False)
+    labels[:] = 8500
+    student[:, :8400] = -math.inf  # tiles, one after another
+    teacher[0, 5:8300] = -math.inf  # in most columns of them
+    teacher[1, :8399] = -200.0  # a mass that no float can hold
+    teacher[2, 100:] = -math.inf  # all that it has is there
+    _, details = lssd_loss(student, teacher, labels, temperature=temperature, return_details=True)
+    assert details["kl"].isposinf().all() and details["ce"].isfinite().all()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_minus_infinity_in_the_student_makes_the_loss_infinite(device, target):
     student, teacher, labels, _ = problem((4,), 300, device, ignore=False)

@@ -18,13 +18,21 @@ from megatron_mixcpt.huggingface.config import architecture_from_hf
 from tests.model.adapter_models import METHODS, TOKENS, our_logits
 from tests.model.families import make, make_with_mix, read_all
 
+STARTS = {
+    "more": "lora",  # goes on with its adapters
+    "full": "lora",  # into which they are merged
+    "full of more": "more",
+    "wide": "more",  # adapters of another rank: those before are merged
+    "back": "wide",  # and again of the first rank
+}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base model, a mixture, and runs of two steps: `lora`, `alora`, and `more`, which goes on from `lora`."""
+    """A base model, a mixture, and runs of two steps: `lora`, `alora`, and those of STARTS, which start from others."""
     folder = tmp_path_factory.mktemp("runs")
     mix = make_with_mix("qwen2", folder / "base", folder / "data", initializer_range=0.1)
-    for name, start in (("lora", None), ("alora", None), ("more", "lora"), ("full", "lora"), ("imported", None)):
+    for name, start in (("lora", None), ("alora", None), ("imported", None), *STARTS.items()):
         method = "alora" if name == "alora" else "lora"
         config = {
             "model": {"checkpoint": str(folder / start)} if start else {"hf": str(folder / "base")},
@@ -37,7 +45,9 @@ def runs(tmp_path_factory):
         if name == "imported":
             assert main(["export", str(folder / "lora"), "--adapter", "--out", str(folder / "exported")]) == 0
             config["adapter"]["init"] = str(folder / "exported")
-        if name == "full":
+        if name == "wide":
+            config["adapter"]["rank"] = 8
+        if name.startswith("full"):
             del config["adapter"], config["teacher"]
             config["train"]["lr"] = 1e-9
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -81,6 +91,28 @@ def test_a_run_without_adapters_starts_from_the_merged_weights(runs, tmp_path):
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.distributed
+def test_lora_of_some_projections_is_merged_where_tensor_ranks_share_a_group_of_queries(tmp_path):
+    mix = make_with_mix("qwen2", tmp_path / "base", tmp_path / "data", num_key_value_heads=1, initializer_range=0.1)
+    for name, start, ranks in (("lora", {"hf": "base"}, 1), ("full", {"checkpoint": "lora"}, 2)):
+        config = {
+            "model": {key: str(tmp_path / value) for key, value in start.items()},
+            "data": {"mix": str(mix)},
+            "parallel": {"tensor": ranks},
+            "train": {"steps": 1, "global_batch_size": 2, "lr": 3e-2 if ranks == 1 else 1e-9, "dtype": "fp32"},
+            "loss": {"target": "none"},
+            "run_dir": str(tmp_path / name),
+        }
+        if ranks == 1:
+            config["adapter"] = {"method": "lora", "rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert main(["train", str(tmp_path / f"{name}.yaml"), "--nproc", str(ranks)]) == 0
+        assert main(["export", str(tmp_path / name), "--out", str(tmp_path / f"{name}-hf")]) == 0
+    expected, found = read_all(tmp_path / "lora-hf"), read_all(tmp_path / "full-hf")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
+
+
 def test_alora_is_not_merged_and_says_why(runs, tmp_path, capsys):
     assert main(["export", str(runs / "alora"), "--out", str(tmp_path / "merged")]) == 2
     error = capsys.readouterr().err
@@ -110,8 +142,17 @@ def validations(run):
 
 def test_a_run_that_imports_an_adapter_starts_where_that_one_ended(runs):
     assert validations(runs / "imported")[0] == pytest.approx(validations(runs / "lora")[-1])
-    assert validations(runs / "more")[0] == pytest.approx(validations(runs / "lora")[-1])
     assert validations(runs / "imported")[-1] != validations(runs / "lora")[-1]
+
+
+@pytest.mark.parametrize("name, start", STARTS.items())
+def test_a_run_starts_where_the_one_that_it_names_ended_whatever_that_one_started_from(runs, tmp_path, name, start):
+    assert validations(runs / name)[0] == pytest.approx(validations(runs / start)[-1], rel=1e-5)
+    assert main(["export", str(runs / name), "--out", str(tmp_path / "model")]) == 0
+    words = ["--base", str(runs / "base"), "--mix", str(runs / "data/mix.json"), "--out", str(tmp_path / "eval")]
+    assert main(["eval", str(tmp_path / "model"), *words]) == 0
+    for source in json.loads((tmp_path / "eval/eval.json").read_text())["model"]["sources"]:
+        assert source["value"] == pytest.approx(validations(runs / name)[-1][f"val/{source['name']}/ppl"], rel=1e-5)
 
 
 def test_weights_that_changed_under_an_adapter_are_noticed(runs, tmp_path, capsys):

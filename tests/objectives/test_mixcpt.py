@@ -1,5 +1,7 @@
 """The stage-1 objective against a dense fp64 oracle written from the definitions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -104,6 +106,22 @@ def test_normalization_keeps_the_scale_of_cross_entropy(batch):
 def build(**settings):
     config = LossConfig(**settings)
     return MixCPTLoss(config, None, group=None, vocab_start=0, vocab_size=V, device=torch.device("cpu"))
+
+
+def test_with_a_fused_head_a_validation_computes_no_whole_logits_either(batch):
+    """A validation has no teacher; whole logits there would need the memory that the option saves in training."""
+    _, _, labels, kinds = batch
+    hidden, head = torch.randn(S, B, 8), torch.randn(PADDED, 8)
+    found = []
+    for fused in (False, True):
+        stage = SimpleNamespace(head_weight=lambda: head)
+        if not fused:
+            stage.output_logits = lambda hidden: hidden @ head.t()
+        loss = build(fuse_lm_head=fused)
+        statistics = torch.zeros(B, len(STATISTICS), dtype=torch.float64)
+        loss.bind(stage, 0, SimpleNamespace(kinds=kinds), statistics)
+        found.append((stage.loss(hidden, labels), statistics))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
