@@ -133,6 +133,23 @@ def _rewritten() -> BadRecord:
     return BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The control token with which the chat template ends an answer; None where there is no template, or none."""
+    from jinja2.exceptions import TemplateError
+
+    if tokenizer.chat_template is None:
+        return None
+    answer = "an answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        render = compile_chat_template(tokenizer.chat_template, tokenizer.special_names)
+        after = render(messages, None, False).rpartition(answer)[2].lstrip()
+    except (ConfigError, TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return None  # whoever needs the template is told
+    ends = [literal for literal in tokenizer.control if literal and after.startswith(literal)]
+    return tokenizer.control[max(ends, key=len)] if ends else None
+
+
 def compile_chat_template(
     chat_template: str, special_names: Mapping[str, Any]
 ) -> Callable[[list[Message], Any, bool], str]:

@@ -21,6 +21,7 @@ from megatron_mixcpt.errors import ConfigError, MixcptError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing alone can end with
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
+MADE = "mixcpt.json"  # in a directory: what it was made of
 PROBE = 65536  # bytes that a folder must have room for
 
 
@@ -104,6 +105,19 @@ def new_directory(out: Path) -> Iterator[Path]:
         if not empty:
             out.rmdir()
         raise
+
+
+def record_made(out: Path, made: dict[str, Any]) -> None:
+    """Write down in `out` what it was made of, for `is_made`."""
+    write_json(out / MADE, made)
+
+
+def is_made(out: Path, made: dict[str, Any]) -> bool:
+    """Whether `out` holds just that already, so that a chain that is started again need not make it again."""
+    try:
+        return json.loads((out / MADE).read_text()) == made
+    except (OSError, ValueError):
+        return False
 
 
 def sync(path: Path) -> None:

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--dtype is for whole models: an adapter is written as it was trained")
     source, out = Path(args.source), Path(args.out)
     if args.adapter:
-        print(f"{args.out}: exported; {export_adapter(source, out, allow_older=args.allow_older)}")
+        print(f"{args.out}: {export_adapter(source, out, allow_older=args.allow_older)}")
     else:
-        export(source, out, args.dtype, allow_older=args.allow_older)
-        print(f"{args.out}: exported; transformers loads it")
+        done = export(source, out, args.dtype, allow_older=args.allow_older)
+        print(f"{args.out}: {'exported' if done else 'is there already'}; transformers loads it")
     return 0

@@ -8,12 +8,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mixcpt.errors import ConfigError
-from megatron_mixcpt.files import new_directory
+from megatron_mixcpt.files import new_directory, record_made
 from megatron_mixcpt.hf_alora import is_alora
 from megatron_mixcpt.huggingface.config import architecture_from_hf
 from megatron_mixcpt.huggingface.metadata import TOKENIZER_FILES
@@ -23,12 +24,18 @@ from megatron_mixcpt.huggingface.weights import open_source, read_names, stored_
 
 
 def average(
-    base: Path, tuned: Path, alpha: float, out: Path, *, done: Callable[[str], None] = lambda name: None
+    base: Path,
+    tuned: Path,
+    alpha: float,
+    out: Path,
+    made: dict[str, Any] | None = None,
+    *,
+    done: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write the average of two Hugging Face directories of one architecture, with `tuned`'s tokenizer and settings.
 
     One tensor of each model is in memory at a time. The arithmetic is fp32, the result has `tuned`'s type. It appears
-    under its name when it is complete.
+    under its name when it is complete, with `made` written down in it (files.record_made).
 
     Raises:
         ConfigError: they are not of one architecture, or `out` is not empty.
@@ -50,6 +57,8 @@ def average(
         (partial / "README.md").write_text(
             f"# {out.name}\n\nWeights {1 - alpha:g} x `{base.name}` + {alpha:g} x `{tuned.name}`, averaged by mixcpt.\n"
         )
+        if made is not None:
+            record_made(partial, made)
 
 
 LM_HEAD = "lm_head.weight"

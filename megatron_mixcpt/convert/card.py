@@ -63,6 +63,9 @@ def _training(origin: Origin, config: Config) -> list[str]:
             f"{loss.ce_weight} x cross-entropy + {loss.kd_weight} x KL to {teacher} with "
             f"target `{loss.target}`, temperature {loss.temperature}"
         )
+    if align is None or align.method != "dpo":
+        factors = (f"{kind}: cross-entropy x {w.ce:g}, KL x {w.kd:g}" for kind, w in loss.by_kind.items())
+        objective = "; ".join([objective, *factors])
     return [
         "## Training",
         "",
@@ -129,8 +132,11 @@ def _sources(origin: Origin) -> list[str]:
     if not origin.mix:
         return []
     tokens = origin.info.training.tokens_by_source if origin.info.training else {}
+    chosen = origin.config.data.weights if origin.config else {}
+    weights = chosen or {source.name: source.weight for source in origin.mix.train_sources}
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     rows = [
-        f"| {source.name} | {source.kind} | {source.weight:.1%} | {tokens.get(source.name, 0):,} |"
+        f"| {source.name} | {source.kind} | {shares.get(source.name, 0.0):.1%} | {tokens.get(source.name, 0):,} |"
         for source in origin.mix.sources
     ]
     return [

@@ -2,23 +2,27 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from megatron_mixcpt import hf_alora
+from megatron_mixcpt import __version__, hf_alora
 from megatron_mixcpt.adapters.files import FOLDER, write_directory
 from megatron_mixcpt.adapters.layout import adapted_linears
 from megatron_mixcpt.adapters.state import read_adapters
 from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.architecture.layout import whole_shapes
+from megatron_mixcpt.checkpoint.manifest import fingerprint
 from megatron_mixcpt.checkpoint.origin import Origin, find_origin, hf_base, run_config
 from megatron_mixcpt.checkpoint.store import result_of
 from megatron_mixcpt.checkpoint.verify import warn
 from megatron_mixcpt.config import AdapterConfig
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.convert.weights import WholeTensors, open_base, open_weights
+from megatron_mixcpt.data_prep.chat import end_of_turn
+from megatron_mixcpt.data_prep.format import TEXT_KINDS
 from megatron_mixcpt.data_prep.tokenizer import load_tokenizer
 from megatron_mixcpt.errors import ConfigError, MixcptError, VerificationError
-from megatron_mixcpt.files import new_directory
-from megatron_mixcpt.huggingface.metadata import copy_tokenizer, write_metadata
+from megatron_mixcpt.files import is_made, new_directory, record_made
+from megatron_mixcpt.huggingface.metadata import copy_tokenizer, stop_at, write_metadata
 from megatron_mixcpt.huggingface.names import hf_names, hf_shapes, split
 from megatron_mixcpt.huggingface.stream import one_thread, read_ahead
 from megatron_mixcpt.huggingface.tensorfiles import SafetensorsWriter
@@ -26,8 +30,10 @@ from megatron_mixcpt.huggingface.weights import DTYPES
 from megatron_mixcpt.progress import Progress
 
 
-def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bool = False) -> None:
+def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bool = False) -> bool:
     """Write the directory, tensor by tensor; it appears under its name when it is complete.
+
+    Returns whether it had to: False where `out` holds just that already.
 
     Args:
         allow_older: see `find_checkpoint`.
@@ -39,13 +45,24 @@ def export(source: Path, out: Path, dtype: str | None = None, *, allow_older: bo
     origin = find_origin(source, allow_older=allow_older)
     _check_tokenizer(origin)
     _warn_of_no_result(source, origin)
+    made = _made(origin, dtype=dtype)
+    if is_made(out, made):
+        return False
     weights = open_weights(origin)
     with new_directory(out) as partial:
         _write_model(partial, origin, weights, dtype, f"exporting {source.name}")
+        record_made(partial, made)
+    return True
+
+
+def _made(origin: Origin, **options: Any) -> dict[str, Any]:
+    of = {"command": "export", "version": __version__, "checkpoint": fingerprint(origin.checkpoint)}
+    return of | {"tokenizer": origin.mix.tokenizer_hash if origin.mix else None} | options
 
 
 def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str:
-    """Write the adapter's directory; it appears under its name when it is complete. Returns how it is loaded.
+    """Write the adapter's directory; it appears under its name when it is complete. Returns what was done, and how it
+    is loaded.
 
     The base model is named where it is a Hugging Face directory, and else written into `base/` beside the adapter.
 
@@ -57,6 +74,12 @@ def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str
     _check_tokenizer(origin)
     hf = hf_base(origin.config, origin.arch, origin.adapter)
     base = str(hf) if hf else "base"
+    how = f"peft loads it over {hf or out / base}"
+    if origin.adapter.method == "alora":
+        how = "megatron_mixcpt.hf_alora.load_alora loads it"
+    made = _made(origin, adapter=True, base=base)
+    if is_made(out, made):
+        return f"is there already; {how}"
     with new_directory(out) as partial:
         if not hf:
             (partial / base).mkdir()
@@ -69,9 +92,8 @@ def export_adapter(source: Path, out: Path, *, allow_older: bool = False) -> str
         (partial / "README.md").write_text(model_card(origin))
         if origin.adapter.method == "alora":
             shutil.copyfile(hf_alora.__file__, partial / "hf_alora.py")
-    if origin.adapter.method == "lora":
-        return f"peft loads it over {hf or out / base}"
-    return "megatron_mixcpt.hf_alora.load_alora loads it"
+        record_made(partial, made)
+    return f"exported; {how}"
 
 
 def _check_tokenizer(origin: Origin) -> None:
@@ -124,6 +146,20 @@ def _write_model(folder: Path, origin: Origin, weights: WholeTensors, dtype: str
                 writer.write(part, tensor)
             progress.advance()
     write_metadata(folder, arch, written, origin.tokenizer_dir, origin.source_dir, model_card(origin))
+    _stop_after_answers(folder, origin)
+
+
+def _stop_after_answers(folder: Path, origin: Origin) -> None:
+    """A base model's settings stop at the end of a document, and who learned conversations ends a turn instead."""
+    if origin.mix is None or all(source.kind in TEXT_KINDS for source in origin.mix.train_sources):
+        return
+    tokenizer = load_tokenizer(folder)
+    token = end_of_turn(tokenizer)
+    if token is not None and stop_at(folder, token):
+        spelling = next(text for text, number in tokenizer.control.items() if number == token)
+        warn(
+            f"generation_config.json: eos_token_id has {token} ({spelling}) too: the chat template ends answers with it"
+        )
 
 
 def write_adapter_of(checkpoint: Path, arch: Architecture, config: AdapterConfig) -> None:

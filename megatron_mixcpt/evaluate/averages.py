@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_mixcpt import __version__
 from megatron_mixcpt.convert.average import average, num_tensors
 from megatron_mixcpt.errors import ConfigError
 from megatron_mixcpt.evaluate import measure
@@ -12,7 +14,8 @@ from megatron_mixcpt.evaluate.comparison import CHANGES, Measured, add_measureme
 from megatron_mixcpt.evaluate.loading import quiet_libraries
 from megatron_mixcpt.evaluate.stored import rows_of
 from megatron_mixcpt.evaluate.target import as_hf_directory
-from megatron_mixcpt.files import check_writable, write_json
+from megatron_mixcpt.files import MADE, check_writable, is_made, write_json
+from megatron_mixcpt.huggingface.weights import weights_fingerprint
 from megatron_mixcpt.progress import Progress
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import Figure, Page, Table
@@ -41,9 +44,7 @@ def average_models(
     for alpha in alphas:
         if not 0.0 <= alpha <= 1.0:
             raise ConfigError(f"--alpha {alpha:g}: between 0 (the base model) and 1 (the tuned model)")
-    written = [out / f"alpha-{alpha:g}" for alpha in alphas] + [out / "average.json"] * (settings is not None)
-    if there := [path for path in written if path.exists()]:
-        raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
+    _check_unwritten(out, alphas, measures=settings is not None)
     if settings is not None:
         measure.check_models([base, tuned], settings, allow_older=allow_older)
     check_writable(out)
@@ -54,15 +55,30 @@ def average_models(
         as_hf_directory(base, allow_older=allow_older) as first,
         as_hf_directory(tuned, allow_older=allow_older) as last,
     ):
+        ends = {"base": weights_fingerprint(first), "tuned": weights_fingerprint(last)}
         for alpha in alphas:
+            made = {"command": "average", "version": __version__, "alpha": alpha} | ends
+            if is_made(out / f"alpha-{alpha:g}", made):  # before a stop
+                continue
             with Progress(f"averaging at {alpha:g}", num_tensors(last), "tensors") as progress:
-                average(first, last, alpha, out / f"alpha-{alpha:g}", done=lambda name: progress.advance())
+                average(first, last, alpha, out / f"alpha-{alpha:g}", made, done=lambda name: progress.advance())
         if settings is None:
             return
         hf, measured = {"base": first, "tuned": last}, {}
         for name, path in models.items():
             measured[name] = measure.measure_model(hf.get(name, path), settings)
             write_averages(out, measured, paths, complete=name == "tuned")
+
+
+def _check_unwritten(out: Path, alphas: Sequence[float], *, measures: bool) -> None:
+    """Raise ConfigError where what is to be written is there already; what a stop left is no obstacle."""
+    folders = [out / f"alpha-{alpha:g}" for alpha in alphas]
+    there = [path for path in folders if path.is_dir() and any(path.iterdir()) and not (path / MADE).is_file()]
+    table = out / "average.json"
+    if measures and table.exists() and "tuned" in json.loads(table.read_text()):  # its last column
+        there.append(table)
+    if there:
+        raise ConfigError(f"{there[0]} is there already: give another --out or remove it")
 
 
 def write_averages(

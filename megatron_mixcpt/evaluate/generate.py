@@ -66,17 +66,22 @@ def say(
             pad_token_id=fill,
             logits_processor=[record],
         )
-        chosen = torch.stack(steps, 1).tolist()
+        chosen, ends = torch.stack(steps, 1).tolist(), _ends(model, tokenizer)
         for i, ids, sure in zip(order[start : start + batch_size], output[:, longest:].tolist(), chosen):
-            answers[i] = _said(tokenizer, ids, sure)
+            answers[i] = _said(tokenizer, ids, sure, ends)
         if on_progress:
             on_progress(min(1.0, (start + batch_size) / len(order)))
     return answers
 
 
-def _said(tokenizer: Any, ids: list[int], sure: list[float]) -> Said:
+def _ends(model: Any, tokenizer: Any) -> set[int | None]:
+    named = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+
+
+def _said(tokenizer: Any, ids: list[int], sure: list[float], ends: set[int | None]) -> Said:
     text = (tokenizer.decode(ids, skip_special_tokens=True).strip().splitlines() or [""])[0].strip()
-    count = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+    count = next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))
     for length in range(1, count):
         if "\n" in tokenizer.decode(ids[:length], skip_special_tokens=True).lstrip():
             count = length

@@ -187,7 +187,8 @@ def _scores(output: dict[str, Any]) -> list[TaskScore]:
                 continue
             stderr = results.get(f"{metric}_stderr,{variant}")
             known = stderr if isinstance(stderr, float) else None
-            scores.append(TaskScore(task, metric, float(value), known, better.get(metric, True)))
+            name = metric if variant == "none" else f"{metric} ({variant})"  # of several filters, as gsm8k has them
+            scores.append(TaskScore(task, name, float(value), known, better.get(metric, True)))
     return scores
 
 

@@ -11,6 +11,7 @@ from megatron_mixcpt.architecture.architecture import Architecture
 from megatron_mixcpt.huggingface.config import config_dict
 from megatron_mixcpt.huggingface.gguf import gguf_option
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -19,13 +20,16 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATE_FILES,
 )
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy tokenizer and chat template of a Hugging Face directory; a GGUF file's are extracted by transformers."""
+    """Copy tokenizer and chat template of a Hugging Face directory over those in `out`; a GGUF file's are extracted by
+    transformers."""
+    if _has_template(source):  # of two templates readers take that of the .jinja file, whosever it is
+        for name in TEMPLATE_FILES:
+            (out / name).unlink(missing_ok=True)
     if gguf := gguf_option(source):
         from transformers import AutoTokenizer
 
@@ -63,6 +67,26 @@ def write_metadata(
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if card is not None:
         (out / "README.md").write_text(card)
+
+
+def _has_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    inside = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return inside or any((folder / name).is_file() for name in TEMPLATE_FILES)
+
+
+def stop_at(out: Path, token: int) -> bool:
+    """Have generation from a directory stop at `token` too. Whether it did not."""
+    path = out / "generation_config.json"
+    settings = json.loads((path if path.is_file() else out / "config.json").read_text())
+    known = settings.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if token in ends:
+        return False
+    if not path.is_file():
+        settings = {key: settings[key] for key in ("bos_token_id", "pad_token_id") if key in settings}
+    path.write_text(json.dumps(settings | {"eos_token_id": [*ends, token]}, indent=2) + "\n")
+    return True
 
 
 def _special_ids(out: Path) -> dict[str, int | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+RESULT = "result: "  # how the last of `forget/decision` begins
 METRICS = {
     "train/tokens": "target tokens learned from so far; the x-axis of every curve in wandb",
     "train/loss": "what is minimised: mean over the step's target tokens (preference pairs in DPO)",

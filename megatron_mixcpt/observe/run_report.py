@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from megatron_mixcpt.files import write_whole
 from megatron_mixcpt.observe import run_tables
+from megatron_mixcpt.observe.names import RESULT
 from megatron_mixcpt.observe.run_data import Point, Run, distinct_names, read_run
 from megatron_mixcpt.report.figures import Series, legend, line_chart
 from megatron_mixcpt.report.page import COLOURS, Figure, Html, Page, Text, html, join, key
@@ -146,6 +147,8 @@ def _state(run: Run) -> str:
     if total is not None and run.steps >= total:
         return f"finished, {run.steps} steps"
     of = f" of {total}" if total else ""
+    if run.decisions and run.decisions[-1][1].startswith(RESULT):
+        return f"ended by its forgetting budget at step {run.steps}{of}"
     return f"at step {run.steps}{of}, last written {run.written:%Y-%m-%d %H:%M}"
 
 

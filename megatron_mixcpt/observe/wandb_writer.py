@@ -108,7 +108,8 @@ def write(settings: dict[str, Any], lifeline: Lifeline) -> str:
     folder = run.dir
     run.finish(exit_code=0 if lifeline.word in ("finished", "stopped") else 1)
     if mode == "offline":
-        return f"written offline; upload with: wandb sync {Path(folder).parent}"
+        pieces = Path(folder).parent.parent / f"offline-run-*-{run.id}"  # each start of a run writes one
+        return f"written offline; upload with: wandb sync {pieces}"
     return f"{run.url or folder}"
 
 

@@ -258,7 +258,8 @@ def _axis(series: Sequence[Series], smoothed: Sequence[Sequence[Pair] | None], z
             spans.append((values[0], values[-1], finite[len(finite) // 2]))
             spans[-1] = (min(values), max(values), spans[-1][2])
     middles = [middle for *_, middle in spans]
-    if not zero and len(spans) > 1 and min(low for low, *_ in spans) > 0 and max(middles) > LOGARITHMIC * min(middles):
+    positive = all(value > 0 for one in series for value in one.values)  # outliers have a place in the picture too
+    if not zero and len(spans) > 1 and positive and max(middles) > LOGARITHMIC * min(middles):
         room = (max(high for _, high, _ in spans) / min(low for low, *_ in spans)) ** 0.06
         return Axis(min(low for low, *_ in spans) / room, max(high for _, high, _ in spans) * room, True)
     if zero and len(spans) > 2:

@@ -19,6 +19,7 @@ from megatron_mixcpt.checkpoint import save_checkpoint
 from megatron_mixcpt.checkpoint.store import choose_result, list_checkpoints, step_of
 from megatron_mixcpt.config import Config
 from megatron_mixcpt.errors import StoppedError
+from megatron_mixcpt.observe.names import RESULT
 from megatron_mixcpt.runtime.first_rank import from_first
 from megatron_mixcpt.train.bookkeeping import Bookkeeping
 from megatron_mixcpt.train.forgetting import Forgetting
@@ -56,7 +57,7 @@ def conclude(
             described |= measured | {"within": True}
             result = _save_average(parent, components, bookkeeping, end)
     from_first(lambda: choose_result(parent, result, described))
-    bookkeeping.concluded(f"result: {text}; latest.json names it, and `mixcpt export` takes it")
+    bookkeeping.concluded(f"{RESULT}{text}; latest.json names it, and `mixcpt export` takes it")
 
 
 def _best_average(

@@ -97,9 +97,30 @@ def test_results_are_written_as_they_come_and_a_whole_evaluation_stays(command, 
     assert main([*command, "--base", str(base), "--overwrite"]) == 0
 
 
+def test_an_average_that_was_stopped_goes_on_with_what_is_written(hf_dir, measured, tmp_path, capsys):
+    names, broken = measured
+    out = tmp_path / "out"
+    words = ["average", "--base", str(hf_dir), "--tuned", str(hf_dir), "--alpha", "0.2", "0.5", "--out", str(out)]
+    questions = tmp_path / "gci.jsonl"
+    write_instances(questions, [Instance("1", "speech", "Speak.", {"none": ["zebra"]}, {"none": ["zebra"]})])
+    words += ["--gci", str(questions)]
+    broken.append("alpha-0.5")
+    assert main(words) == 130 and names[-1] == "alpha-0.5"
+    (out / "alpha-0.5").rename(tmp_path / "half")
+    (out / "alpha-0.5").mkdir()  # as a stop amid writing leaves it
+    written = (out / "alpha-0.2/model.safetensors").stat().st_mtime_ns
+    broken.clear()
+    assert main(words) == 0
+    assert (out / "alpha-0.2/model.safetensors").stat().st_mtime_ns == written
+    assert "tuned" in json.loads((out / "average.json").read_text())
+    capsys.readouterr()
+    assert main(words) == 2 and "average.json is there already" in capsys.readouterr().err
+
+
 def test_average_refuses_what_stands_in_its_way_before_it_writes(hf_dir, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "alpha-0.5").mkdir(parents=True)
+    (out / "alpha-0.5/config.json").touch()
     words = ["average", "--base", str(hf_dir), "--tuned", str(hf_dir), "--alpha", "0.2", "0.5", "--no-eval"]
     assert main([*words, "--out", str(out)]) == 2
     assert "alpha-0.5 is there already" in capsys.readouterr().err

@@ -158,6 +158,15 @@ def test_data_files_have_every_form_that_datasets_takes(tmp_path):
         assert data_files(str(path)) == [Path(there)]
 
 
+def test_scores_of_several_filters_have_names_of_their_own():
+    results = {"gsm8k": {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 0.31}}
+    scores = _scores({"results": results, "higher_is_better": {}})
+    assert {score.metric: score.value for score in scores} == {
+        "exact_match (strict-match)": 0.0,
+        "exact_match (flexible-extract)": 0.31,
+    }
+
+
 def test_a_group_is_counted_by_its_members_alone():
     results = {"all": {"acc,none": 0.9}, "one": {"acc,none": 0.8}, "two": {"acc,none": 1.0}}
     output = {"results": results, "higher_is_better": {}, "group_subtasks": {"all": ["one", "two"], "one": []}}

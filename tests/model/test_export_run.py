@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -16,6 +17,7 @@ import yaml
 from megatron_mixcpt.checkpoint.origin import find_origin
 from megatron_mixcpt.cli import main
 from megatron_mixcpt.commands.generate import NAME as GENERATE
+from megatron_mixcpt.config.method import KindWeights
 from megatron_mixcpt.convert.card import model_card
 from megatron_mixcpt.convert.certificate import FILE_NAME, Certificate, current_versions, features_of, settings_of
 from megatron_mixcpt.runtime.parallel import parallel_context
@@ -180,6 +182,29 @@ def test_tokens_added_by_the_data_become_rows_of_the_model(folder, tmp_path):
     assert tokens.tolist() == [[len(after) - 1]]
 
 
+def test_an_export_has_the_template_that_its_data_was_made_with_and_stops_where_that_ends_an_answer(
+    folder, tmp_path, capsys
+):
+    """The base model has another template, in the newer of the two places, and knows no end of a turn."""
+    end = tokenizers.AddedToken("<|im_end|>", special=True)
+    config = with_tokenizer(folder, tmp_path, added=[end])
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer = tmp_path / "data/tokenizer"
+    (tokenizer / "chat_template.jinja").unlink()
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    assert (folder / "base/chat_template.jinja").is_file()
+    assert main(["train", str(config)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "<|im_end|>" in capsys.readouterr().err
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.chat_template == template
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    before = transformers.GenerationConfig.from_pretrained(folder / "base").eos_token_id
+    assert ends == [before, exported.convert_tokens_to_ids("<|im_end|>")]
+
+
 def test_data_of_another_tokenizer_is_refused_with_both_hashes(folder, tmp_path, capsys):
     config = with_tokenizer(folder, tmp_path, merges=("a b", "c d"))
     assert main(["train", str(config)]) == 3
@@ -264,6 +289,28 @@ def test_sampling_follows_the_seed_and_chat_needs_a_template(folder, exported, t
     shutil.copytree(exported, plain, ignore=shutil.ignore_patterns("chat_template*"))
     assert main([GENERATE, str(plain), "--prompt", "abc", "--chat"]) == 2
     assert "chat template" in capsys.readouterr().err
+
+
+def test_a_chain_that_is_started_again_finds_its_export_done(folder, exported, tmp_path, capsys):
+    before = (exported / "config.json").stat().st_mtime_ns
+    assert main(["export", str(folder / "run"), "--out", str(exported)]) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert (exported / "config.json").stat().st_mtime_ns == before
+    assert main(["export", str(folder / "run"), "--out", str(exported), "--dtype", "bf16"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_card_tells_the_shares_and_the_objective_of_the_run(folder):
+    origin = find_origin(folder / "run")
+    names = [source.name for source in origin.mix.train_sources]
+    weights = {name: float(number) for number, name in enumerate(names, start=1)}
+    data = origin.config.data.model_copy(update={"weights": weights})
+    loss = origin.config.loss.model_copy(update={"by_kind": {"preference": KindWeights(ce=0.0, kd=2.0)}})
+    card = model_card(dataclasses.replace(origin, config=origin.config.model_copy(update={"data": data, "loss": loss})))
+    for source in origin.mix.train_sources:
+        share = weights[source.name] / sum(weights.values())
+        assert f"| {source.name} | {source.kind} | {share:.1%} |" in card
+    assert "; preference: cross-entropy x 0, KL x 2" in card
 
 
 @pytest.mark.parametrize(

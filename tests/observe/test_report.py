@@ -310,6 +310,21 @@ def test_one_bad_scale_flattens_no_comparison():
     assert abs(heights(chart)[0] - heights(chart)[1]) > 10 and "bad leaves the picture, as far as -9k" in chart
 
 
+def test_a_single_zero_among_many_points_takes_the_logarithm_away():
+    """It is an outlier, which stretches no axis, and has a place in the picture all the same."""
+    points = [(step, 0.0 if step == 70 else 1.0 + 0.01 * step) for step in range(150)]
+    far = [(step, 100.0) for step in range(150)]
+    svg = line_chart("ce", [Series("one", points, 0), Series("two", far, 1)], "step", smooth=True)
+    assert "logarithmic" not in svg and svg.count('class="line') >= 2
+
+
+def test_a_run_that_its_budget_ended_is_over(tmp_path):
+    run = write_run(tmp_path / "run", steps=70)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 70, "forget/decision": "result: step 20, which learned most"}) + "\n")
+    assert "ended by its forgetting budget at step 70 of 120" in page([read_run(run)])
+
+
 def test_restarts_are_marked_and_domain_and_general_stand_apart(tmp_path):
     run = write_run(tmp_path / "run")
     sources = tuple(Source(name, kind, 0.5, None, None) for name, kind in zip(SOURCES, ("domain", "general")))

@@ -156,7 +156,7 @@ def test_rows_settings_and_files_are_handed_over(tmp_path, fake):
     process = start(run_dir)
     append(run_dir, {"step": 1, "train/loss": 2.5, "optim/grad_norm": None}, {"step": 2, "ckpt/seconds": 1.0})
     (run_dir / "report.html").write_text("<p>")
-    assert process.close("finished") == "wandb: written offline; upload with: wandb sync there"
+    assert process.close("finished") == "wandb: written offline; upload with: wandb sync offline-run-*-fake"
     by_name = {}
     for name, args, keywords in calls():
         by_name.setdefault(name, []).append((args, keywords))
