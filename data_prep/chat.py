@@ -56,6 +56,7 @@ class ChatRenderer:
                     raise _rewritten()
                 # The opening of an answer ("<|im_start|>assistant") is given to the model, not predicted by it.
                 pieces += self._pieces(begin[len(done) :], kind, ROLE_TEXT, False)
+                _require_calls(messages[index], upto[len(done) :])
             elif not upto.startswith(done):
                 raise _rewritten()
             pieces += self._pieces(upto[len(begin) :], kind, role, role == ROLE_ASSISTANT)
@@ -131,6 +132,15 @@ class ChatRenderer:
 
 def _rewritten() -> BadRecord:
     return BadRecord("unstable template", "the chat template rewrites earlier turns of this conversation")
+
+
+def _require_calls(message: Message, said: str) -> None:
+    """Raise BadRecord where the template leaves a tool call out: the model would learn to say nothing in its place."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if name is not None and str(name) not in said:
+            raise BadRecord("template", f"the chat template does not write the call of {name} down; use format: plain")
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:

@@ -56,6 +56,8 @@ def load_model_weights(model: torch.nn.Module, run_or_checkpoint: Path, *, trust
         raise ConfigError(
             f"adapter.init: model.checkpoint {checkpoint} has adapters to go on with: remove one of the two"
         )
+    if trained is not None and stage.adapter is not None and not same and torch.distributed.get_rank() == 0:
+        warn(f"the LoRA of {checkpoint} is merged into the weights: it is of another adapter section than this run's")
     _load_beneath(stage, checkpoint, stage.adapter)
     if same:
         load_adapters(stage.adapters(), checkpoint)

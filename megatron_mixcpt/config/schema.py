@@ -25,7 +25,7 @@ from megatron_mixcpt.config.sections import (
 from megatron_mixcpt.errors import ConfigError
 
 # Keys without a use where there is no loss.target.
-OF_DISTILLATION = {"loss": ("kd_weight", "temperature", "margin"), "teacher": ("hf", "cache")}
+OF_DISTILLATION = {"loss": ("kd_weight", "temperature", "margin"), "teacher": ("source", "hf", "cache")}
 
 
 class Config(Section):
@@ -64,7 +64,7 @@ class Config(Section):
             for section, keys in OF_DISTILLATION.items():
                 given = values.get(section)
                 for key in keys:
-                    if isinstance(given, dict) and given.get(key) is not None:
+                    if isinstance(given, dict) and given.get(key) not in (None, "initial", "none"):
                         raise ValueError(
                             f"{section}.{key}: sft distils only where loss.target asks for it: set that to swap, plain "
                             f"or mft, or remove {section}.{key}"

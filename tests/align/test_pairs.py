@@ -92,7 +92,8 @@ def test_pairs_of_some_sources_can_be_left_out(stage1):
         ({"align": {"method": "sft", "length_normalized": True}}, r"align\.length_normalized is for align\.method dpo"),
         ({"align": {"method": "sft", "loss": "ipo"}}, r"align\.loss is for align\.method dpo"),
         ({"align": {"method": "sft"}, "loss": {"kd_weight": 0.5}}, r"loss\.kd_weight: sft distils only where loss\.t"),
-        ({"align": {"method": "sft"}, "teacher": {"source": "deepspeed", "hf": "t"}}, r"teacher\.hf: sft distils only"),
+        ({"align": {"method": "sft"}, "teacher": {"hf": "t"}}, r"teacher\.hf: sft distils only"),
+        ({"align": {"method": "sft"}, "teacher": {"source": "adapter_off"}}, r"teacher\.source: sft distils only"),
         ({"align": {"method": "dpo"}, "teacher": {"source": "deepspeed", "hf": "t"}}, "with the starting weights, not"),
     ],
 )

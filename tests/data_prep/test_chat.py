@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixcpt.data_prep.chat import ChatRenderer
+from megatron_mixcpt.data_prep.chat import ChatRenderer, end_of_turn
 from megatron_mixcpt.data_prep.config import SourceConfig, parse_config
 from megatron_mixcpt.data_prep.documents import Batch
 from megatron_mixcpt.data_prep.format import (
@@ -83,6 +83,23 @@ def test_tokens_are_those_of_transformers(chat, tools):
     tokens, _ = tokens_and_flags(renderer, ours, CONVERSATION, tools)
     want = theirs.apply_chat_template(CONVERSATION, tools=tools, tokenize=True, return_dict=False)
     assert tokens == want
+
+
+def test_a_call_that_the_template_does_not_write_down_is_no_answer_to_learn(chat):
+    renderer, *_ = chat(TOOLS_TEMPLATE.replace("CALL {{ call.function | tojson }}", ""))
+    with pytest.raises(BadRecord, match="does not write the call of dose down"):
+        renderer.document(CONVERSATION, KIND_INSTRUCTION, None)
+
+
+def test_the_end_of_a_turn_is_the_control_token_after_an_answer(chat):
+    _, ours, _ = chat(TOOLS_TEMPLATE)
+    assert end_of_turn(ours) == ours.control["<|im_end|>"]
+    for without in (
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ nothing() }}",
+    ):
+        assert end_of_turn(chat(without)[1]) is None
 
 
 def test_targets_are_the_answers_with_their_end_and_nothing_else(chat):
