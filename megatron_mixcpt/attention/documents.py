@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 ROW, QUERY, QUERIES, KEY, KEYS = range(5)  # columns of `spans`
+SPANS = 64  # from so many on their number is padded to a multiple of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +143,11 @@ def _keys(spans: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def _padded_sums(lengths: np.ndarray) -> Tensor:
-    """Few shapes occur, whatever the number of documents."""
+    """Few shapes occur, whatever the number of documents: powers of two, then multiples, since in backward every span,
+    an empty one too, takes scratch memory."""
     size = 1 << (len(lengths) - 1).bit_length()
+    if size > SPANS:
+        size = -(-len(lengths) // SPANS) * SPANS
     sums = np.zeros(size + 1, dtype=np.int32)
     sums[1 : len(lengths) + 1] = np.cumsum(lengths)
     sums[len(lengths) + 1 :] = sums[len(lengths)]

@@ -32,6 +32,9 @@ from megatron_mixcpt.model.dispatch import Dispatch
 from megatron_mixcpt.model.routing import Routing, choices_of
 
 GROUPED_MULTIPLE = 8  # 16 bytes of bf16
+# Compute capability from which on torch's grouped product leaves the gradient of an expert without a token unwritten
+# (pytorch#172439, cutlass#2674); no GPU has confirmed it here.
+LEAVES_IDLE_UNWRITTEN = (10, 0)
 
 
 class Router(nn.Module):
@@ -95,8 +98,24 @@ def sequential_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([F.linear(rows, matrix) for rows, matrix in parts])
 
 
+class ZeroIdle(torch.autograd.Function):
+    """A weight `[e, ...]` as it is; in backward the gradient of experts without a token is 0, whatever stood there."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return grad.masked_fill((counts == 0).view(-1, *[1] * (grad.dim() - 1)), 0.0), None
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """All experts in one kernel; on a GPU of bf16 alone, in sizes that GROUPED_MULTIPLE divides."""
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= LEAVES_IDLE_UNWRITTEN:
+        weight = ZeroIdle.apply(weight, counts)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
 
 

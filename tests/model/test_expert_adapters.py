@@ -1,6 +1,7 @@
 """LoRA on experts in one process: what is computed, what is trained, and how it is merged."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_one_kernel_computes_what_one_product_an_expert_does():
         for one, other in zip(*results):
             assert one.abs().max() > 0
             torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_of_an_expert_without_a_token_is_zero_whatever_the_kernel_left_there():
+    from megatron_mixcpt.model.experts import ZeroIdle
+
+    weight = torch.randn(3, 4, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        ZeroIdle.apply(weight, torch.tensor([2, 0, 1])), weight, torch.full((3, 4, 2), math.nan)
+    )
+    assert (gradient[1] == 0).all() and gradient[[0, 2]].isnan().all()
 
 
 def build_of(arch, adapter):
