@@ -153,7 +153,10 @@ def _stop_after_answers(folder: Path, origin: Origin) -> None:
     """A base model's settings stop at the end of a document, and who learned conversations ends a turn instead."""
     if origin.mix is None or all(source.kind in TEXT_KINDS for source in origin.mix.train_sources):
         return
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except MixcptError:  # neither the data nor the start has one that is known
+        return
     token = end_of_turn(tokenizer)
     if token is not None and stop_at(folder, token):
         spelling = next(text for text, number in tokenizer.control.items() if number == token)
