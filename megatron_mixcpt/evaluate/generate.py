@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_mixcpt.huggingface.metadata import end_ids
+
 
 @dataclass(frozen=True)
 class Said:
@@ -43,6 +45,7 @@ def say(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     encoded = [tokenizer(prompts[i], add_special_tokens=special_tokens)["input_ids"] for i in order]
+    ends = {*end_ids(tokenizer.eos_token_id), *end_ids(model.generation_config.eos_token_id)}
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = [Said("", 0.0)] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -66,7 +69,7 @@ def say(
             pad_token_id=fill,
             logits_processor=[record],
         )
-        chosen, ends = torch.stack(steps, 1).tolist(), _ends(model, tokenizer)
+        chosen = torch.stack(steps, 1).tolist()
         for i, ids, sure in zip(order[start : start + batch_size], output[:, longest:].tolist(), chosen):
             answers[i] = _said(tokenizer, ids, sure, ends)
         if on_progress:
@@ -74,12 +77,7 @@ def say(
     return answers
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int | None]:
-    named = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-
-
-def _said(tokenizer: Any, ids: list[int], sure: list[float], ends: set[int | None]) -> Said:
+def _said(tokenizer: Any, ids: list[int], sure: list[float], ends: set[int]) -> Said:
     text = (tokenizer.decode(ids, skip_special_tokens=True).strip().splitlines() or [""])[0].strip()
     count = next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))
     for length in range(1, count):

@@ -75,12 +75,16 @@ def _has_template(folder: Path) -> bool:
     return inside or any((folder / name).is_file() for name in TEMPLATE_FILES)
 
 
+def end_ids(eos: int | list[int] | None) -> list[int]:
+    """An `eos_token_id`, of which settings have one, several or none."""
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
 def stop_at(out: Path, token: int) -> bool:
     """Have generation from a directory stop at `token` too. Whether it did not."""
     path = out / "generation_config.json"
     settings = json.loads((path if path.is_file() else out / "config.json").read_text())
-    known = settings.get("eos_token_id")
-    ends = known if isinstance(known, list) else [] if known is None else [known]
+    ends = end_ids(settings.get("eos_token_id"))
     if token in ends:
         return False
     if not path.is_file():

@@ -45,8 +45,9 @@ class Record:
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep and show the row of a step."""
-        self.write(step, metrics)
-        self.console.step(step, finite(metrics))
+        kept = finite(metrics)
+        self._file.write(step, kept)
+        self.console.step(step, kept)
 
     def close(self, ending: Ending) -> None:
         """Write the report and let wandb finish."""

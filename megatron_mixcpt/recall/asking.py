@@ -185,13 +185,13 @@ def _end_tokens(folder: str, tokenizer: Any) -> set[int]:
     """What the model itself ends with: eos of the tokenizer and of its generation settings."""
     from transformers import GenerationConfig
 
-    ends = {tokenizer.eos_token_id}
+    from megatron_mixcpt.huggingface.metadata import end_ids
+
     try:
         named = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         named = None
-    ends |= set(named) if isinstance(named, list) else {named}
-    return {int(end) for end in ends if end is not None}
+    return {*end_ids(tokenizer.eos_token_id), *end_ids(named)}
 
 
 def _openings(path: str | None) -> list[str]:
